@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_bounds, dynamic_map, nf4_bounds, nf4_levels
+from kernels.dropout import dropout
 
 # ---------------------------------------------------------------------------------------- NF4
 
@@ -74,3 +75,148 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: codes.numel()]
     return dynamic_map(codes.device)[codes.int()] * scale + offset
+
+
+# --------------------------------------------------------------------------- linears: y = xWᵀ …
+# x [T, in], w [out, in], lora_A [r, in], lora_B [out, r]; x and w in the compute dtype, adapters in theirs.
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(x, w, None if bias is None else bias.to(x.dtype))
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(y [T, out], xa = drop(x)Aᵀ [T, r])"""
+    xa = dropout(x, p, seed) @ lora_A.to(x.dtype).t()
+    y = linear(x, w, bias)
+    y.addmm_(xa, lora_B.to(x.dtype).t(), alpha=scaling)
+    return y, xa
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    w: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx [T, in], or of no element if `w` is None because nobody needs it; dA; dB)"""
+    dxa = dy @ (lora_B * scaling).to(x.dtype)  # [T, r]
+    dA = dxa.t() @ dropout(x, p, seed)
+    dB = (dy.t() @ xa).to(lora_B.dtype) * scaling
+    if w is None:
+        dx = x.new_empty(0)
+    else:
+        dx = dropout(dxa @ lora_A.to(x.dtype), p, seed) if p else dxa @ lora_A.to(x.dtype)
+        dx.addmm_(dy, w)
+    return dx, dA.to(lora_A.dtype), dB
+
+
+# --------------------------------------------------------------------------------------- DoRA
+
+# Where ‖W + sBA‖² is less than this share of ‖W‖² + s²‖BA‖², its fp32 terms have cancelled: a relative error of
+# 2⁻²⁴ each would grow to more than 1e-4, so the row is computed directly.
+CANCELLED = 1e-3
+
+
+def weight_norm_sq(w: Tensor) -> Tensor:
+    return w.float().square().sum(dim=1)
+
+
+def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """‖W + sBA‖ of each row, fp32 [out]; `norm_sq` is ‖W‖², fp32 [out]."""
+    a, b = lora_A.float(), lora_B.float() * scaling
+    u = (w @ lora_A.to(w.dtype).t()).float()  # WAᵀ [out, r]
+    ba_sq = ((b @ (a @ a.t())) * b).sum(dim=1)
+    total = norm_sq + 2 * (b * u).sum(dim=1) + ba_sq
+    rows = (total < CANCELLED * (norm_sq + ba_sq)).nonzero().squeeze(1)
+    if rows.numel():
+        total[rows] = (w[rows].float() + b[rows] @ a).square().sum(dim=1)
+    return total.sqrt()
+
+
+def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """m / ‖W + sBA‖, fp32 [out]; a row of zeros has norm 0 and stays a row of zeros whatever its gain."""
+    return magnitude.float() / _nonzero(norm)
+
+
+def _nonzero(norm: Tensor) -> Tensor:
+    return norm.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def dora_linear(
+    x: Tensor,
+    w: Tensor,
+    norm_sq: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y [T, out], xa [T, r], norm fp32 [out], z [T, out] = drop(x)(W + sBA)ᵀ, or empty where y = g ⊙ z holds it)"""
+    norm = dora_norm(w, norm_sq, lora_A, lora_B, scaling)
+    gain = dora_gain(magnitude, norm).to(x.dtype)
+    xd = dropout(x, p, seed)
+    z, xa = lora_linear(xd, w, lora_A, lora_B, None, scaling, 0.0, None)
+    if p:
+        # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
+        y = ((x - xd) @ w.t()).addcmul_(z, gain)
+        return (y if bias is None else y.add_(bias)), xa, norm, z
+    if bias is not None:
+        return torch.addcmul(bias.to(x.dtype), z, gain), xa, norm, z
+    return z.mul_(gain), xa, norm, x.new_empty(0)
+
+
+def dora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    y: Tensor | None,
+    z: Tensor,
+    norm: Tensor,
+    w: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dx, dA, dB, dm); the norm counts as a constant (DoRA, Liu et al. 2024, §4.3). y is None where z is kept."""
+    dz = dy * dora_gain(magnitude, norm).to(x.dtype)
+    xd = dropout(x, p, seed)
+    dx, dA, dB = lora_linear_backward(dz, xd, xa, w if needs_dx else None, lora_A, lora_B, scaling, 0.0, None)
+    if p and needs_dx:
+        dx = dropout(dx, p, seed)
+        through_base = dy @ w
+        dx += through_base - dropout(through_base, p, seed)
+    dm = _magnitude_grad(dy, y, z, norm, magnitude)
+    if y is not None:  # columns with m = 0: y holds nothing of z there, so compute z again
+        rows = (magnitude == 0).nonzero().squeeze(1)
+        if rows.numel():
+            z_rows, _ = lora_linear(xd, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
+            dm[rows] = _magnitude_grad(dy[:, rows], None, z_rows, norm[rows], magnitude)
+    return dx, dA, dB, dm
+
+
+def _magnitude_grad(dy: Tensor, y: Tensor | None, z: Tensor, norm: Tensor, magnitude: Tensor) -> Tensor:
+    """dm = Σ_t dy ⊙ z / ‖W + sBA‖ [out], where z / ‖W + sBA‖ = y / m if z was not kept."""
+    kept, divisor = (z, _nonzero(norm)) if y is None else (y, magnitude.float())
+    return ((dy * kept).sum(dim=0, dtype=torch.float32) / divisor).to(magnitude.dtype)

@@ -1,0 +1,22 @@
+"""The ops. Each takes and returns tensors; importing this package never touches a GPU."""
+
+from kernels.dispatch import use_backend
+from kernels.dora import dora_linear, dora_norm, weight_norm_sq
+from kernels.double_quant import dequantize_absmax, quantize_absmax
+from kernels.lora import lora_linear
+from kernels.nf4 import QuantState, dequantize_nf4, quantize_nf4
+from kernels.nf4_linear import nf4_linear
+
+__all__ = [
+    "QuantState",
+    "quantize_nf4",
+    "dequantize_nf4",
+    "quantize_absmax",
+    "dequantize_absmax",
+    "nf4_linear",
+    "lora_linear",
+    "dora_linear",
+    "dora_norm",
+    "weight_norm_sq",
+    "use_backend",
+]

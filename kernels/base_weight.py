@@ -1,0 +1,47 @@
+"""The frozen base weight of an adapted linear, dense or NF4, as ops take it.
+
+A `torch.library` op takes tensors and numbers, so a weight travels as five arguments: the dense weight [out, in] or
+the packed codes, the tensors of its QuantState (None for a dense one) and its blocksize (0 for a dense one).
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.nf4 import QuantState, check_packed, dequantize_impl
+
+BaseArgs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+
+
+def base_args(weight: Tensor, quant_state: QuantState | None, x: Tensor) -> BaseArgs:
+    """Check a base weight against the input it will meet and flatten it for an op.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    shape = weight.shape if quant_state is None else quant_state.shape
+    if len(shape) != 2 or shape[1] != x.shape[-1]:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a weight of shape {tuple(shape)}")
+    if quant_state is None:
+        if weight.dtype != x.dtype:
+            raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}")
+        return weight, None, None, None, 0
+    check_packed(weight, quant_state)
+    return weight, *quant_state.tensors(), quant_state.blocksize
+
+
+def dense_weight(base: BaseArgs, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [out, in] in `dtype`: itself if dense, dequantized if packed."""
+    weight, absmax, nested_absmax, nested_offset, blocksize = base
+    if absmax is None:
+        return weight
+    return dequantize_impl(weight, absmax, nested_absmax, nested_offset, blocksize, list(shape), dtype)
+
+
+def check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int) -> None:
+    """Raise ValueError if A [r, in] and B [out, r] do not fit x [..., in] and the base weight."""
+    rank = lora_A.shape[0]
+    if lora_A.shape != (rank, x.shape[-1]) or lora_B.shape != (out_features, rank):
+        raise ValueError(
+            f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit a weight "
+            f"of shape {(out_features, x.shape[-1])}: they must be [rank, in] and [out, rank]"
+        )

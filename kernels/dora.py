@@ -1,0 +1,238 @@
+"""DoRA over a dense or NF4 base weight, forward and backward, with the norm in factored form.
+
+    ‖W + sBA‖² = ‖W‖² + 2s·Σ_j B_ij (WAᵀ)_ij + s²·(B(AAᵀ)Bᵀ)_ii            per row i, fp32
+    g = m / ‖W + sBA‖                                                       [out]
+    y = g ⊙ (xWᵀ + s(xAᵀ)Bᵀ) + bias                                         without dropout
+    y = (x - drop(x))Wᵀ + g ⊙ (drop(x)Wᵀ + s(drop(x)Aᵀ)Bᵀ) + bias           with dropout: PEFT's form
+
+‖W‖² is computed once; WAᵀ [out, r] uses the W that forward has at hand, so neither BA nor W + sBA is materialised and
+there is no extra dequantization. Backward treats the norm as a constant (DoRA, Liu et al. 2024, §4.3):
+
+    dX, dA, dB = LoRA's backward of g ⊙ dY
+    dm = Σ_t dY ⊙ z / ‖W + sBA‖,   z = drop(x)(W + sBA)ᵀ
+
+Kept from forward to backward beside x and xAᵀ: y alone, since z / ‖·‖ = y / m (where m = 0, z is computed again); z in
+place of y if there is dropout or a bias, from which z cannot be read back without loss.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.base_weight import base_args, check_adapter, dense_weight
+from kernels.dropout import new_seed
+from kernels.nf4 import QuantState
+
+
+@torch.library.custom_op("qdora::dora_norm", mutates_args=())
+def _dora_norm(
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    norm_sq: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), dtype)
+    return reference.dora_norm(w, norm_sq, lora_A, lora_B, scaling)
+
+
+@_dora_norm.register_fake
+def _(weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, lora_A, lora_B, scaling, dtype):
+    return torch.empty_like(norm_sq)
+
+
+@torch.library.custom_op("qdora::dora_linear", mutates_args=())
+def _dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    norm_sq: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
+    return reference.dora_linear(x, w, norm_sq, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
+
+
+@_dora_linear.register_fake
+def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, lora_A, lora_B, *rest):
+    y = x.new_empty(x.shape[0], lora_B.shape[0])
+    _, bias, _, dropout, _ = rest
+    z = torch.empty_like(y) if dropout or bias is not None else x.new_empty(0)
+    return y, x.new_empty(x.shape[0], lora_A.shape[0]), torch.empty_like(norm_sq), z
+
+
+@torch.library.custom_op("qdora::dora_linear_backward", mutates_args=())
+def _dora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    y: Tensor | None,
+    z: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
+    return reference.dora_linear_backward(
+        dy, x, xa, y, z, norm, w, lora_A, lora_B, magnitude, scaling, dropout, seed, needs_dx
+    )
+
+
+@_dora_linear_backward.register_fake
+def _(dy, x, xa, y, z, norm, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
+    dx = torch.empty_like(x) if rest[-1] else x.new_empty(0)
+    return dx, torch.empty_like(lora_A), torch.empty_like(lora_B), torch.empty_like(rest[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, *base, blocksize, _, lora_A, lora_B, magnitude, bias, scaling, dropout, seed = inputs
+    y, xa, norm, z = output
+    y = None if dropout or bias is not None else y
+    ctx.save_for_backward(x, xa, y, z, norm, *base, lora_A, lora_B, magnitude, seed)
+    ctx.blocksize, ctx.scaling, ctx.dropout = blocksize, scaling, dropout
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(xa, norm, z)
+
+
+def _backward(ctx, dy, *_):
+    x, xa, y, z, norm, *base, lora_A, lora_B, magnitude, seed = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        raise RuntimeError("dora_linear gives no gradient for the base weight: it is frozen")
+    dx, dA, dB, dm = torch.ops.qdora.dora_linear_backward(
+        dy.contiguous(),
+        x,
+        xa,
+        y,
+        z,
+        norm,
+        *base,
+        ctx.blocksize,
+        lora_A,
+        lora_B,
+        magnitude,
+        ctx.scaling,
+        ctx.dropout,
+        seed,
+        ctx.needs_input_grad[0],
+    )
+    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[10] else None
+    dx = dx if ctx.needs_input_grad[0] else None
+    return dx, None, None, None, None, None, None, dA, dB, dm, dbias, None, None, None
+
+
+_dora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def weight_norm_sq(weight: Tensor, quant_state: QuantState | None = None) -> Tensor:
+    """‖W‖² of each row, fp32 [out], of a dense weight [out, in] or of packed NF4 codes with their quant_state."""
+    if quant_state is not None:
+        base = (weight, *quant_state.tensors(), quant_state.blocksize)
+        weight = dense_weight(base, tuple(quant_state.shape), torch.float32)
+    return reference.weight_norm_sq(weight)
+
+
+def dora_norm(
+    weight: Tensor,
+    norm_sq: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    quant_state: QuantState | None = None,
+) -> Tensor:
+    """‖W + scaling·BA‖ of each row, fp32 [out]. Not differentiable.
+
+    Args:
+        weight: [out, in], or packed NF4 codes with their `quant_state`.
+        norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
+        lora_A: [rank, in], lora_B: [out, rank].
+        scaling: α / rank, or α / √rank.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    dtype = weight.dtype if quant_state is None else quant_state.dtype
+    base = base_args(weight, quant_state, lora_A.new_empty(0, lora_A.shape[1], dtype=dtype))
+    return torch.ops.qdora.dora_norm(*base, norm_sq, lora_A.detach(), lora_B.detach(), scaling, dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    norm_sq: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    quant_state: QuantState | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear with a DoRA adapter.
+
+    Args:
+        x: [..., in], fp32, fp16 or bf16: the compute dtype.
+        weight: [out, in] in x's dtype, or packed NF4 codes with their `quant_state`. Frozen.
+        norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
+        lora_A: [rank, in], lora_B: [out, rank], magnitude: [out], fp32 in training (a bf16 magnitude stops learning:
+            its updates round to zero).
+        scaling: α / rank, or α / √rank (rsLoRA).
+        bias: [out] or None.
+        dropout: probability with which an element of the adapter's input is dropped.
+        seed: int64 [], decides the mask; by default drawn from torch's generator.
+
+    Returns:
+        [..., out] in x's dtype. Differentiable in x, lora_A, lora_B, magnitude and bias.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    base = base_args(weight, quant_state, x)
+    out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
+    check_adapter(x, lora_A, lora_B, out_features)
+    if magnitude.shape != (out_features,) or norm_sq.shape != (out_features,):
+        raise ValueError(
+            f"magnitude {tuple(magnitude.shape)} and norm_sq {tuple(norm_sq.shape)} must be [{out_features}]"
+        )
+    if dropout and seed is None:
+        seed = new_seed(x.device)
+    y, *_ = torch.ops.qdora.dora_linear(
+        x.reshape(-1, x.shape[-1]),
+        *base,
+        norm_sq,
+        lora_A,
+        lora_B,
+        magnitude,
+        bias,
+        scaling,
+        dropout,
+        seed,
+    )
+    return y.view(*x.shape[:-1], out_features)

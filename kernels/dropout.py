@@ -1,0 +1,38 @@
+"""Dropout whose mask is a function of a seed, so that backward makes it again instead of storing it.
+
+    keep[t, k] = mix(mix(k) ^ mix(t ^ mix(seed))) >= p · 2³²
+
+`mix` is a 32-bit integer hash (two multiply-xorshift rounds, the constants found by Ellis Wellons' "hash prospector"
+search for low bias). The same three lines run in torch and in Triton, so both backends drop the same elements.
+"""
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+
+
+def new_seed(device: torch.device) -> Tensor:
+    """A random int64 [] from torch's generator, so that `torch.manual_seed` decides it."""
+    return torch.randint(_MASK32, (), device=device)
+
+
+def _mix(h: Tensor) -> Tensor:
+    """32-bit hash of int64 values in [0, 2³²)."""
+    h = ((h ^ (h >> 16)) * 0x7FEB352D) & _MASK32
+    h = ((h ^ (h >> 15)) * 0x846CA68B) & _MASK32
+    return h ^ (h >> 16)
+
+
+def keep_mask(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
+    """bool [rows, cols], True with probability 1 - p."""
+    row = _mix(torch.arange(rows, device=seed.device) ^ _mix(seed))
+    col = _mix(torch.arange(cols, device=seed.device))
+    return _mix(col ^ row.unsqueeze(1)) >= int(p * 2**32)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """x [rows, cols] with dropped elements zero and the others divided by 1 - p."""
+    if p == 0.0:
+        return x
+    return x * keep_mask(*x.shape, p, seed).to(x.dtype).mul_(1 / (1 - p))

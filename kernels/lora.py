@@ -1,0 +1,143 @@
+"""LoRA over a dense or NF4 base weight, forward and backward.
+
+    xa = drop(x)Aᵀ                   [T, r]
+    y  = xWᵀ + s·xa Bᵀ + bias        [T, out]
+
+    dxa = s·dY B                     [T, r]
+    dX  = dY W + mask ⊙ (dxa A),  dA = dxaᵀ drop(x),  dB = s·dYᵀ xa
+
+LoRA, Hu et al. 2021, §4.1. Kept from forward to backward: x and xa. Not materialised: BA; beyond one call: a dense W
+(an NF4 W is dequantized once in forward and once in backward) and the dropout mask (made again from its seed).
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.base_weight import base_args, check_adapter, dense_weight
+from kernels.dropout import new_seed
+from kernels.nf4 import QuantState
+
+
+@torch.library.custom_op("qdora::lora_linear", mutates_args=())
+def _lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
+    return reference.lora_linear(x, w, lora_A, lora_B, bias, scaling, dropout, seed)
+
+
+@_lora_linear.register_fake
+def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, bias, scaling, dropout, seed):
+    return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
+
+
+@torch.library.custom_op("qdora::lora_linear_backward", mutates_args=())
+def _lora_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    weight: Tensor,
+    absmax: Tensor | None,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs_dx: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype) if needs_dx else None
+    return reference.lora_linear_backward(dy, x, xa, w, lora_A, lora_B, scaling, dropout, seed)
+
+
+@_lora_linear_backward.register_fake
+def _(dy, x, xa, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
+    dx = torch.empty_like(x) if rest[-1] else x.new_empty(0)
+    return dx, torch.empty_like(lora_A), torch.empty_like(lora_B)
+
+
+def _setup_context(ctx, inputs, output):
+    x, *base, blocksize, lora_A, lora_B, bias, scaling, dropout, seed = inputs
+    xa = output[1]
+    ctx.save_for_backward(x, xa, *base, lora_A, lora_B, seed)
+    ctx.blocksize, ctx.scaling, ctx.dropout = blocksize, scaling, dropout
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(xa)
+
+
+def _backward(ctx, dy, _dxa):
+    x, xa, *base, lora_A, lora_B, seed = ctx.saved_tensors
+    if ctx.needs_input_grad[1]:
+        raise RuntimeError("lora_linear gives no gradient for the base weight: it is frozen")
+    dx, dA, dB = torch.ops.qdora.lora_linear_backward(
+        dy.contiguous(),
+        x,
+        xa,
+        *base,
+        ctx.blocksize,
+        lora_A,
+        lora_B,
+        ctx.scaling,
+        ctx.dropout,
+        seed,
+        ctx.needs_input_grad[0],
+    )
+    dx = dx if ctx.needs_input_grad[0] else None
+    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[8] else None
+    return dx, None, None, None, None, None, dA, dB, dbias, None, None, None
+
+
+_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    quant_state: QuantState | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """A frozen linear with a LoRA adapter.
+
+    Args:
+        x: [..., in], fp32, fp16 or bf16: the compute dtype.
+        weight: [out, in] in x's dtype, or packed NF4 codes with their `quant_state`. Frozen.
+        lora_A: [rank, in], lora_B: [out, rank], of any float dtype (fp32 in training); cast to x's for the products.
+        scaling: α / rank, or α / √rank (rsLoRA).
+        bias: [out] or None.
+        dropout: probability with which an element of the adapter's input is dropped.
+        seed: int64 [], decides the mask; by default drawn from torch's generator.
+
+    Returns:
+        [..., out] in x's dtype. Differentiable in x, lora_A, lora_B and bias.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    base = base_args(weight, quant_state, x)
+    out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
+    check_adapter(x, lora_A, lora_B, out_features)
+    if dropout and seed is None:
+        seed = new_seed(x.device)
+    y, _ = torch.ops.qdora.lora_linear(x.reshape(-1, x.shape[-1]), *base, lora_A, lora_B, bias, scaling, dropout, seed)
+    return y.view(*x.shape[:-1], out_features)

@@ -1,0 +1,89 @@
+"""y = xWᵀ + bias over a packed NF4 weight: the frozen linear of QLoRA without an adapter.
+
+W is dequantized in forward and again in backward (dX = dY W); no W-sized tensor is kept in between.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.base_weight import base_args, dense_weight
+from kernels.nf4 import QuantState
+
+
+@torch.library.custom_op("qdora::nf4_linear", mutates_args=())
+def _nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    base = (packed, absmax, nested_absmax, nested_offset, blocksize)
+    return reference.linear(x, dense_weight(base, (out_features, x.shape[1]), x.dtype), bias)
+
+
+@_nf4_linear.register_fake
+def _(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias):
+    return x.new_empty(x.shape[0], out_features)
+
+
+@torch.library.custom_op("qdora::nf4_linear_backward", mutates_args=())
+def _nf4_linear_backward(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    base = (packed, absmax, nested_absmax, nested_offset, blocksize)
+    return dy @ dense_weight(base, (dy.shape[1], in_features), dy.dtype)
+
+
+@_nf4_linear_backward.register_fake
+def _(dy, packed, absmax, nested_absmax, nested_offset, blocksize, in_features):
+    return dy.new_empty(dy.shape[0], in_features)
+
+
+def _setup_context(ctx, inputs, output):
+    x, *base, blocksize, _, bias = inputs
+    ctx.save_for_backward(*base)
+    ctx.blocksize, ctx.in_features = blocksize, x.shape[1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx, dy):
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.qdora.nf4_linear_backward(dy.contiguous(), *ctx.saved_tensors, ctx.blocksize, ctx.in_features)
+    if ctx.needs_input_grad[7]:
+        dbias = dy.sum(0).to(ctx.bias_dtype)
+    return dx, None, None, None, None, None, None, dbias
+
+
+_nf4_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def nf4_linear(x: Tensor, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None) -> Tensor:
+    """x @ dequantize_nf4(packed, quant_state).T + bias.
+
+    Args:
+        x: [..., in], fp32, fp16 or bf16: the compute dtype.
+        packed: uint8 NF4 codes of a weight [out, in], with its quant_state.
+        bias: [out] or None.
+
+    Returns:
+        [..., out] in x's dtype. Differentiable in x and bias.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    base = base_args(packed, quant_state, x)
+    out_features = quant_state.shape[0]
+    y = torch.ops.qdora.nf4_linear(x.reshape(-1, x.shape[-1]), *base, out_features, bias)
+    return y.view(*x.shape[:-1], out_features)
