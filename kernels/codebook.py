@@ -53,6 +53,16 @@ def nf4_bounds(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 @cache
+def nf4_pairs(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The two levels of every packed byte, fp32 [256, 2] seen as int64 [256], the even element (high nibble) first.
+
+    One 8-byte item a byte: a lookup of items is three times as fast on a CPU as one of rows of two floats.
+    """
+    levels = nf4_levels("cpu")
+    return torch.cartesian_prod(levels, levels).view(torch.int64).view(256).to(device)
+
+
+@cache
 def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
     """bitsandbytes' signed dynamic map, fp32 [256], ascending; has an exact 0 and a 1 but no -1."""
     values = [0.0, 1.0]
@@ -64,6 +74,11 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 @cache
-def dynamic_bounds(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Decision bounds of `dynamic_map`, fp32 [255]."""
-    return _midpoints(dynamic_map("cpu")).to(device)
+def dynamic_codes(device: torch.device | str = "cpu") -> torch.Tensor:
+    """Code of the nearest `dynamic_map` value at each of 65536 points evenly spread over [-1, 1], uint8 [65536].
+
+    bitsandbytes' CPU library quantizes through such a table, so a value gets the code of the nearest *point*: 0 has
+    no point of its own and becomes the code of 1/65535 (131, not 127).
+    """
+    points = -1.0 + 2.0 * torch.arange(65536, dtype=torch.float32) / 65535
+    return torch.bucketize(points, _midpoints(dynamic_map("cpu"))).to(torch.uint8).to(device)

@@ -6,29 +6,24 @@ Each twin takes and returns what the op of the same name does (see that op's fil
 import torch
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_bounds, dynamic_map, nf4_bounds, nf4_levels
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_codes, dynamic_map, nf4_bounds, nf4_pairs
 from kernels.dropout import dropout
 
 # ---------------------------------------------------------------------------------------- NF4
 
 
-def _scale_blocks(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """Divide flat fp32 `x` [n] by its blockwise absmax: (x / absmax in [-1, 1] [n], absmax [ceil(n / blocksize)])."""
+def quantize_nf4(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    x = w.reshape(-1).float()
     full = x.numel() // blocksize * blocksize
     blocks, tail = x[:full].view(-1, blocksize), x[full:]
     absmax = blocks.abs().amax(dim=1)
     # bitsandbytes multiplies full blocks by 1/absmax but divides the partial last one, and there alone stores
     # 1e-38 for an all-zero block. Codes on a decision bound depend on it, so we do the same.
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).clamp(-1, 1).view(-1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).view(-1)
     if tail.numel():
         tail_absmax = tail.abs().amax().clamp(min=1e-38)
         absmax = torch.cat([absmax, tail_absmax.view(1)])
-        scaled = torch.cat([scaled, (tail / tail_absmax).clamp(-1, 1)])
-    return scaled, absmax
-
-
-def quantize_nf4(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    scaled, absmax = _scale_blocks(w.reshape(-1).float(), blocksize)
+        scaled = torch.cat([scaled, tail / tail_absmax])
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
     codes = torch.bucketize(scaled, nf4_bounds(w.device), out_int32=True).to(torch.uint8)
@@ -47,7 +42,8 @@ def dequantize_nf4(
     if nested_absmax is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
     n = torch.Size(shape).numel()
-    w = _nf4_pairs(packed.device)[packed.reshape(-1).int()].view(-1)[:n]  # fp32 [n]
+    pairs = nf4_pairs(packed.device).index_select(0, packed.reshape(-1).int())
+    w = pairs.view(torch.float32)[:n]
     full = n // blocksize * blocksize
     blocks = w[:full].view(-1, blocksize)
     blocks *= absmax[: full // blocksize].unsqueeze(1)
@@ -56,25 +52,23 @@ def dequantize_nf4(
     return w.view(shape).to(dtype)
 
 
-def _nf4_pairs(device: torch.device) -> Tensor:
-    """[256, 2]: the two levels of a packed byte, the even element (high nibble) first."""
-    levels = nf4_levels(device)
-    return torch.cartesian_prod(levels, levels)
-
-
 # ------------------------------------------------------------------------- double quantization
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = absmax.mean()
-    scaled, nested_absmax = _scale_blocks(absmax - offset, NESTED_BLOCKSIZE)
-    codes = torch.bucketize(scaled, dynamic_bounds(absmax.device), out_int32=True).to(torch.uint8)
+    n = absmax.numel()
+    x = torch.nn.functional.pad(absmax - offset, (0, -n % NESTED_BLOCKSIZE)).view(-1, NESTED_BLOCKSIZE)
+    nested_absmax = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=1)
+    scaled = (x * (1.0 / nested_absmax).unsqueeze(1)).clamp(-1, 1)
+    point = ((scaled + 1) * 32767.5 + 0.5).nan_to_num(nan=0.0).int()  # 0 · inf of a block of zeros is NaN: point 0
+    codes = dynamic_codes(absmax.device).index_select(0, point.view(-1)[:n])
     return codes, nested_absmax, offset
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: codes.numel()]
-    return dynamic_map(codes.device)[codes.int()] * scale + offset
+    return dynamic_map(codes.device).index_select(0, codes.int()) * scale + offset
 
 
 # --------------------------------------------------------------------------- linears: y = xWᵀ …
@@ -149,12 +143,13 @@ def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / ‖W + sBA‖, fp32 [out]; a row of zeros has norm 0 and stays a row of zeros whatever its gain."""
-    return magnitude.float() / _nonzero(norm)
+    """m / ‖W + sBA‖, fp32 [out]; 0 for a row of zeros, which has no direction to scale."""
+    return magnitude.float() * _inverse(norm)
 
 
-def _nonzero(norm: Tensor) -> Tensor:
-    return norm.clamp(min=torch.finfo(torch.float32).tiny)
+def _inverse(x: Tensor) -> Tensor:
+    """1 / x, and 0 where x is 0."""
+    return torch.where(x == 0, 0.0, 1 / x)
 
 
 def dora_linear(
@@ -218,5 +213,5 @@ def dora_linear_backward(
 
 def _magnitude_grad(dy: Tensor, y: Tensor | None, z: Tensor, norm: Tensor, magnitude: Tensor) -> Tensor:
     """dm = Σ_t dy ⊙ z / ‖W + sBA‖ [out], where z / ‖W + sBA‖ = y / m if z was not kept."""
-    kept, divisor = (z, _nonzero(norm)) if y is None else (y, magnitude.float())
-    return ((dy * kept).sum(dim=0, dtype=torch.float32) / divisor).to(magnitude.dtype)
+    kept, divisor = (z, norm) if y is None else (y, magnitude.float())
+    return ((dy * kept).sum(dim=0, dtype=torch.float32) * _inverse(divisor)).to(magnitude.dtype)
