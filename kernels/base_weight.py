@@ -7,7 +7,7 @@ the packed codes, the tensors of its QuantState (None for a dense one) and its b
 import torch
 from torch import Tensor
 
-from kernels.nf4 import QuantState, check_packed, dequantize_impl
+from kernels.nf4 import FLOATS, QuantState, check_packed, dequantize_impl
 
 BaseArgs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]
 
@@ -19,7 +19,9 @@ def base_args(weight: Tensor, quant_state: QuantState | None, x: Tensor) -> Base
         ValueError: shapes or dtypes that do not fit.
     """
     shape = weight.shape if quant_state is None else quant_state.shape
-    if len(shape) != 2 or shape[1] != x.shape[-1]:
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x is {x.dtype}; it must be float32, float16 or bfloat16")
+    if len(shape) != 2 or x.dim() == 0 or shape[1] != x.shape[-1]:
         raise ValueError(f"x {tuple(x.shape)} does not fit a weight of shape {tuple(shape)}")
     if quant_state is None:
         if weight.dtype != x.dtype:
@@ -37,11 +39,25 @@ def dense_weight(base: BaseArgs, shape: tuple[int, int], dtype: torch.dtype) -> 
     return dequantize_impl(weight, absmax, nested_absmax, nested_offset, blocksize, list(shape), dtype)
 
 
-def check_adapter(x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int) -> None:
-    """Raise ValueError if A [r, in] and B [out, r] do not fit x [..., in] and the base weight."""
+def check_adapter(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int, bias: Tensor | None = None, dropout: float = 0.0
+) -> None:
+    """Check an adapter against x [..., in] and the base weight [out, in].
+
+    Raises:
+        ValueError: shapes that do not fit, a rank of 0 or a dropout outside [0, 1).
+    """
     rank = lora_A.shape[0]
-    if lora_A.shape != (rank, x.shape[-1]) or lora_B.shape != (out_features, rank):
+    if rank == 0 or lora_A.shape != (rank, x.shape[-1]) or lora_B.shape != (out_features, rank):
         raise ValueError(
             f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit a weight "
-            f"of shape {(out_features, x.shape[-1])}: they must be [rank, in] and [out, rank]"
+            f"of shape {(out_features, x.shape[-1])}: they must be [rank, in] and [out, rank] with rank ≥ 1"
         )
+    check_bias(bias, out_features)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout} is not in [0, 1)")
+
+
+def check_bias(bias: Tensor | None, out_features: int) -> None:
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias {tuple(bias.shape)} must be [{out_features}]")

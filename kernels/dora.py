@@ -178,7 +178,12 @@ def dora_norm(
         ValueError: shapes that do not fit.
     """
     dtype = weight.dtype if quant_state is None else quant_state.dtype
-    base = base_args(weight, quant_state, lora_A.new_empty(0, lora_A.shape[1], dtype=dtype))
+    x = lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype)
+    base = base_args(weight, quant_state, x)
+    out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
+    check_adapter(x, lora_A, lora_B, out_features)
+    if norm_sq.shape != (out_features,):
+        raise ValueError(f"norm_sq {tuple(norm_sq.shape)} must be [{out_features}]")
     return torch.ops.qdora.dora_norm(*base, norm_sq, lora_A.detach(), lora_B.detach(), scaling, dtype)
 
 
@@ -216,7 +221,7 @@ def dora_linear(
     """
     base = base_args(weight, quant_state, x)
     out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
-    check_adapter(x, lora_A, lora_B, out_features)
+    check_adapter(x, lora_A, lora_B, out_features, bias, dropout)
     if magnitude.shape != (out_features,) or norm_sq.shape != (out_features,):
         raise ValueError(
             f"magnitude {tuple(magnitude.shape)} and norm_sq {tuple(norm_sq.shape)} must be [{out_features}]"

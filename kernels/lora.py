@@ -136,7 +136,7 @@ def lora_linear(
     """
     base = base_args(weight, quant_state, x)
     out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
-    check_adapter(x, lora_A, lora_B, out_features)
+    check_adapter(x, lora_A, lora_B, out_features, bias, dropout)
     if dropout and seed is None:
         seed = new_seed(x.device)
     y, _ = torch.ops.qdora.lora_linear(x.reshape(-1, x.shape[-1]), *base, lora_A, lora_B, bias, scaling, dropout, seed)

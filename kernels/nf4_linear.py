@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.base_weight import base_args, dense_weight
+from kernels.base_weight import base_args, check_bias, dense_weight
 from kernels.nf4 import QuantState
 
 
@@ -85,5 +85,6 @@ def nf4_linear(x: Tensor, packed: Tensor, quant_state: QuantState, bias: Tensor 
     """
     base = base_args(packed, quant_state, x)
     out_features = quant_state.shape[0]
+    check_bias(bias, out_features)
     y = torch.ops.qdora.nf4_linear(x.reshape(-1, x.shape[-1]), *base, out_features, bias)
     return y.view(*x.shape[:-1], out_features)

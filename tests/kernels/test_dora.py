@@ -1,0 +1,320 @@
+"""dora_linear and dora_norm: forward and every gradient against float64 and PEFT, degenerate rows, contracts."""
+
+import pytest
+import torch
+from torch import nn
+
+from kernels import dora_linear, dora_norm, weight_norm_sq
+from tests.kernels.linear_cases import (
+    BASES,
+    DTYPES,
+    assert_as_accurate,
+    compare_with_peft,
+    make_base,
+    op_args,
+    peft_layer,
+    plain_linear,
+    quantized_base,
+    randn,
+    to_dtype,
+    with_gradients,
+)
+
+SEED = torch.tensor(42)
+
+# (x's leading shape, in, out, rank, bias, dropout): odd sizes, ranks that are and are not powers of two
+SHAPES = [
+    ((7,), 64, 48, 16, False, 0.0),
+    ((2, 5), 33, 17, 3, True, 0.0),
+    ((1,), 130, 95, 1, True, 0.3),
+    ((3, 1, 4), 96, 128, 33, False, 0.1),
+]
+
+
+def shape_id(shape) -> str:
+    lead, in_features, out_features, rank, bias, p = shape
+    parts = ["x".join(map(str, lead)), f"K{in_features}", f"N{out_features}", f"r{rank}"]
+    return "-".join(parts + ["bias"] * bias + [f"drop{p}"] * bool(p))
+
+
+def make_tensors(shape, dtype: torch.dtype):
+    """(x, adapters and bias, dy): adapters train in fp32 whatever the compute dtype."""
+    lead, in_features, out_features, rank, bias, _ = shape
+    tensors = {
+        "x": randn(*lead, in_features, seed=2, dtype=dtype),
+        "lora_A": randn(rank, in_features, seed=3) / in_features**0.5,
+        "lora_B": randn(out_features, rank, seed=4) / rank**0.5,
+        "magnitude": randn(out_features, seed=8).abs() + 0.5,
+        "bias": randn(out_features, seed=5) if bias else None,
+    }
+    return tensors, randn(*lead, out_features, seed=6, dtype=dtype)
+
+
+def make_op(weight, state, p: float = 0.0, scaling: float = 1.5):
+    norm_sq = weight_norm_sq(weight, state)
+
+    def op(x, lora_A, lora_B, magnitude, bias=None):
+        return dora_linear(x, weight, norm_sq, lora_A, lora_B, magnitude, scaling, bias, state, p, SEED)
+
+    return op
+
+
+def make_plain(w, p: float = 0.0, scaling: float = 1.5):
+    def plain(x, lora_A, lora_B, magnitude, bias=None):
+        y = plain_linear(x.flatten(0, -2), w.to(x.dtype), lora_A, lora_B, scaling, bias, magnitude, p, SEED)
+        return y.view(*x.shape[:-1], -1)
+
+    return plain
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_forward_and_gradients_against_float64(dtype, kind, shape):
+    _, in_features, out_features, _, _, p = shape
+    weight, state, w = make_base(kind, out_features, in_features, dtype)
+    tensors, dy = make_tensors(shape, dtype)
+    got = with_gradients(make_op(weight, state, p), tensors, dy)
+    assert {name: t.dtype for name, t in got.items()} == {"y": dtype, "dx": dtype} | {
+        f"d{name}": torch.float32 for name, t in tensors.items() if name != "x" and t is not None
+    }
+    plain = make_plain(w, p)
+    exact = with_gradients(plain, to_dtype(tensors, torch.float64), dy)
+    assert_as_accurate(got, with_gradients(plain, to_dtype(tensors, dtype), dy), exact, dtype)
+
+
+# ------------------------------------------------------------------------- rows that degenerate
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_a_magnitude_of_zero(dtype, shape):
+    """y = g ⊙ z holds nothing of z in a column with m = 0, and yet dm = Σ dy ⊙ z / ‖·‖ is not zero there."""
+    _, in_features, out_features, _, _, p = shape
+    weight, state, w = make_base("nf4", out_features, in_features, dtype)
+    tensors, dy = make_tensors(shape, dtype)
+    tensors["magnitude"][::3] = 0
+    got = with_gradients(make_op(weight, state, p), tensors, dy)
+    plain = make_plain(w, p)
+    exact = with_gradients(plain, to_dtype(tensors, torch.float64), dy)
+    assert exact["dmagnitude"][::3].abs().min() > 0
+    assert_as_accurate(got, with_gradients(plain, to_dtype(tensors, dtype), dy), exact, dtype)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_a_row_of_zeros_is_finite(dtype, kind, p):
+    """A weight row of zeros whose B row is zero has norm 0: y is 0 there, whatever the magnitude, never NaN."""
+    w = randn(48, 64, seed=1, dtype=dtype)
+    w[5] = w[40] = 0
+    weight, state, _ = quantized_base(kind, w)
+    tensors, dy = make_tensors(((7,), 64, 48, 16, False, p), dtype)
+    tensors["lora_B"][5] = tensors["lora_B"][40] = 0
+    tensors["magnitude"][5] = 0
+    tensors["magnitude"][40] = 100
+    got = with_gradients(make_op(weight, state, p), {n: t for n, t in tensors.items() if t is not None}, dy)
+    for name, value in got.items():
+        assert value.isfinite().all(), name
+    if kind != "nf4-double":  # which stores an absmax of zero as a small number
+        assert not got["y"][:, [5, 40]].any() and not got["dmagnitude"][[5, 40]].any()
+
+
+@pytest.mark.parametrize("residue", [0.0, 1e-4, 1e-2], ids=lambda v: f"residue{v}")
+@pytest.mark.parametrize("kind", BASES)
+def test_norm_of_rows_that_cancel(kind, residue):
+    """s·BA ≈ -W in some rows: ‖W‖² + 2s… + s²… cancels, and must not lose the digits of what is left."""
+    rank, s = 8, 2.0
+    lora_A, lora_B = randn(rank, 96, seed=3), randn(40, rank, seed=4)
+    weight, state, w = quantized_base(kind, -s * (lora_B @ lora_A) * (1 + residue))
+    if kind == "dense":
+        rows = slice(0, 40, 4)
+        w[1::4] = w[2::4] = w[3::4] = randn(10, 96, seed=9)
+    else:  # quantization leaves about a tenth of W: project what it left into the adapter to cancel further
+        rows = slice(0, 40)
+        lora_B = -torch.linalg.lstsq(lora_A.t().double(), w.t().double()).solution.t().float() / s
+    exact = (w.double() + s * (lora_B.double() @ lora_A.double())).norm(dim=1)
+    got = dora_norm(weight, weight_norm_sq(weight, state), lora_A, lora_B, s, state).double()
+    # what is representable: the rounding of the fp32 product BA, relative to the row of W
+    floor = 1e-6 * w.double().norm(dim=1)
+    assert ((got - exact).abs() <= 1e-4 * exact + floor)[rows].all()
+    assert torch.allclose(got, exact, rtol=1e-4, atol=floor.max().item())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 16, 33, 64])
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_norm_against_float64(dtype, kind, rank):
+    weight, state, w = make_base(kind, 40, 96, dtype)
+    lora_A, lora_B = randn(rank, 96, seed=3), randn(40, rank, seed=4)
+    norm_sq = weight_norm_sq(weight, state)
+    got = dora_norm(weight, norm_sq, lora_A, lora_B, 0.5, state)
+    assert got.dtype == norm_sq.dtype == torch.float32
+    exact = {"norm_sq": w.double().square().sum(1), "norm": (w.double() + 0.5 * (lora_B @ lora_A).double()).norm(dim=1)}
+    wd, ad, bd = w.to(dtype), lora_A.to(dtype), lora_B.to(dtype)
+    at_dtype = {"norm_sq": wd.float().square().sum(1), "norm": (wd + 0.5 * (bd @ ad)).float().norm(dim=1)}
+    assert_as_accurate({"norm_sq": norm_sq, "norm": got}, at_dtype, exact, dtype)
+
+
+# ------------------------------------------------------------------------------------- autograd
+
+
+def test_non_contiguous_inputs():
+    weight, state, _ = make_base("nf4", 48, 64, torch.float32)
+    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    del tensors["bias"]
+    op = make_op(weight, state)
+    leaves = {n: t.t().contiguous().t() if t.dim() == 2 else t.repeat_interleave(2)[::2] for n, t in tensors.items()}
+    assert not any(t.is_contiguous() for t in leaves.values())
+    for t in leaves.values():
+        t.requires_grad_()
+    y = op(**leaves)
+    y.backward(dy.t().contiguous().t())
+    expected = with_gradients(op, tensors, dy)
+    torch.testing.assert_close(y, expected["y"])
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(leaf.grad, expected[f"d{name}"])
+
+
+def test_gradients_only_where_they_are_asked_for():
+    weight, state, _ = make_base("nf4", 48, 64, torch.float32)
+    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    del tensors["bias"]
+    op = make_op(weight, state)
+    for wanted in tensors:
+        leaves = {name: t.detach().clone().requires_grad_(name == wanted) for name, t in tensors.items()}
+        op(**leaves).backward(dy)
+        assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
+
+
+def test_a_base_weight_that_wants_a_gradient_is_refused():
+    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    w = randn(48, 64, seed=1).requires_grad_()
+    with pytest.raises(RuntimeError, match="frozen"):
+        make_op(w, None)(**tensors).backward(dy)
+
+
+# ----------------------------------------------------------------------------------------- PEFT
+
+
+def dora_weights(layer) -> dict[str, nn.Parameter]:
+    return {
+        "lora_A": layer.lora_A["default"].weight,
+        "lora_B": layer.lora_B["default"].weight,
+        "magnitude": layer.lora_magnitude_vector["default"].weight,
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_peft_dora_on_a_plain_linear(bias):
+    model, layer = peft_layer(nn.Linear(33, 20, bias=bias), 8, 12, use_dora=True)
+    base = layer.get_base_layer()
+    op = make_op(base.weight.detach(), None, scaling=1.5)
+    with torch.no_grad():  # away from its start, where g = 1
+        layer.lora_magnitude_vector["default"].weight.mul_(torch.linspace(0.5, 2, 20))
+
+    def ours(x, lora_A, lora_B, magnitude):
+        return op(x, lora_A, lora_B, magnitude, base.bias.detach() if bias else None)
+
+    compare_with_peft(ours, model, randn(2, 5, 33, seed=2), randn(2, 5, 20, seed=6), dora_weights(layer))
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["nf4", "nf4-double"])
+def test_peft_dora_on_the_dequantized_weight(double):
+    """PEFT's own QDoRA over bitsandbytes 0.50 on a CPU reads the packed weight wrongly in eval mode, so the reference
+    is PEFT's DoRA on a plain linear that holds the dequantized weight."""
+    packed, state, w = make_base("nf4-double" if double else "nf4", 48, 64, torch.float32)
+    base = nn.Linear(64, 48, bias=False)
+    base.weight = nn.Parameter(w, requires_grad=False)
+    model, layer = peft_layer(base, 8, 12, use_dora=True)
+    compare_with_peft(
+        make_op(packed, state), model, randn(2, 5, 64, seed=2), randn(2, 5, 48, seed=6), dora_weights(layer)
+    )
+
+
+# ------------------------------------------------------------------------------------ contracts
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "bias-dropout"])
+def test_opcheck(kind, extras):
+    weight, state, _ = make_base(kind, 48, 64, torch.float32)
+    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    x, lora_A, lora_B, magnitude = (tensors[n].requires_grad_() for n in ("x", "lora_A", "lora_B", "magnitude"))
+    bias = randn(48, seed=5) if extras else None
+    p, seed = (0.3, SEED) if extras else (0.0, None)
+    base, norm_sq = op_args(weight, state), weight_norm_sq(weight, state)
+    forward = (x, *base, norm_sq, lora_A, lora_B, magnitude, bias, 1.5, p, seed)
+    torch.library.opcheck(torch.ops.qdora.dora_linear.default, forward)
+    norm_args = (*base, norm_sq, lora_A.detach(), lora_B.detach(), 1.5, torch.float32)
+    torch.library.opcheck(torch.ops.qdora.dora_norm.default, norm_args)
+
+    with torch.no_grad():
+        y, xa, norm, z = torch.ops.qdora.dora_linear(*forward)
+    kept = (None, z) if extras else (y, z)
+    adapter = (t.detach() for t in (lora_A, lora_B, magnitude))
+    backward = (dy, x.detach(), xa, *kept, norm, *base, *adapter, 1.5, p, seed)
+    for needs_dx in (True, False):
+        torch.library.opcheck(torch.ops.qdora.dora_linear_backward.default, (*backward, needs_dx))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+@pytest.mark.parametrize("kind", ["dense", "nf4-double"])
+def test_compiles_to_one_graph_forward_and_backward(kind, p):
+    weight, state, _ = make_base(kind, 48, 64, torch.float32)
+    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    del tensors["bias"]
+    op = make_op(weight, state, p)
+    got = with_gradients(torch.compile(op, fullgraph=True, backend="aot_eager"), tensors, dy)
+    want = with_gradients(op, tensors, dy)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
+def test_meta_device():
+    tensors, _ = make_tensors(((2, 5), 33, 17, 3, True, 0.1), torch.float32)
+    leaves = {name: t.to("meta").requires_grad_() for name, t in tensors.items()}
+    w = torch.empty(17, 33, device="meta")
+    y = dora_linear(leaves.pop("x"), w, weight_norm_sq(w), scaling=1.0, dropout=0.1, **leaves)
+    assert y.device.type == "meta" and y.shape == (2, 5, 17)
+    y.sum().backward()
+    assert all(leaf.grad.shape == leaf.shape for leaf in leaves.values())
+
+
+def test_no_tokens():
+    weight, state, _ = make_base("nf4-double", 48, 64, torch.float32)
+    tensors, _ = make_tensors(SHAPES[0], torch.float32)
+    magnitude = tensors["magnitude"].requires_grad_()
+    y = make_op(weight, state)(tensors["x"][:0], tensors["lora_A"], tensors["lora_B"], magnitude)
+    y.sum().backward()
+    assert y.shape == (0, 48) and torch.equal(magnitude.grad, torch.zeros_like(magnitude))
+
+
+GOOD = {"x": (5, 64), "lora_A": (4, 64), "lora_B": (48, 4), "magnitude": (48,), "norm_sq": (48,)}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": (5, 63)}, r"x \(5, 63\) does not fit a weight of shape \(48, 64\)"),
+        ({"lora_A": (4, 63)}, r"lora_A \(4, 63\).*must be \[rank, in\]"),
+        ({"lora_B": (48, 5)}, r"lora_B \(48, 5\).*\[out, rank\]"),
+        ({"magnitude": (64,)}, r"magnitude \(64,\).*must be \[48\]"),
+        ({"norm_sq": (1,)}, r"norm_sq \(1,\) must be \[48\]"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
+)
+def test_shapes_that_do_not_fit(changed, message):
+    t = {name: torch.zeros(shape) for name, shape in (GOOD | changed).items()}
+    with pytest.raises(ValueError, match=message):
+        dora_linear(
+            t["x"], torch.zeros(48, 64), t["norm_sq"], t["lora_A"], t["lora_B"], t["magnitude"], 1.0, dropout=0.0
+        )
+
+
+def test_norm_checks_its_shapes():
+    w = torch.zeros(48, 64)
+    with pytest.raises(ValueError, match=r"lora_A \(4, 64\) and lora_B \(64, 4\) do not fit"):
+        dora_norm(w, weight_norm_sq(w), torch.zeros(4, 64), torch.zeros(64, 4), 1.0)
+    with pytest.raises(ValueError, match=r"norm_sq \(64,\) must be \[48\]"):
+        dora_norm(w, torch.zeros(64), torch.zeros(4, 64), torch.zeros(48, 4), 1.0)
