@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from experiments.errors import UserError
+from kernels.codebook import BLOCKSIZES
 
 
 @dataclass
@@ -102,3 +105,33 @@ for group, schema in {
     "tracking": TrackingConfig,
 }.items():
     store.store(group=group, name="schema", node=schema)
+
+
+def resolve(cfg: DictConfig) -> Config:
+    """The configuration with every interpolation and default filled in.
+
+    Raises:
+        UserError: a value that no run can have.
+    """
+    config: Config = OmegaConf.to_object(cfg)
+    if config.rank < 1:
+        raise UserError(f"rank={config.rank}: choose 1 or more")
+    if config.lora_alpha is None:
+        config.lora_alpha = 2.0 * config.rank
+    if config.quant.name not in ("nf4", "none"):
+        raise UserError(f"quant.name={config.quant.name}: choose nf4 or none")
+    if config.quant.blocksize not in BLOCKSIZES:
+        raise UserError(f"quant.blocksize={config.quant.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
+    if config.method.adapter == "none" and config.quant.name != "none":
+        raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")
+    if not 0 <= config.dropout < 1:
+        raise UserError(f"dropout={config.dropout}: choose a number from 0 to below 1")
+    if config.lr <= 0:
+        raise UserError(f"lr={config.lr}: choose a number above 0")
+    trainer = config.trainer
+    for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "log_every"):
+        if getattr(trainer, name) < 1:
+            raise UserError(f"trainer.{name}={getattr(trainer, name)}: choose 1 or more")
+    if trainer.schedule not in ("cosine", "linear", "constant"):
+        raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
+    return config

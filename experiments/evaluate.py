@@ -1,0 +1,102 @@
+"""Held-out loss, perplexity and token accuracy; answers to held-out prompts."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments.data import collate, eval_batches
+from experiments.data_chat import IGNORED, Example
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the labelled tokens of a set: loss in nats a token, accuracy of the likeliest token."""
+
+    loss: float
+    token_accuracy: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+def label_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits [n, vocabulary] for the n labelled tokens of a batch, and those tokens [n].
+
+    The output embeddings run at those positions only: most of a prompt's tokens carry no label, and the product with
+    the vocabulary is the largest of a small model.
+    """
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
+    labelled = targets != IGNORED
+    with _head_sees_only(model, labelled):
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    return output.logits, targets[labelled]
+
+
+@contextlib.contextmanager
+def _head_sees_only(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
+    """Inside, the output embeddings get hidden states [n, hidden] of `positions` [B, T] instead of [B, T, hidden]."""
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+@torch.inference_mode()
+def evaluate(
+    model: PreTrainedModel,
+    examples: list[Example],
+    batch_size: int,
+    pad_id: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> Evaluation:
+    """Measure `model` on `examples`. Leaves the model in the mode (training or not) it was in."""
+    training = model.training
+    model.eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    correct = tokens = 0
+    for group in progress(eval_batches(examples, batch_size)):
+        logits, targets = label_logits(model, to_device(collate(group, pad_id), model.device))
+        loss += F.cross_entropy(logits.float(), targets, reduction="sum").double().cpu()
+        correct += int((logits.argmax(dim=-1) == targets).sum())
+        tokens += targets.numel()
+    model.train(training)
+    return Evaluation(loss.item() / tokens, correct / tokens, tokens)
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    """The model's likeliest (greedy) continuation of each prompt, all in one batch, as text."""
+    training = model.training
+    model.eval()
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    attention_mask = torch.tensor(
+        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
+    )
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model.train(training)
+    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

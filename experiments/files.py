@@ -1,0 +1,36 @@
+"""Where files go, and how they get there whole."""
+
+import os
+from pathlib import Path
+
+from experiments.errors import UserError
+
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `$QDORA_CACHE`, or `.cache/` in the project. Created if missing."""
+    return writable_dir(Path(os.environ.get("QDORA_CACHE") or PROJECT_ROOT / ".cache"), "set QDORA_CACHE to a folder")
+
+
+def writable_dir(path: Path, instead: str) -> Path:
+    """`path`, created if missing.
+
+    Raises:
+        UserError: it cannot be created or written to; the message ends with `instead`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): {instead} that can be written") from error
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` under a temporary name, then rename: whoever reads `path` never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

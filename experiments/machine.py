@@ -1,0 +1,78 @@
+"""What the machine can do: device, compute dtype, peak memory, versions."""
+
+import importlib.metadata
+import platform
+import resource
+import subprocess
+import sys
+
+import torch
+
+from experiments.config import TrainerConfig
+from experiments.errors import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(trainer: TrainerConfig) -> torch.device:
+    if trainer.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if trainer.device not in ("cpu", "cuda"):
+        raise UserError(f"trainer.device={trainer.device}: choose auto, cpu or cuda")
+    if trainer.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda, but torch sees no CUDA device: use trainer.device=auto")
+    return torch.device(trainer.device)
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """True if bf16 matmuls run on the device's own instructions; emulated ones are ten times slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def pick_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
+    """The dtype matmuls run in: as asked, or bf16 where the device has it, else fp32."""
+    if trainer.dtype == "auto":
+        return torch.bfloat16 if has_native_bf16(device) else torch.float32
+    if trainer.dtype not in DTYPES:
+        raise UserError(f"trainer.dtype={trainer.dtype}: choose auto, {', '.join(DTYPES)}")
+    return DTYPES[trainer.dtype]
+
+
+def describe(device: torch.device, dtype: torch.dtype) -> str:
+    """One line for the terminal: where the run computes, and in what."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = (
+            f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
+        )
+    why = "" if has_native_bf16(device) else ", which has no bf16 matmul"
+    return f"{str(dtype).removeprefix('torch.')} on {device.type} ({name}{why})"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Highest memory so far: allocated on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def versions() -> dict[str, str]:
+    packages = ("torch", "triton", "transformers", "tokenizers", "safetensors", "hydra-core")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def commit() -> str | None:
+    """The git commit of the code, with "+changes" if files differ from it; None outside a repository."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

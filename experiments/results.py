@@ -1,0 +1,127 @@
+"""What a run leaves in its directory: config.yaml, metrics.jsonl, result.json, loss.png, samples.md."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib
+from omegaconf import OmegaConf
+from torch import nn
+
+from experiments.config import Config
+from experiments.evaluate import Evaluation
+from experiments.files import write_atomically
+from modules import NF4Linear, decoder_linears
+
+matplotlib.use("Agg")  # no display needed
+import matplotlib.pyplot as plt
+
+BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, distinct to colour-blind readers
+
+
+class RunDirectory:
+    """The files of one run. Each is whole at any moment; metrics.jsonl grows by a line at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.records: list[dict] = []
+
+    def write_config(self, cfg: Config) -> None:
+        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+        self.metrics.unlink(missing_ok=True)
+
+    def log(self, record: dict) -> None:
+        self.records.append(record)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_result(self, result: dict) -> None:
+        write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
+        """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""
+        parts = [f"# {title}\n"]
+        for number, sample in enumerate(samples, start=1):
+            parts.append(f"## {number}\n\n```\n{sample['prompt'].strip()}\n```\n")
+            for name in ("reference", "before", "after"):
+                parts.append(f"**{name}**: {' '.join(sample[name].split()) or '(nothing)'}\n")
+        write_atomically(self.path / "samples.md", "\n".join(parts))
+
+    def plot_loss(self, title: str) -> None:
+        """Draw loss.png from the records so far: training loss a step, held-out loss where it was measured."""
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for key, style in (
+            ("loss", {"color": BLUE, "lw": 1.2, "label": "training batch"}),
+            ("heldout_loss", {"color": ORANGE, "marker": "o", "lw": 1.8, "label": "held out"}),
+        ):
+            points = [(record["step"], record[key]) for record in self.records if key in record]
+            axes.plot(*zip(*points), **style)
+        axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats a token)")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        partial = self.path / ".loss.png.partial"
+        figure.savefig(partial, dpi=130, format="png")
+        plt.close(figure)
+        partial.replace(self.path / "loss.png")
+
+
+def config_hash(cfg: Config) -> str:
+    """Twelve hex digits that runs of the same configuration share, wherever they write and whatever tracks them."""
+    identity = {key: value for key, value in asdict(cfg).items() if key not in ("output_dir", "tracking")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def storage(model: nn.Module) -> dict[str, float | int]:
+    """What the model occupies: parameters, bytes of base and adapter, bits a weight of the decoder's linears."""
+    parameters = dict(model.named_parameters())  # a tied weight counts once
+    base = [p for name, p in parameters.items() if not _is_adapter(name)]
+    adapter = [p for name, p in parameters.items() if _is_adapter(name)]
+    linears = decoder_linears(model).values()
+    packed = [linear for linear in linears if isinstance(linear, NF4Linear)]
+    constants_and_codes = sum(_bytes(linear.buffers()) for linear in packed)
+    dense = _bytes(linear.weight for linear in linears if linear not in packed)
+    return {
+        "trainable_params": sum(p.numel() for p in parameters.values() if p.requires_grad),
+        "total_params": sum(p.numel() for p in parameters.values()) + _weights(packed),
+        "bits_per_weight": 8 * (constants_and_codes + dense) / _weights(linears),
+        "base_bytes": _bytes(base) + constants_and_codes,
+        "adapter_bytes": _bytes(adapter),
+    }
+
+
+def _weights(linears) -> int:
+    return sum(linear.in_features * linear.out_features for linear in linears)
+
+
+def _is_adapter(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lora_A", "lora_B", "magnitude")
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, float]:
+    return {
+        f"{name}_{when}": getattr(evaluation, name)
+        for name in ("loss", "perplexity", "token_accuracy")
+        for when, evaluation in (("before", before), ("after", after))
+    }
+
+
+def table(result: dict) -> str:
+    """The result as the terminal shows it at the end of a run."""
+    lines = [
+        f"{'held out':<18}{'before':>10}{'after':>10}",
+        f"{'loss':<18}{result['loss_before']:>10.3f}{result['loss_after']:>10.3f}",
+        f"{'perplexity':<18}{result['perplexity_before']:>10.2f}{result['perplexity_after']:>10.2f}",
+        f"{'token accuracy':<18}{result['token_accuracy_before']:>10.1%}{result['token_accuracy_after']:>10.1%}",
+        "",
+        f"trained {result['trainable_params']:,} of {result['total_params']:,} parameters; "
+        f"base {result['base_bytes'] / 1e6:.1f} MB, {result['bits_per_weight']:.3f} bits a weight in its linears",
+        f"{result['train_seconds']:.0f} s of training at {result['tokens_per_s']:,.0f} tokens/s, "
+        f"{result['total_seconds']:.0f} s in all, peak memory {result['peak_memory_bytes'] / 1e9:.2f} GB",
+    ]
+    return "\n".join(lines)
