@@ -53,6 +53,19 @@ def nf4_bounds(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 @cache
+def nf4_bins(device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """The decision bounds by bin: (codes int32 [64], bounds fp32 [64]), code(x) = codes[k] + (x > bounds[k]).
+
+    x in [-1, 1] is in bin k = round(16 · x) + 16. Neighbouring bounds are more than 1/16 apart, so a bin holds at
+    most one. Bins above 32 only fill the table up to a power of two.
+    """
+    lower_edge = (torch.arange(64) - 16.5) / 16
+    codes = torch.bucketize(lower_edge, nf4_bounds("cpu"), out_int32=True)
+    bounds = torch.cat([nf4_bounds("cpu"), torch.tensor([torch.inf])])[codes]
+    return codes.to(device), bounds.to(device)
+
+
+@cache
 def nf4_pairs(device: torch.device | str = "cpu") -> torch.Tensor:
     """The two levels of every packed byte, fp32 [256, 2] seen as int64 [256], the even element (high nibble) first.
 
