@@ -3,7 +3,7 @@
 Importing this module registers the schema with Hydra, so import it before `hydra.compose`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -96,10 +96,10 @@ class Config:
 
 store = ConfigStore.instance()
 store.store(name="schema", node=Config)
+# Not "method": its files are global packages, and each name in that group is a method that a user can choose.
 for group, schema in {
     "model": ModelConfig,
     "quant": QuantConfig,
-    "method": MethodConfig,
     "data": DataConfig,
     "trainer": TrainerConfig,
     "tracking": TrackingConfig,
@@ -113,6 +113,9 @@ def resolve(cfg: DictConfig) -> Config:
     Raises:
         UserError: a value that no run can have.
     """
+    for node, schema in ((cfg, Config), *((cfg[f.name], f.type) for f in fields(Config) if is_dataclass(f.type))):
+        if unknown := sorted(node.keys() - {f.name for f in fields(schema)}):  # +key=… adds what the schema lacks
+            raise UserError(f"no such key: {', '.join(unknown)}; there are {', '.join(f.name for f in fields(schema))}")
     config: Config = OmegaConf.to_object(cfg)
     if config.rank < 1:
         raise UserError(f"rank={config.rank}: choose 1 or more")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments.errors import UserError
 from experiments.files import cache_dir, write_atomically
 
 EXTRACTOR_VERSION = 1  # raise it when a change below changes the pairs: it is part of the cache's key

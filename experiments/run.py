@@ -7,6 +7,8 @@ Methods: full, lora, qlora, dora, qdora. Every key of conf/ can be set on the co
     python -m experiments.run -m +method=lora,dora rank=4,16
 """
 
+import contextlib
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,8 +18,10 @@ import torch
 import transformers
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import machine, results
@@ -38,9 +42,17 @@ def run(cfg: Config) -> dict:
     Raises:
         UserError: something in the configuration or the files it names is wrong; the message says what to do.
     """
-    start = time.perf_counter()
     directory = results.RunDirectory(writable_dir(Path(cfg.output_dir), "set output_dir to a folder"))
-    directory.write_config(cfg)
+    try:
+        return _run(cfg, directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            directory.path.rmdir()  # nothing was written yet: leave no empty directory behind
+        raise
+
+
+def _run(cfg: Config, directory: results.RunDirectory) -> dict:
+    start = time.perf_counter()
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     device = machine.pick_device(cfg.trainer)
@@ -51,6 +63,7 @@ def run(cfg: Config) -> dict:
     model, tokenizer = prepare_model(cfg, device, dtype)
     data = load_data(cfg.data, tokenizer)
     print(data.note)
+    directory.write_config(cfg)
     trained = Trained()
     try:
         with tracker(cfg, directory.path) as tracking:
@@ -58,7 +71,9 @@ def run(cfg: Config) -> dict:
     except BaseException:
         if trained.steps:
             _save_weights(cfg, model, tokenizer, directory.path)
-            print(f"Stopped after step {trained.steps}; its weights and metrics are in {directory.path}", flush=True)
+            print(
+                f"stopped after step {trained.steps}: its weights and metrics are in {directory.path}", file=sys.stderr
+            )
         raise
     result |= {
         "tokens_per_s": trained.tokens / trained.seconds,
@@ -141,31 +156,49 @@ def _save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToke
         save_adapter(model, directory / "adapter", cfg.model.path or cfg.model.name)
 
 
-def _finished(cfg: Config) -> str:
-    directory = Path(cfg.output_dir)
-    return "\n".join(f"  {path}" for path in sorted(directory.iterdir()) if not path.name.startswith("."))
+def _job_directory(output_dir: str) -> str:
+    """The run's directory: `output_dir` itself, or in a sweep one of its own inside, named by what the job varies."""
+    job = HydraConfig.get().job
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        return output_dir
+    return str(Path(output_dir) / f"{job.num}_{job.override_dirname.replace('+', '').replace('/', '-')}")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    hydra_config = HydraConfig.get()
     try:
         if OmegaConf.is_missing(cfg, "method"):
             methods = GlobalHydra.instance().config_loader().get_group_options("method")
             raise UserError(f"no method: add one of {', '.join(f'+method={name}' for name in methods)}")
         config = resolve(cfg)
-        if hydra_config.mode == RunMode.MULTIRUN:
-            overrides = hydra_config.job.override_dirname.replace("+", "").replace("/", "-")
-            config.output_dir = str(Path(config.output_dir) / f"{hydra_config.job.num}_{overrides}")
+        config.output_dir = _job_directory(config.output_dir)
         result = run(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    except UserError as error:  # here, not in cli: Hydra would print a second message around it
+        sys.exit(f"error: {error}")
+    files = [path for path in sorted(Path(config.output_dir).iterdir()) if not path.name.startswith(".")]
+    print(f"\n{results.table(result)}\n\nWritten:", *files, sep="\n  ")
+
+
+def _one_line(error: Exception) -> str:
+    """What a configuration error says, without Hydra's indented details and its advice to add unknown keys."""
+    lines = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0].splitlines()
+    kept = [line.strip() for line in lines if line.strip() and not line.startswith((" ", "To append"))]
+    return " ".join(dict.fromkeys(kept))
+
+
+def cli() -> None:
+    """`main` with errors of the user's in one line on stderr; exit code 1, or 130 after Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"error: {_one_line(error)}")
+    except OSError as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print(f"interrupted; what there is lies in {config.output_dir}", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
-    print(f"\n{results.table(result)}\n\nWritten to {config.output_dir}:\n{_finished(config)}")
 
 
 if __name__ == "__main__":
-    main()
+    cli()

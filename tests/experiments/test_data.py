@@ -409,13 +409,13 @@ def test_docstring_cache(stdlib, monkeypatch):
     docstring_pairs(stdlib)
     assert len(list(cache.parent.iterdir())) == 2
 
+    with pytest.raises(UserError, match="no documented functions"):
+        docstring_pairs(stdlib.parent / "cache")
+
     (stdlib.parent / "file").write_text("")
     monkeypatch.setenv("QDORA_CACHE", str(stdlib.parent / "file"))
     with pytest.raises(UserError, match=r"cannot write to .*: set QDORA_CACHE to a folder that can"):
         docstring_pairs(stdlib)
-    with pytest.raises(UserError, match="no documented functions"):
-        docstring_pairs(stdlib.parent / "cache")
-
 
 def test_docstring_data(stdlib, monkeypatch, tokenizer):
     monkeypatch.setattr(data_module, "docstring_pairs", lambda: docstring_pairs(stdlib))
