@@ -1,0 +1,136 @@
+"""NF4 quantize and dequantize beside bitsandbytes, byte for byte."""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from kernels import QuantState, dequantize_nf4, quantize_nf4, use_backend
+from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.double_quant import nested_blocks
+from kernels.quant_state import packed_sizes
+
+
+def _weights(size: int, device: torch.device, dtype: str, blocksize: int, double_quant: bool) -> Inputs:
+    w = randn(size, seed=0).to(device, DTYPES[dtype])
+    return {"w": w, "blocksize": blocksize, "double_quant": double_quant}
+
+
+def _packed(size: int, device: torch.device, dtype: str, blocksize: int, double_quant: bool) -> Inputs:
+    packed, state = quantize_nf4(randn(size, seed=0).to(device, DTYPES[dtype]), blocksize, double_quant)
+    return {"packed": packed, "state": state}
+
+
+def _named(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Result:
+    parts = {"packed": packed, "absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+
+def _quantize(inputs: Inputs) -> Callable[[], Result]:
+    def run() -> Result:
+        packed, state = quantize_nf4(**inputs)
+        return _named(packed, *state.tensors())
+
+    return run
+
+
+def _bnb_quantize(inputs: Inputs) -> Callable[[], Result]:
+    from bitsandbytes.functional import quantize_4bit
+
+    def run() -> Result:
+        packed, state = quantize_4bit(
+            inputs["w"],
+            blocksize=inputs["blocksize"],
+            compress_statistics=inputs["double_quant"],
+            quant_type="nf4",
+        )
+        return _named(packed.view(-1), state.absmax, state.state2.absmax if state.nested else None, state.offset)
+
+    return run
+
+
+def _dequantize(inputs: Inputs) -> Callable[[], Result]:
+    return lambda: {"w": dequantize_nf4(inputs["packed"], inputs["state"])}
+
+
+def _bnb_dequantize(inputs: Inputs) -> Callable[[], Result]:
+    from bitsandbytes import functional as bnb
+
+    ours: QuantState = inputs["state"]
+    device = ours.absmax.device
+    nested = {}
+    if ours.nested:
+        constants = bnb.QuantState(ours.nested_absmax, blocksize=NESTED_BLOCKSIZE, code=dynamic_map(device))
+        constants.dtype = torch.float32
+        nested = {"offset": ours.nested_offset, "state2": constants}
+    state = bnb.QuantState(
+        ours.absmax, ours.shape, nf4_levels(device), ours.blocksize, quant_type="nf4", dtype=ours.dtype, **nested
+    )
+    packed = inputs["packed"].view(-1, 1)
+    return lambda: {"w": bnb.dequantize_4bit(packed, state)}
+
+
+def _same_bytes_as(op: Callable[[Inputs], Callable[[], Result]]) -> Callable[[Inputs], Callable[[Result], None]]:
+    """The check of `op`: every output is, byte for byte, what the torch twin gives."""
+
+    def check(inputs: Inputs) -> Callable[[Result], None]:
+        with use_backend("torch"):
+            expected = op(inputs)()
+
+        def compare(got: Result) -> None:
+            assert got.keys() == expected.keys(), f"gives {', '.join(got)} instead of {', '.join(expected)}"
+            for name, want in expected.items():
+                have = got[name]
+                assert have.dtype == want.dtype and have.numel() == want.numel(), (
+                    f"{name}: {have.numel()} values of {have.dtype} instead of {want.numel()} of {want.dtype}"
+                )
+                wrong = have.reshape(-1).view(torch.uint8) != want.reshape(-1).view(torch.uint8)
+                assert not wrong.any(), f"{name}: {wrong.sum().item():,} of {wrong.numel():,} bytes differ"
+
+        return compare
+
+    return check
+
+
+def nf4_bytes(size: int, blocksize: int, double_quant: bool) -> int:
+    """Bytes of the codes and constants of `size` weights."""
+    n_bytes, blocks = packed_sizes(size, blocksize)
+    return n_bytes + (blocks + 4 * nested_blocks(blocks) + 4 if double_quant else 4 * blocks)
+
+
+def _cost(size: int, dtype: str, blocksize: int, double_quant: bool) -> tuple[int, int]:
+    """Dense values one way, codes and constants the other; one multiplication a weight."""
+    return size * DTYPES[dtype].itemsize + nf4_bytes(size, blocksize, double_quant), size
+
+
+_SIZES = {"sizes": (2**16, 2**20, 2**24), "quick_sizes": (2**12,)}
+_CONFIGS = tuple(
+    {"dtype": dtype, "blocksize": 64, "double_quant": double} for dtype, double in product(DTYPES, (False, True))
+)
+
+BENCHES = (
+    Bench(
+        kernel="nf4_quantize",
+        mode="forward",
+        unit="weight",
+        **_SIZES,
+        configs=_CONFIGS,
+        inputs=_weights,
+        providers={"ours": _quantize, "bitsandbytes": _bnb_quantize},
+        check=_same_bytes_as(_quantize),
+        cost=_cost,
+    ),
+    Bench(
+        kernel="nf4_dequantize",
+        mode="forward",
+        unit="weight",
+        **_SIZES,
+        configs=_CONFIGS,
+        inputs=_packed,
+        providers={"ours": _dequantize, "bitsandbytes": _bnb_dequantize},
+        check=_same_bytes_as(_dequantize),
+        cost=_cost,
+    ),
+)

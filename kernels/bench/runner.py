@@ -1,0 +1,124 @@
+"""Measure a benchmark: check every provider's result, then time those that are right."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from kernels.bench.machine import Machine
+from kernels.bench.spec import Bench
+from kernels.bench.timing import times
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider at one size: a line of the CSV, whose columns are these, in this order.
+
+    Attributes:
+        x: the size; what it counts is the benchmark's unit.
+        p20, p50, p80: quantiles of the metric over the repetitions.
+        bytes, flops: the least that must be moved and computed.
+        roofline_share: the least time these take on this machine / p50. Above 1: data stayed in a cache.
+        config, versions: JSON.
+    """
+
+    kernel: str
+    provider: str
+    mode: str
+    metric: str
+    x: int
+    p20: float
+    p50: float
+    p80: float
+    bytes: int
+    flops: int
+    roofline_share: float
+    config: str
+    device: str
+    versions: str
+    commit: str
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What came of one size and configuration: rows of the providers that were right, reasons for the others."""
+
+    x: int
+    config: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    refused: Mapping[str, str]
+
+
+class Runner:
+    """Measures benchmarks on one machine.
+
+    Attributes:
+        quick: the small sizes, and just enough repetitions to have a number.
+        notes: what was left out and why, each thing once.
+    """
+
+    def __init__(self, machine: Machine, quick: bool = False):
+        self.machine, self.quick = machine, quick
+        self.seconds = 0.02 if quick else 1.0
+        self.notes: list[str] = []
+
+    def cases(self, bench: Bench) -> Iterator[Case]:
+        for config in bench.configs:
+            dtype = config["dtype"]
+            if bench.products and self.machine.emulates(dtype):
+                self._note(f"{bench.kernel} in {dtype} is left out: this machine emulates {dtype} products")
+                continue
+            for x in bench.quick_sizes if self.quick else bench.sizes:
+                yield self._case(bench, x, config)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def _case(self, bench: Bench, x: int, config: Mapping[str, Any]) -> Case:
+        inputs = bench.inputs(x, self.machine.device, **config)
+        check = bench.check(inputs)
+        right, refused = {}, {}
+        for name, provider in bench.providers.items():
+            try:
+                function = provider(inputs)
+                check(function())
+            except ModuleNotFoundError as error:
+                self._note(f"{name} is left out: the package {error.name} is not installed")
+            except AssertionError as error:
+                refused[name] = str(error)
+            else:
+                right[name] = function
+        samples = times(list(right.values()), self.machine.device, self.seconds) if right else []
+        rows = tuple(self._row(bench, name, x, config, sample) for name, sample in zip(right, samples))
+        return Case(x, config, rows, refused)
+
+    def _row(self, bench: Bench, provider: str, x: int, config: Mapping[str, Any], seconds: list[float]) -> Row:
+        n_bytes, flops = bench.cost(x, **config)
+        floor = n_bytes / self.machine.bytes_per_s
+        if bench.products:  # the arithmetic of the others is no matmul, and waits for memory
+            floor = max(floor, flops / self.machine.flops_per_s[config["dtype"]])
+        quantiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+        p20, p50, p80 = (round(1e9 * t, 1) for t in quantiles.tolist())
+        return Row(
+            kernel=bench.kernel,
+            provider=provider,
+            mode=bench.mode,
+            metric="time_ns",
+            x=x,
+            p20=p20,
+            p50=p50,
+            p80=p80,
+            bytes=n_bytes,
+            flops=flops,
+            roofline_share=round(1e9 * floor / p50, 4),
+            config=json.dumps(config),
+            device=self.machine.name,
+            versions=json.dumps(self.machine.versions),
+            commit=self.machine.commit,
+        )

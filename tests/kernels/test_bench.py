@@ -1,0 +1,139 @@
+"""kernels.bench: it runs, writes its schema, and prints no time for a wrong result. Nothing here asserts a time."""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels.bench.__main__ import main
+from kernels.bench.machine import Machine
+from kernels.bench.registry import BENCHES
+from kernels.bench.report import Table
+from kernels.bench.runner import Runner
+
+COLUMNS = "kernel,provider,mode,metric,x,p20,p50,p80,bytes,flops,roofline_share,config,device,versions,commit"
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch) -> Machine:
+    """A machine of known speed: measuring this one takes seconds."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # other tests interpret kernels; bench refuses to
+    machine = Machine(torch.device("cpu"), "cpu", {"torch": "2"}, "abc", 1e9, {"fp32": 1e9, "bf16": 1e9})
+    monkeypatch.setattr("kernels.bench.__main__.this_machine", lambda: machine)
+    return machine
+
+
+def read(path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_provider(kernel: str, **providers):
+    """A benchmark with providers added, in one configuration."""
+    bench = BENCHES[kernel]
+    return dataclasses.replace(bench, providers={**bench.providers, **providers}, configs=bench.configs[:1])
+
+
+def unchecked(kernel: str, **providers):
+    """A benchmark of other providers, whose results are all taken as right."""
+    return dataclasses.replace(BENCHES[kernel], providers=providers, check=lambda inputs: lambda result: None)
+
+
+@pytest.mark.parametrize("kernel", BENCHES)
+def test_quick_run_writes_the_schema_and_a_plot(kernel, tmp_path, capsys):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    bench = BENCHES[kernel]
+    assert main([kernel, "--quick", "--csv", str(tmp_path / "new" / "b.csv"), "--plot", str(tmp_path)]) == 0
+    rows = read(tmp_path / "new" / "b.csv")
+    assert ",".join(rows[0]) == COLUMNS
+    cases = [(row["provider"], json.loads(row["config"]), int(row["x"])) for row in rows]
+    assert cases == [(p, c, x) for c in bench.configs for x in bench.quick_sizes for p in bench.providers]
+    for row in rows:
+        assert (row["kernel"], row["mode"], row["metric"]) == (kernel, bench.mode, "time_ns")
+        assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+        assert int(row["bytes"]) > 0 and int(row["flops"]) > 0 and float(row["roofline_share"]) > 0
+        assert json.loads(row["versions"]) == {"torch": "2"} and row["commit"] == "abc"
+    assert (tmp_path / f"{kernel}.png").stat().st_size > 0
+    table = capsys.readouterr().out
+    assert table.count("ours") == len(rows) // len(bench.providers) + 1  # and the column time/ours
+
+
+def test_cost_counts_what_the_tensors_hold():
+    for bench in (BENCHES["nf4_quantize"], BENCHES["nf4_dequantize"]):
+        for config in bench.configs:
+            inputs = bench.inputs(4096, torch.device("cpu"), **config)
+            tensors = [value for value in inputs.values() if torch.is_tensor(value)]
+            if "state" in inputs:
+                tensors += [tensor for tensor in inputs["state"].tensors() if tensor is not None]
+            tensors += bench.providers["ours"](inputs)().values()
+            assert bench.cost(4096, **config)[0] == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("kernel", BENCHES)
+def test_a_wrong_result_gets_no_time(kernel, machine):
+    ours = BENCHES[kernel].providers["ours"]
+
+    def slightly_off(inputs):
+        def run():
+            name, *_ = result = ours(inputs)()
+            off = result[name].clone()
+            off.view(-1)[7] += 1
+            return result | {name: off}
+
+        return run
+
+    bench = with_provider(kernel, wrong=slightly_off)
+    (case,) = Runner(machine, quick=True).cases(bench)
+    assert [row.provider for row in case.rows] == list(BENCHES[kernel].providers)
+    assert case.refused["wrong"]
+    (line,) = [line for line in Table(bench).lines(case) if "wrong" in line]
+    assert line.split("wrong", 1)[1].strip() == f"no time: {case.refused['wrong']}"
+
+
+def test_our_own_wrong_result_gets_no_time_and_fails_the_run(tmp_path, capsys):
+    bench = with_provider("nf4_dequantize", ours=lambda inputs: lambda: {"w": torch.full((4096,), torch.nan)})
+    assert main(["nf4_dequantize", "--quick", "--csv", str(tmp_path / "b.csv")], {"nf4_dequantize": bench}) == 1
+    assert "ours" not in {row["provider"] for row in read(tmp_path / "b.csv")}
+    assert " of 16,384 bytes differ\n" in capsys.readouterr().out
+
+
+def test_an_absent_package_is_said_once(machine):
+    def absent(inputs):
+        import no_such_package  # noqa: F401
+
+    bench = unchecked("nf4_dequantize", ours=lambda inputs: dict, other=absent)
+    runner = Runner(machine, quick=True)
+    assert [row.provider for case in runner.cases(bench) for row in case.rows] == ["ours"] * len(bench.configs)
+    assert runner.notes == ["other is left out: the package no_such_package is not installed"]
+
+
+def test_emulated_products_are_left_out(machine):
+    slow = dataclasses.replace(machine, flops_per_s={"fp32": 1e11, "bf16": 1e9})
+    runner = Runner(slow, quick=True)
+    bench = unchecked("lora_linear", ours=lambda inputs: dict)
+    assert {case.config["dtype"] for case in runner.cases(bench)} == {"fp32"}
+    assert runner.notes == ["lora_linear in bf16 is left out: this machine emulates bf16 products"]
+
+
+def test_unknown_op_gives_one_line(tmp_path, capsys):
+    assert main(["nf5_quantize", "--csv", str(tmp_path / "b.csv")]) != 0
+    error = capsys.readouterr().err
+    assert error == f"error: no benchmark 'nf5_quantize': choose from {', '.join(BENCHES)}\n"
+    assert not (tmp_path / "b.csv").exists()
+
+
+def test_interpreter_time_is_never_shown(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-m", "kernels.bench", "nf4_quantize", "--csv", str(tmp_path / "b.csv")],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0 and run.stdout == "" and not (tmp_path / "b.csv").exists()
+    assert run.stderr.startswith("error: TRITON_INTERPRET=1") and run.stderr.count("\n") == 1
