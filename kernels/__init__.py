@@ -4,8 +4,9 @@ from kernels.dispatch import use_backend
 from kernels.dora import dora_linear, dora_norm, weight_norm_sq
 from kernels.double_quant import dequantize_absmax, quantize_absmax
 from kernels.lora import lora_linear
-from kernels.nf4 import QuantState, dequantize_nf4, quantize_nf4
+from kernels.nf4 import QuantState, dequantize_nf4
 from kernels.nf4_linear import nf4_linear
+from kernels.nf4_quantize import quantize_nf4
 
 __all__ = [
     "QuantState",

@@ -33,9 +33,10 @@ NUM_WARPS = 1  # a program handles one nested block: 8 values a thread, 1/64 or 
 def load_absmax(
     absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, first, live, BLOCKS: tl.constexpr
 ):  # fp32 [BLOCKS]
-    """absmax of blocks first … first + BLOCKS - 1, dequantized if nested_absmax_ptr is not None; 0 from `live` on.
+    """absmax of blocks first … first + BLOCKS - 1, dequantized if nested_absmax_ptr is not None.
 
-    They must not cross a nested block: BLOCKS divides 256, or is 1, and first is a multiple of it.
+    Those from `live` on are not read and get any number. They must not cross a nested block: BLOCKS divides 256 and
+    first is a multiple of BLOCKS.
     """
     block = tl.arange(0, BLOCKS)
     if nested_absmax_ptr is None:

@@ -1,0 +1,173 @@
+"""NF4 quantize: absmax, nearest code and packing in one launch. nf4.py has the formula and the format.
+
+A code is the number of decision bounds below x = w / absmax. The bounds are more than 1/16 apart, so each of 33 bins
+of that width holds at most one, and
+    code = bin_code[k] + (x > bin_bound[k]),    k = round(16 · x) + 16,
+takes two table lookups and no search. w is read once; neither x nor unpacked codes are materialised.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import reference
+from kernels.codebook import BLOCKSIZES, nf4_bins
+from kernels.dispatch import use_triton
+from kernels.double_quant import quantize_absmax
+from kernels.nf4 import FLOATS, PROGRAM, nibble_shifts, tiles
+from kernels.quant_state import QuantState, check_blocksize, packed_sizes
+from kernels.spec import KernelSpec
+
+STEP = 2048  # values in registers at once: 64 registers a thread, 4096 would take over 100
+_TINY_BITS = tl.constexpr(0x006CE3EE)  # of 1e-38 in fp32, the least that bitsandbytes divides by
+
+
+@triton.jit
+def _nf4_code(x, bin_code, bin_bound):
+    """Codes of scaled values x, int32; NaN gets 15, as any x > 1."""
+    x = tl.where(x <= 1.0, x, 1.0)
+    # Adding 1.5 · 2^23 rounds 16 · x to an integer and leaves it in the low bits. Exact, fused or not.
+    bin = tl.fma(x, 16.0, 12582912.0 + 16.0).to(tl.int32, bitcast=True) & 63
+    below = tl.gather(bin_bound, bin, 0) - x  # its sign bit is set where x > bound
+    return tl.gather(bin_code, bin, 0) + (below.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
+
+
+@triton.jit
+def _quantize_tile(
+    w_ptr, bin_code, bin_bound, packed_ptr, absmax_ptr, tile, live, BLOCKSIZE: tl.constexpr, STEP: tl.constexpr
+):
+    """The first `live` blocks of tile `tile`, all of them full."""
+    BLOCKS: tl.constexpr = STEP // BLOCKSIZE
+    value = tl.arange(0, STEP)
+    w = tl.load(w_ptr + tile * STEP + value, mask=value // BLOCKSIZE < live, other=0.0).to(tl.float32)
+    w = tl.reshape(w, [BLOCKS, BLOCKSIZE])
+    # As integers the bits of |w| order as the numbers do, with NaN above them all: a NaN is never lost.
+    absmax = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # [BLOCKS]
+    inverse = tl.math.div_rn(1.0, tl.maximum(absmax, _TINY_BITS).to(tl.float32, bitcast=True))
+    code = _nf4_code(tl.reshape(w * inverse[:, None], [STEP]), bin_code, bin_bound)
+    words = tl.sum(tl.reshape(code, [STEP // 8, 8]) << nibble_shifts()[None, :], axis=1)  # [STEP / 8]
+    word = tl.arange(0, STEP // 8)
+    words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + tile * (STEP // 8)
+    tl.store(words_ptr + word, words, mask=word // (BLOCKSIZE // 8) < live)
+    block = tl.arange(0, BLOCKS)
+    tl.store(absmax_ptr + tile * BLOCKS + block, absmax.to(tl.float32, bitcast=True), mask=block < live)
+
+
+@triton.jit
+def _quantize_partial_block(w_ptr, bin_code, bin_bound, packed_ptr, absmax_ptr, n, BLOCKSIZE: tl.constexpr):
+    """The last n % BLOCKSIZE values: divided by absmax, not multiplied, and absmax is at least 1e-38 (see the twin)."""
+    block = n // BLOCKSIZE
+    i = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
+    w = tl.load(w_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+    absmax = tl.maximum(tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0), _TINY_BITS)
+    absmax = absmax.to(tl.float32, bitcast=True)
+    scaled = tl.where(i < n, tl.math.div_rn(w, absmax), 0.0)
+    code = tl.reshape(_nf4_code(scaled, bin_code, bin_bound), [BLOCKSIZE // 2, 2])
+    byte = tl.sum(code << (4 - tl.arange(0, 2) * 4)[None, :], axis=1).to(tl.uint8)
+    j = block * (BLOCKSIZE // 2) + tl.arange(0, BLOCKSIZE // 2)
+    tl.store(packed_ptr + j, byte, mask=j * 2 < n)
+    tl.store(absmax_ptr + block, absmax)
+
+
+@triton.jit
+def _quantize_nf4_kernel(
+    w_ptr,  # [n]
+    bin_code_ptr,  # i32 [64]
+    bin_bound_ptr,  # fp32 [64]
+    packed_ptr,  # u8 [ceil(n / 2)], 4-byte aligned
+    absmax_ptr,  # fp32 [blocks]
+    n: tl.int64,
+    BLOCKSIZE: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    bin_code = tl.load(bin_code_ptr + tl.arange(0, 64))
+    bin_bound = tl.load(bin_bound_ptr + tl.arange(0, 64))
+    first = tl.program_id(0).to(tl.int64) * STEPS
+    BLOCKS: tl.constexpr = STEP // BLOCKSIZE
+    if (first + STEPS) * STEP <= n:
+        for step in tl.static_range(STEPS):
+            _quantize_tile(w_ptr, bin_code, bin_bound, packed_ptr, absmax_ptr, first + step, BLOCKS, BLOCKSIZE, STEP)
+    else:
+        for tile in range(first, tl.cdiv(n, STEP)):
+            live = tl.minimum(n // BLOCKSIZE - tile * BLOCKS, BLOCKS).to(tl.int32)
+            _quantize_tile(w_ptr, bin_code, bin_bound, packed_ptr, absmax_ptr, tile, live, BLOCKSIZE, STEP)
+        if n % BLOCKSIZE > 0:
+            _quantize_partial_block(w_ptr, bin_code, bin_bound, packed_ptr, absmax_ptr, n, BLOCKSIZE)
+
+
+def _launch_quantize(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    n, device = w.numel(), w.device
+    n_bytes, blocks = packed_sizes(n, blocksize)
+    packed = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+    absmax = torch.empty(blocks, dtype=torch.float32, device=device)
+    if n:
+        with torch.cuda.device_of(w):
+            _quantize_nf4_kernel[(triton.cdiv(n, PROGRAM),)](
+                w, *nf4_bins(device), packed, absmax, n, **tiles(STEP, blocksize), enable_fp_fusion=False
+            )
+    return packed, absmax
+
+
+@torch.library.custom_op("qdora::quantize_nf4", mutates_args=())
+def _quantize_nf4(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    return _launch_quantize(w, blocksize) if use_triton(w) else reference.quantize_nf4(w, blocksize)
+
+
+@_quantize_nf4.register_fake
+def _(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    n_bytes, blocks = packed_sizes(w.numel(), blocksize)
+    return w.new_empty(n_bytes, dtype=torch.uint8), w.new_empty(blocks, dtype=torch.float32)
+
+
+def quantize_nf4(w: Tensor, blocksize: int = 64, double_quant: bool = False) -> tuple[Tensor, QuantState]:
+    """Quantize `w` to NF4.
+
+    Args:
+        w: fp32, fp16 or bf16, any shape; made contiguous if it is not.
+        blocksize: values that share an absmax: 32, 64, …, 4096.
+        double_quant: store absmax in 8 bits (block 256, mean subtracted) instead of fp32.
+
+    Returns:
+        packed: uint8 [ceil(n / 2)], and its QuantState. Equal to `bitsandbytes.functional.quantize_4bit(w, …,
+        quant_type="nf4", compress_statistics=double_quant)` on a CPU, whose packed is [ceil(n / 2), 1].
+
+    Raises:
+        ValueError: another dtype or block size.
+    """
+    check_blocksize(blocksize)
+    if w.dtype not in FLOATS:
+        raise ValueError(f"w is {w.dtype}; quantize_nf4 takes float32, float16 or bfloat16")
+    packed, absmax = torch.ops.qdora.quantize_nf4(w.detach().contiguous(), blocksize)
+    nested: tuple[Tensor | None, Tensor | None] = (None, None)
+    if double_quant:
+        absmax, *nested = quantize_absmax(absmax)
+    return packed, QuantState(absmax, w.shape, w.dtype, blocksize, *nested)
+
+
+def _spec(blocksize: int, dtype: str) -> KernelSpec:
+    fp32 = dtype == "fp32"
+    return KernelSpec(
+        kernel="nf4_quantize",
+        config=f"b{blocksize}-{dtype}",
+        fn=_quantize_nf4_kernel,
+        signature={"w_ptr": f"*{dtype}", "bin_code_ptr": "*i32", "bin_bound_ptr": "*fp32"}
+        | {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "n": "i64"},
+        constexprs=tiles(STEP, blocksize),
+        values=PROGRAM,
+        bytes_per_value=(4 if fp32 else 2) + 0.5 + 4 / blocksize,
+        max_instr=21.0 if fp32 else 18.0,
+        max_instr_on={} if fp32 else {"sm_120": 18.5},
+        min_load_bits=128,
+        min_store_bits=32,
+    )
+
+
+# Every dtype at the default blocksize, the 16-bit dtypes at the others.
+AOT_SPECS = [
+    _spec(blocksize, dtype)
+    for blocksize in BLOCKSIZES
+    for dtype in ("bf16", "fp16", "fp32")
+    if blocksize == 64 or dtype != "fp32"
+]
