@@ -1,7 +1,8 @@
 """The ops. Each takes and returns tensors; importing this package never touches a GPU."""
 
 from kernels.dispatch import use_backend
-from kernels.dora import dora_linear, dora_norm, weight_norm_sq
+from kernels.dora import dora_linear
+from kernels.dora_norm import dora_norm, weight_norm_sq
 from kernels.double_quant import dequantize_absmax, quantize_absmax
 from kernels.lora import lora_linear
 from kernels.nf4 import QuantState, dequantize_nf4

@@ -5,11 +5,16 @@ the packed codes, the tensors of its QuantState (None for a dense one) and its b
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from kernels.codebook import NESTED_BLOCKSIZE
 from kernels.nf4 import FLOATS, QuantState, check_packed, dequantize_impl
 
 BaseArgs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+
+_NESTED = tl.constexpr(NESTED_BLOCKSIZE)
 
 
 def base_args(weight: Tensor, quant_state: QuantState | None, x: Tensor) -> BaseArgs:
@@ -61,3 +66,14 @@ def check_adapter(
 def check_bias(bias: Tensor | None, out_features: int) -> None:
     if bias is not None and bias.shape != (out_features,):
         raise ValueError(f"bias {tuple(bias.shape)} must be [{out_features}]")
+
+
+@triton.jit
+def load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, block, mask):  # fp32, block's shape
+    """absmax of any blocks (int64), dequantized if nested_absmax_ptr is not None; 0 or the offset where masked."""
+    if nested_absmax_ptr is None:
+        return tl.load(absmax_ptr + block, mask=mask, other=0.0)
+    else:
+        code = tl.load(absmax_ptr + block, mask=mask, other=0).to(tl.int32)
+        nested_absmax = tl.load(nested_absmax_ptr + block // _NESTED, mask=mask, other=0.0)
+        return tl.load(map_ptr + code) * nested_absmax + tl.load(nested_offset_ptr)

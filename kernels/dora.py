@@ -1,12 +1,10 @@
-"""DoRA over a dense or NF4 base weight, forward and backward, with the norm in factored form.
+"""DoRA over a dense or NF4 base weight, forward and backward.
 
-    ‖W + sBA‖² = ‖W‖² + 2s·Σ_j B_ij (WAᵀ)_ij + s²·(B(AAᵀ)Bᵀ)_ii            per row i, fp32
-    g = m / ‖W + sBA‖                                                       [out]
+    g = m / ‖W + sBA‖                                                       [out], see dora_norm.py
     y = g ⊙ (xWᵀ + s(xAᵀ)Bᵀ) + bias                                         without dropout
     y = (x - drop(x))Wᵀ + g ⊙ (drop(x)Wᵀ + s(drop(x)Aᵀ)Bᵀ) + bias           with dropout: PEFT's form
 
-‖W‖² is computed once; WAᵀ [out, r] uses the W that forward has at hand, so neither BA nor W + sBA is materialised and
-there is no extra dequantization. Backward treats the norm as a constant (DoRA, Liu et al. 2024, §4.3):
+Backward treats the norm as a constant (DoRA, Liu et al. 2024, §4.3):
 
     dX, dA, dB = LoRA's backward of g ⊙ dY
     dm = Σ_t dY ⊙ z / ‖W + sBA‖,   z = drop(x)(W + sBA)ᵀ
@@ -22,29 +20,6 @@ from kernels import reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dropout import new_seed
 from kernels.nf4 import QuantState
-
-
-@torch.library.custom_op("qdora::dora_norm", mutates_args=())
-def _dora_norm(
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    norm_sq: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
-    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), dtype)
-    return reference.dora_norm(w, norm_sq, lora_A, lora_B, scaling)
-
-
-@_dora_norm.register_fake
-def _(weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, lora_A, lora_B, scaling, dtype):
-    return torch.empty_like(norm_sq)
 
 
 @torch.library.custom_op("qdora::dora_linear", mutates_args=())
@@ -148,43 +123,6 @@ def _backward(ctx, dy, *_):
 
 
 _dora_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-def weight_norm_sq(weight: Tensor, quant_state: QuantState | None = None) -> Tensor:
-    """‖W‖² of each row, fp32 [out], of a dense weight [out, in] or of packed NF4 codes with their quant_state."""
-    if quant_state is not None:
-        base = (weight, *quant_state.tensors(), quant_state.blocksize)
-        weight = dense_weight(base, tuple(quant_state.shape), torch.float32)
-    return reference.weight_norm_sq(weight)
-
-
-def dora_norm(
-    weight: Tensor,
-    norm_sq: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    quant_state: QuantState | None = None,
-) -> Tensor:
-    """‖W + scaling·BA‖ of each row, fp32 [out]. Not differentiable.
-
-    Args:
-        weight: [out, in], or packed NF4 codes with their `quant_state`.
-        norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
-        lora_A: [rank, in], lora_B: [out, rank].
-        scaling: α / rank, or α / √rank.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
-    dtype = weight.dtype if quant_state is None else quant_state.dtype
-    x = lora_A.new_empty(0, lora_A.shape[-1], dtype=dtype)
-    base = base_args(weight, quant_state, x)
-    out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
-    check_adapter(x, lora_A, lora_B, out_features)
-    if norm_sq.shape != (out_features,):
-        raise ValueError(f"norm_sq {tuple(norm_sq.shape)} must be [{out_features}]")
-    return torch.ops.qdora.dora_norm(*base, norm_sq, lora_A.detach(), lora_B.detach(), scaling, dtype)
 
 
 def dora_linear(

@@ -35,4 +35,4 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """x [rows, cols] with dropped elements zero and the others divided by 1 - p."""
     if p == 0.0:
         return x
-    return x * keep_mask(*x.shape, p, seed).to(x.dtype).mul_(1 / (1 - p))
+    return torch.where(keep_mask(*x.shape, p, seed), x * (1 / (1 - p)), 0)

@@ -121,10 +121,6 @@ def lora_linear_backward(
 
 # --------------------------------------------------------------------------------------- DoRA
 
-# Where ‖W + sBA‖² is less than this share of ‖W‖² + s²‖BA‖², its fp32 terms have cancelled: a relative error of
-# 2⁻²⁴ each would grow to more than 1e-4, so the row is computed directly.
-CANCELLED = 1e-3
-
 
 def weight_norm_sq(w: Tensor) -> Tensor:
     return w.float().square().sum(dim=1)
@@ -136,7 +132,10 @@ def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     u = (w @ lora_A.to(w.dtype).t()).float()  # WAᵀ [out, r]
     ba_sq = ((b @ (a @ a.t())) * b).sum(dim=1)
     total = norm_sq + 2 * (b * u).sum(dim=1) + ba_sq
-    rows = (total < CANCELLED * (norm_sq + ba_sq)).nonzero().squeeze(1)
+    # Where little is left of the terms they have cancelled, and their rounding with them has grown: compute the row
+    # directly. The coarsest rounding is that of WAᵀ, in w's dtype.
+    cancelled = total < max(1e-3, 16 * torch.finfo(w.dtype).eps) * (norm_sq + ba_sq)
+    rows = cancelled.nonzero().squeeze(1)
     if rows.numel():
         total[rows] = (w[rows].float() + b[rows] @ a).square().sum(dim=1)
     return total.sqrt()

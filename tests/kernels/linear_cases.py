@@ -12,7 +12,9 @@ BASES = ("dense", "nf4", "nf4-double")
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    """The same numbers on every machine, on the default device."""
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
+    return numbers.to(torch.get_default_device(), dtype)
 
 
 def make_base(kind: str, out_features: int, in_features: int, dtype: torch.dtype, blocksize: int = 64):

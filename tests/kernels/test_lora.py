@@ -20,6 +20,8 @@ from tests.kernels.linear_cases import (
     with_gradients,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 SEED = torch.tensor(42)
 
 # (x's leading shape, in, out, rank, bias, dropout): odd sizes, ranks that are and are not powers of two

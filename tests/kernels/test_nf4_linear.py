@@ -14,6 +14,8 @@ from tests.kernels.linear_cases import (
     with_gradients,
 )
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 # (x's leading shape, in, out, bias, blocksize)
 SHAPES = [
     ((7,), 64, 48, False, 64),

@@ -1,0 +1,25 @@
+"""Fixtures of the kernel tests."""
+
+import pytest
+import torch
+
+from kernels import use_backend
+from kernels.dispatch import interpreting
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request):
+    """Runs a test on the torch twin and on the Triton kernels; fresh memory holds NaN, so an element that a kernel
+    forgets to write shows."""
+    on_gpu = torch.cuda.is_available()
+    if request.param == "triton" and not (on_gpu or interpreting()):
+        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if request.param == "triton" and not on_gpu and torch.bfloat16 in parameters.values():
+        pytest.skip("Triton's interpreter computes bf16 wrongly")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_default_device("cuda" if on_gpu else "cpu")
+    with use_backend(request.param):
+        yield request.param
+    torch.set_default_device(None)
+    torch.use_deterministic_algorithms(False)
