@@ -78,16 +78,13 @@ class CsvFile:
 
 def plot(bench: Bench, rows: list[Row], directory: Path) -> Path:
     """Draw <kernel>.png: time a weight or token against size, one panel a configuration, with the roofline."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # no display needed
-    import matplotlib.pyplot as plt
     from matplotlib import ticker
+    from matplotlib.figure import Figure  # not pyplot: no display, and no global state
 
     measured = {row.config for row in rows}
     configs = [config for config in bench.configs if json.dumps(config) in measured]
-    size = (1.4 + 2.8 * len(configs), 4.2)
-    figure, panels = plt.subplots(1, len(configs), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(1.4 + 2.8 * len(configs), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(configs), sharey=True, squeeze=False)
     for axes, config in zip(panels[0], configs):
         here = [row for row in rows if row.config == json.dumps(config)]
         for name, (colour, marker) in zip(bench.providers, STYLES):
@@ -108,7 +105,6 @@ def plot(bench: Bench, rows: list[Row], directory: Path) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{bench.kernel}.png"
     figure.savefig(path, dpi=130)
-    plt.close(figure)
     return path
 
 
