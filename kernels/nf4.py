@@ -24,15 +24,13 @@ from kernels import reference
 from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, nf4_levels
 from kernels.dispatch import use_triton
 from kernels.double_quant import load_absmax
-from kernels.quant_state import QuantState, check_packed
+from kernels.quant_state import FLOATS, QuantState, check_packed
 from kernels.spec import KernelSpec
 
 # A program loads the tables once for its 16384 values and handles them in steps. The values of one step live in
 # registers at once: 4096 keep dequantize at 40 registers a thread, and so three quarters of the warps resident.
 PROGRAM = 16384
 STEP = 4096
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit

@@ -15,8 +15,8 @@ from kernels import reference
 from kernels.codebook import BLOCKSIZES, nf4_bins
 from kernels.dispatch import use_triton
 from kernels.double_quant import quantize_absmax
-from kernels.nf4 import FLOATS, PROGRAM, nibble_shifts, tiles
-from kernels.quant_state import QuantState, check_blocksize, packed_sizes
+from kernels.nf4 import PROGRAM, nibble_shifts, tiles
+from kernels.quant_state import FLOATS, QuantState, check_blocksize, packed_sizes
 from kernels.spec import KernelSpec
 
 STEP = 2048  # values in registers at once: 64 registers a thread, 4096 would take over 100

@@ -8,6 +8,8 @@ from torch import Tensor
 from kernels.codebook import BLOCKSIZES
 from kernels.double_quant import nested_blocks
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that can be quantized and dequantized to
+
 
 @dataclass(frozen=True)
 class QuantState:
