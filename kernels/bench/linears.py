@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels import dequantize_nf4, dora_linear, lora_linear, quantize_nf4, weight_norm_sq
+from kernels.bench.checks import as_accurate
 from kernels.bench.nf4 import nf4_bytes
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
 
@@ -125,24 +126,10 @@ def _peft(inputs: Inputs) -> Callable[[], Result]:
     return _timed(forward, leaves, inputs["dy"])
 
 
-def _as_accurate_as_torch(inputs: Inputs) -> Callable[[Result], None]:
-    """error ≤ 2 · error of plain torch at that dtype + 4 units in the last place, each against float64."""
+def _check(inputs: Inputs) -> Callable[[Result], None]:
     precise = {name: inputs[name].double() for name in ("dense", "x", "dy")}
     precise["adapter"] = {name: tensor.double() for name, tensor in inputs["adapter"].items()}
-    exact = _torch({**inputs, **precise})()
-    scale = {name: want.abs().max().item() for name, want in exact.items()}
-
-    def errors(got: Result) -> dict[str, float]:
-        return {name: (got[name].double() - want).abs().max().item() for name, want in exact.items()}
-
-    floor = 4 * torch.finfo(inputs["x"].dtype).eps
-    allowed = {name: 2 * error + floor * scale[name] for name, error in errors(_torch(inputs)()).items()}
-
-    def compare(got: Result) -> None:
-        for name, error in errors(got).items():
-            assert error <= allowed[name], f"{name}: error {error:.2e}, allowed {allowed[name]:.2e}"
-
-    return compare
+    return as_accurate(_torch({**inputs, **precise})(), _torch(inputs)(), inputs["x"].dtype)
 
 
 def _cost(
@@ -171,7 +158,7 @@ def _bench(kernel: str, ours: Callable[[Inputs], Callable[[], Result]], magnitud
         configs=tuple({"dtype": dtype, "base": base} | shape for base, dtype in product(("dense", "nf4"), DTYPES)),
         inputs=partial(_inputs, magnitude=magnitude),
         providers={"ours": ours, "torch": _torch, "peft": _peft},
-        check=_as_accurate_as_torch,
+        check=_check,
         cost=partial(_cost, magnitude=magnitude),
         products=True,
     )

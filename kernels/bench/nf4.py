@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import QuantState, dequantize_nf4, quantize_nf4, use_backend
+from kernels.bench.checks import same_bytes
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
 from kernels.double_quant import nested_blocks
@@ -72,24 +73,10 @@ def _bnb_dequantize(inputs: Inputs) -> Callable[[], Result]:
     return lambda: {"w": bnb.dequantize_4bit(packed, state)}
 
 
-def _same_bytes_as(op: Callable[[Inputs], Callable[[], Result]]) -> Callable[[Inputs], Callable[[Result], None]]:
-    """The check of `op`: every output is, byte for byte, what the torch twin gives."""
-
+def _as_the_twin(op: Callable[[Inputs], Callable[[], Result]]) -> Callable[[Inputs], Callable[[Result], None]]:
     def check(inputs: Inputs) -> Callable[[Result], None]:
         with use_backend("torch"):
-            expected = op(inputs)()
-
-        def compare(got: Result) -> None:
-            assert got.keys() == expected.keys(), f"gives {', '.join(got)} instead of {', '.join(expected)}"
-            for name, want in expected.items():
-                have = got[name]
-                assert have.dtype == want.dtype and have.numel() == want.numel(), (
-                    f"{name}: {have.numel()} values of {have.dtype} instead of {want.numel()} of {want.dtype}"
-                )
-                wrong = have.reshape(-1).view(torch.uint8) != want.reshape(-1).view(torch.uint8)
-                assert not wrong.any(), f"{name}: {wrong.sum().item():,} of {wrong.numel():,} bytes differ"
-
-        return compare
+            return same_bytes(op(inputs)())
 
     return check
 
@@ -119,7 +106,7 @@ BENCHES = (
         configs=_CONFIGS,
         inputs=_weights,
         providers={"ours": _quantize, "bitsandbytes": _bnb_quantize},
-        check=_same_bytes_as(_quantize),
+        check=_as_the_twin(_quantize),
         cost=_cost,
     ),
     Bench(
@@ -130,7 +117,7 @@ BENCHES = (
         configs=_CONFIGS,
         inputs=_packed,
         providers={"ours": _dequantize, "bitsandbytes": _bnb_dequantize},
-        check=_same_bytes_as(_dequantize),
+        check=_as_the_twin(_dequantize),
         cost=_cost,
     ),
 )

@@ -20,10 +20,11 @@ def varied(bench: Bench, config: Mapping[str, Any]) -> str:
     return " ".join(config[key] if isinstance(config[key], str) else f"{key}={config[key]}" for key in keys)
 
 
-def constant(bench: Bench) -> str:
-    """What all configurations of the benchmark share."""
+def title(bench: Bench) -> str:
+    """The op and what all its configurations share."""
     first = bench.configs[0]
-    return " ".join(f"{key}={first[key]}" for key in first if len({other[key] for other in bench.configs}) == 1)
+    shared = [f"{key}={first[key]}" for key in first if len({other[key] for other in bench.configs}) == 1]
+    return ", ".join([bench.kernel, bench.mode, *shared])
 
 
 class Table:
@@ -37,7 +38,7 @@ class Table:
     def header(self) -> str:
         unit = self.bench.unit
         return (
-            f"\n{self.bench.kernel}, {self.bench.mode}, {constant(self.bench)}\n"
+            f"\n{title(self.bench)}\n"
             f"{'config':<{self.width}}  {unit + 's':>11}  {'provider':<{self.provider_width}}"
             f"{'ns/' + unit:>12}{'20–80 %':>24}{'time/ours':>11}{'roofline':>10}"
         )
@@ -101,7 +102,7 @@ def plot(bench: Bench, rows: list[Row], directory: Path) -> Path:
         axes.grid(alpha=0.3)
     panels[0][0].set_ylabel(f"ns a {bench.unit} (median, 20–80 %)")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    figure.suptitle(f"{bench.kernel}, {bench.mode}, {constant(bench)}\n{rows[0].device}", fontsize="medium")
+    figure.suptitle(f"{title(bench)}\n{rows[0].device}", fontsize="medium")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{bench.kernel}.png"
     figure.savefig(path, dpi=130)
