@@ -210,10 +210,6 @@ def run(specs: list[KernelSpec], targets: list[str], csv_file: str | None = None
 
 
 def main(argv: list[str]) -> int:
-    if interpreting():
-        print("TRITON_INTERPRET=1 leaves nothing to compile: starting again without it", file=sys.stderr, flush=True)
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        os.execve(sys.executable, [sys.executable, "-m", "kernels.aot", *argv], environment)
     parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("pattern", nargs="*", help="kernel, or kernel/config with wildcards (default: all)")
     parser.add_argument("--csv", metavar="FILE", help="also write the table to FILE")
@@ -226,6 +222,10 @@ def main(argv: list[str]) -> int:
         specs = select(all_specs(), options.pattern)
     except ValueError as error:
         parser.error(str(error))
+    if interpreting():
+        print("TRITON_INTERPRET=1 leaves nothing to compile: starting again without it", file=sys.stderr, flush=True)
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        os.execve(sys.executable, [sys.executable, "-m", "kernels.aot", *argv], environment)
     return run(specs, targets, options.csv)
 
 
