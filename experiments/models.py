@@ -20,6 +20,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -82,7 +83,7 @@ def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     return model, tokenizer
 

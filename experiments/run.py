@@ -29,7 +29,7 @@ from experiments.config import Config, resolve
 from experiments.data import Data, load_data
 from experiments.errors import UserError
 from experiments.evaluate import Evaluation, answer, evaluate
-from experiments.files import writable_dir
+from experiments.files import PROJECT_ROOT, writable_dir
 from experiments.models import load_model
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trained, heldout_record, train
@@ -164,7 +164,7 @@ def _job_directory(output_dir: str) -> str:
     return str(Path(output_dir) / f"{job.num}_{job.override_dirname.replace('+', '').replace('/', '-')}")
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     try:
         if OmegaConf.is_missing(cfg, "method"):

@@ -417,6 +417,7 @@ def test_docstring_cache(stdlib, monkeypatch):
     with pytest.raises(UserError, match=r"cannot write to .*: set QDORA_CACHE to a folder that can"):
         docstring_pairs(stdlib)
 
+
 def test_docstring_data(stdlib, monkeypatch, tokenizer):
     monkeypatch.setattr(data_module, "docstring_pairs", lambda: docstring_pairs(stdlib))
     cfg = DataConfig(name="docstrings", source="docstrings", max_length=1000, heldout_fraction=0.3)

@@ -1,0 +1,61 @@
+"""Weights & Biases for real, offline: the run's file exists and holds the metrics."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+from wandb.proto import wandb_internal_pb2
+
+BLOCK = 32768  # a .wandb file is a LevelDB log: a 7-byte file header, then records that do not cross blocks unsplit
+
+
+def wandb_records(directory: Path) -> list[wandb_internal_pb2.Record]:
+    [path] = directory.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    records, message, at = [], b"", 7
+    while at + 7 <= len(content):
+        if BLOCK - at % BLOCK < 7:  # a block's last bytes are padding
+            at += BLOCK - at % BLOCK
+            continue
+        _checksum, length, kind = struct.unpack_from("<IHB", content, at)
+        message += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            records.append(wandb_internal_pb2.Record.FromString(message))
+            message = b""
+    return records
+
+
+def history(records) -> list[dict]:
+    rows = [record.history for record in records if record.WhichOneof("record_type") == "history"]
+    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row.item} for row in rows]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def test_an_offline_run_holds_the_metrics_and_the_summary(offline, command, tmp_path):
+    code, text = command("+method=qdora", "tracking=wandb", "tracking.group=g", "tracking.tags=[a,b]")
+    assert code == 0, text
+    records = wandb_records(tmp_path / "out")
+    rows = history(records)
+    ours = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss", "lr", "heldout_loss"):
+        assert [row[key] for row in rows if key in row] == [record[key] for record in ours if key in record], key
+    [run] = [record.run for record in records if record.WhichOneof("record_type") == "run"][:1]
+    assert run.project == "qdora" and run.run_group == "g" and list(run.tags) == ["a", "b"]
+    summary = {item.key: item.value_json for r in records for item in r.summary.update}
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert json.loads(summary["loss_after"]) == result["loss_after"]
+    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [0]
+
+
+def test_a_run_that_fails_is_finished_all_the_same(offline, command, tmp_path):
+    code, text = command("+method=lora", "tracking=wandb", "lr=1e38", "trainer.max_grad_norm=0", "trainer.warmup=0")
+    assert code == 1 and "loss became nan" in text
+    records = wandb_records(tmp_path / "out")
+    assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1]
