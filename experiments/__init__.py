@@ -1,0 +1,23 @@
+"""Experiments on the modules: configuration, models, data, training, evaluation, results."""
+
+import importlib.metadata
+import sys
+
+
+def _refuse_a_clash_of_names() -> None:
+    """Hugging Face's PyPI package `kernels` has the name of this project's folder. transformers uses the package in
+    some versions, finds the folder in its place and cannot be imported: say so instead of a traceback from inside."""
+    try:
+        version = importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    try:
+        import transformers.integrations.hub_kernels  # noqa: F401
+    except ImportError:
+        sys.exit(
+            f"error: the PyPI package `kernels` ({version}) is installed and transformers takes this project's folder "
+            "kernels/ for it: run `pip uninstall kernels` (transformers works without it)"
+        )
+
+
+_refuse_a_clash_of_names()
