@@ -29,7 +29,7 @@ from kernels import machine_code
 from kernels.dispatch import interpreting
 from kernels.spec import KernelSpec
 
-SPEC_MODULES = ("kernels.double_quant", "kernels.nf4", "kernels.nf4_quantize")
+SPEC_MODULES = ("kernels.double_quant", "kernels.nf4", "kernels.nf4_quantize", "kernels.dora_norm")
 
 
 @dataclass(frozen=True)

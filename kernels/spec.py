@@ -1,6 +1,6 @@
 """What a kernel file states about its kernels so that they can be compiled, counted and held to a budget.
 
-`AOT_SPECS: list[KernelSpec]` at the end of a kernel file lists every configuration a launcher may choose; `aot.py`
+`AOT_SPECS: list[KernelSpec]` at the end of a kernel file lists the configurations its launchers may choose; `aot.py`
 compiles each of them for every GPU it can be compiled for.
 """
 
