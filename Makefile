@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 ARGS ?=
 
-.PHONY: help setup run test lint bench notebooks clean
+.PHONY: help setup run test lint bench cubins notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,9 @@ lint: $(READY) ## ruff: style and format
 
 bench: $(READY) ## kernel microbenchmarks beside bitsandbytes: a table and a CSV
 	$(BIN)/python -m kernels.bench $(ARGS)
+
+cubins: $(READY) ## compile every kernel for every GPU, without one, and hold it to its budgets
+	$(BIN)/python -m kernels.aot $(ARGS)
 
 notebooks: $(READY) ## execute every notebook on its small path
 	$(BIN)/python -m pytest tests/notebooks $(ARGS)
