@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.codebook import NESTED_BLOCKSIZE
-from kernels.nf4 import FLOATS, QuantState, check_packed, dequantize_impl
+from kernels.nf4 import dequantize_impl
+from kernels.quant_state import FLOATS, QuantState, check_packed
 
 BaseArgs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dropout import new_seed
-from kernels.nf4 import QuantState
+from kernels.quant_state import QuantState
 
 
 @torch.library.custom_op("qdora::dora_linear", mutates_args=())

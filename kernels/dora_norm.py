@@ -20,7 +20,7 @@ from kernels import reference
 from kernels.base_weight import BaseArgs, base_args, check_adapter, dense_weight, load_row_absmax
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
 from kernels.dispatch import use_triton
-from kernels.nf4 import QuantState
+from kernels.quant_state import QuantState
 from kernels.spec import KernelSpec
 
 NUM_WARPS = 4

@@ -7,14 +7,22 @@ search for low bias). The same three lines run in torch and in Triton, so both b
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _MASK32 = 0xFFFFFFFF
+BLOCK = 1024
 
 
 def new_seed(device: torch.device) -> Tensor:
-    """A random int64 [] from torch's generator, so that `torch.manual_seed` decides it."""
+    """A random int64 [] in [0, 2³²) from torch's generator, so that `torch.manual_seed` decides it."""
     return torch.randint(_MASK32, (), device=device)
+
+
+def threshold(p: float) -> int:
+    """Hashes below it are dropped."""
+    return int(p * 2**32)
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -28,7 +36,7 @@ def keep_mask(rows: int, cols: int, p: float, seed: Tensor) -> Tensor:
     """bool [rows, cols], True with probability 1 - p."""
     row = _mix(torch.arange(rows, device=seed.device) ^ _mix(seed))
     col = _mix(torch.arange(cols, device=seed.device))
-    return _mix(col ^ row.unsqueeze(1)) >= int(p * 2**32)
+    return _mix(col ^ row.unsqueeze(1)) >= threshold(p)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -36,3 +44,46 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     if p == 0.0:
         return x
     return torch.where(keep_mask(*x.shape, p, seed), x * (1 / (1 - p)), 0)
+
+
+@triton.jit
+def _mix_bits(h):  # uint32, any shape
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def keep(seed_ptr, rows, cols, THRESHOLD: tl.constexpr):
+    """The mask at broadcastable `rows` and `cols`, as `keep_mask` makes it."""
+    row = _mix_bits(rows.to(tl.uint32) ^ _mix_bits(tl.load(seed_ptr).to(tl.uint32)))
+    return _mix_bits(_mix_bits(cols.to(tl.uint32)) ^ row) >= THRESHOLD
+
+
+@triton.jit
+def _dropout_kernel(
+    x_ptr,  # [rows, cols]
+    seed_ptr,  # i64 []
+    y_ptr,  # [rows, cols]
+    cols,
+    scale,  # 1 / (1 - p)
+    THRESHOLD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+    x = tl.where(keep(seed_ptr, row, col, THRESHOLD), x * scale, 0.0)
+    tl.store(y_ptr + row * cols + col, x.to(y_ptr.dtype.element_ty), mask=col < cols)
+
+
+def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """`dropout` by the kernel; x is contiguous."""
+    rows, cols = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if rows:
+        with torch.cuda.device_of(x):
+            _dropout_kernel[(rows, triton.cdiv(cols, BLOCK))](
+                x, seed, y, cols, 1 / (1 - p), THRESHOLD=threshold(p), BLOCK=BLOCK, enable_fp_fusion=False
+            )
+    return y

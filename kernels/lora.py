@@ -1,13 +1,16 @@
 """LoRA over a dense or NF4 base weight, forward and backward.
 
-    xa = drop(x)Aᵀ                   [T, r]
-    y  = xWᵀ + s·xa Bᵀ + bias        [T, out]
+    xa = s·drop(x)Aᵀ                 [T, r]
+    y  = xWᵀ + xa Bᵀ + bias          [T, out]
 
     dxa = s·dY B                     [T, r]
-    dX  = dY W + mask ⊙ (dxa A),  dA = dxaᵀ drop(x),  dB = s·dYᵀ xa
+    dX  = dY W + mask ⊙ (dxa A),  dA = dxaᵀ drop(x),  dB = dYᵀ xa
 
 LoRA, Hu et al. 2021, §4.1. Kept from forward to backward: x and xa. Not materialised: BA; beyond one call: a dense W
 (an NF4 W is dequantized once in forward and once in backward) and the dropout mask (made again from its seed).
+
+Launches over an NF4 weight: forward 3 (dequantize, xa, the product with everything else in its epilogue), y written
+once; backward 4 (dequantize, dxa, dA with dB, dX), dX written once. See low_rank.py and gemm.py.
 """
 
 import torch
@@ -16,7 +19,9 @@ from torch import Tensor
 from kernels import reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dropout import new_seed
-from kernels.nf4 import QuantState
+from kernels.gemm import gemm, use_kernels
+from kernels.low_rank import outer, project
+from kernels.quant_state import QuantState
 
 
 @torch.library.custom_op("qdora::lora_linear", mutates_args=())
@@ -36,7 +41,12 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
-    return reference.lora_linear(x, w, lora_A, lora_B, bias, scaling, dropout, seed)
+    if not use_kernels(x):
+        return reference.lora_linear(x, w, lora_A, lora_B, bias, scaling, dropout, seed)
+    x = x.contiguous()
+    xa = project(x, lora_A.t(), scaling, dropout, seed)
+    y, _ = gemm(x, w.t(), xa, lora_B.t(), bias)
+    return y, xa
 
 
 @_lora_linear.register_fake
@@ -63,13 +73,33 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype) if needs_dx else None
-    return reference.lora_linear_backward(dy, x, xa, w, lora_A, lora_B, scaling, dropout, seed)
+    if not use_kernels(x):
+        return reference.lora_linear_backward(dy, x, xa, w, lora_A, lora_B, scaling, dropout, seed)
+    return lora_linear_backward_kernels(dy, x.contiguous(), xa, w, lora_A, lora_B, scaling, dropout, seed)
+
+
+def lora_linear_backward_kernels(
+    dy: Tensor,
+    x: Tensor,
+    xa: Tensor,
+    w: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`reference.lora_linear_backward` by the kernels; dy and x are contiguous."""
+    dxa = project(dy, lora_B, scaling)
+    dA, dB = outer(x, dxa, dy, xa, (lora_A.dtype, lora_B.dtype), p, seed)
+    dx = x.new_empty(0) if w is None else gemm(dy, w, dxa, lora_A, p=p, seed=seed)[0]
+    return dx, dA, dB
 
 
 @_lora_linear_backward.register_fake
 def _(dy, x, xa, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
-    dx = torch.empty_like(x) if rest[-1] else x.new_empty(0)
-    return dx, torch.empty_like(lora_A), torch.empty_like(lora_B)
+    dx = x.new_empty(x.shape) if rest[-1] else x.new_empty(0)
+    return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
 
 def _setup_context(ctx, inputs, output):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.base_weight import base_args, check_bias, dense_weight
-from kernels.nf4 import QuantState
+from kernels.quant_state import QuantState
 
 
 @torch.library.custom_op("qdora::nf4_linear", mutates_args=())

@@ -89,10 +89,10 @@ def lora_linear(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """(y [T, out], xa = drop(x)Aᵀ [T, r])"""
-    xa = dropout(x, p, seed) @ lora_A.to(x.dtype).t()
+    """(y [T, out], xa = s·drop(x)Aᵀ [T, r])"""
+    xa = dropout(x, p, seed) @ (lora_A * scaling).to(x.dtype).t()
     y = linear(x, w, bias)
-    y.addmm_(xa, lora_B.to(x.dtype).t(), alpha=scaling)
+    y.addmm_(xa, lora_B.to(x.dtype).t())
     return y, xa
 
 
@@ -110,7 +110,7 @@ def lora_linear_backward(
     """(dx [T, in], or of no element if `w` is None because nobody needs it; dA; dB)"""
     dxa = dy @ (lora_B * scaling).to(x.dtype)  # [T, r]
     dA = dxa.t() @ dropout(x, p, seed)
-    dB = (dy.t() @ xa).to(lora_B.dtype) * scaling
+    dB = (dy.t() @ xa).to(lora_B.dtype)
     if w is None:
         dx = x.new_empty(0)
     else:

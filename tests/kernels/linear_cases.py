@@ -104,14 +104,18 @@ def peft_layer(base: nn.Module, rank: int, alpha: float, **config) -> tuple[nn.M
 
 
 def compare_with_peft(ours, model, x: Tensor, dy: Tensor, weights: dict[str, nn.Parameter]) -> None:
-    """Forward and the gradient of x and of each of PEFT's `weights`, which `ours` takes by name."""
+    """Forward and the gradient of x and of each of PEFT's `weights`, which `ours` takes by name, all in fp32."""
+
+    def check(got: Tensor, want: Tensor, name: str) -> None:
+        torch.testing.assert_close(got, want, rtol=0, atol=2e-6 * want.abs().max().item(), msg=lambda m: f"{name}: {m}")
+
     theirs = {"x": x.clone().requires_grad_()}
     y = model(theirs["x"])
     y.backward(dy)
     mine = {"x": x.clone().requires_grad_()} | {n: p.detach().clone().requires_grad_() for n, p in weights.items()}
     out = ours(**mine)
     out.backward(dy)
-    torch.testing.assert_close(out, y)
+    check(out, y, "y")
     for name, leaf in mine.items():
         want = theirs["x"].grad if name == "x" else weights[name].grad
-        torch.testing.assert_close(leaf.grad, want, msg=lambda m, name=name: f"d{name}: {m}")
+        check(leaf.grad, want, f"d{name}")

@@ -1,0 +1,224 @@
+"""The product of an adapted linear, forward and backward, with all that surrounds it in its epilogue.
+
+    z = x W + drop(S V)                    x [M, K], W [K, N], S [M, R], V [R, N]
+    y = gain ⊙ z + bias                    every factor and term after x W may be absent
+
+Forward is W = W_baseᵀ, S = s·drop(x)Aᵀ, V = Bᵀ; backward is x = dY, W = W_base, S = s·dY B, V = A. The low-rank product
+is added to the accumulator after the main loop, so that y is written once and the main loop is a plain GEMM's:
+computing S in it as well costs more registers than it saves traffic (freesolo-chalk 0.5.7 measured 0.24-0.87×).
+
+W and V may have any strides. Not materialised: S V, the dropout mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dispatch import use_triton
+from kernels.dropout import keep, threshold
+from kernels.spec import KernelSpec
+
+# Tokens (M) from which the library's GEMM, followed by this kernel's epilogue over its result, is taken to be faster
+# than the kernel alone, by major compute capability. On paper: the epilogue costs one more read and write of y; a
+# Triton GEMM matches the library's on sm_8x (measured on an A40: 0.96-1.08×), but does not use the later GPUs' bulk
+# copies. Change it where `python -m kernels.bench gemm` says otherwise.
+LIBRARY_FROM: dict[int, float] = {8: float("inf"), 9: 4096, 10: 2048, 12: float("inf")}
+
+
+@triton.jit
+def gemm_kernel(
+    x_ptr,  # [M, K], or None: y already holds x W
+    w_ptr,  # [K, N], any strides, in x's dtype
+    s_ptr,  # [M, R] in x's dtype, or None
+    v_ptr,  # [R, N], any strides, any float dtype
+    gain_ptr,  # fp32 [N], or None
+    bias_ptr,  # [N], or None
+    seed_ptr,  # i64 [], or None: no dropout
+    y_ptr,  # [M, N]
+    z_ptr,  # [M, N], or None: z is not kept
+    M,
+    N,
+    K,
+    stride_wk,
+    stride_wn,
+    stride_vr,
+    stride_vn,
+    scale,  # 1 / (1 - p), of what dropout keeps
+    R: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    y_ptrs = y_ptr + m[:, None] * N + n[None, :]
+    if x_ptr is None:
+        acc = tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        k = tl.arange(0, BLOCK_K)
+        x_ptrs = x_ptr + m[:, None] * K + k[None, :]
+        w_ptrs = w_ptr + k[:, None].to(tl.int64) * stride_wk + n[None, :] * stride_wn
+        for k0 in range(0, K, BLOCK_K):
+            x = tl.load(x_ptrs, mask=(m < M)[:, None] & (k < K - k0)[None, :], other=0.0)
+            w = tl.load(w_ptrs, mask=(k < K - k0)[:, None] & (n < N)[None, :], other=0.0)
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+            x_ptrs += BLOCK_K
+            w_ptrs += BLOCK_K * stride_wk
+    if s_ptr is not None:
+        if seed_ptr is None:
+            acc = _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R, BLOCK_R)
+        else:
+            product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            product = _add_low_rank(product, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R, BLOCK_R)
+            acc += tl.where(keep(seed_ptr, m[:, None], n[None, :], THRESHOLD), product * scale, 0.0)
+    if z_ptr is not None:
+        tl.store(z_ptr + m[:, None] * N + n[None, :], acc.to(z_ptr.dtype.element_ty), mask=inside)
+    if gain_ptr is not None:
+        acc *= tl.load(gain_ptr + n, mask=n < N, other=0.0)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of a program's tile: GROUP_M rows of tiles run together and share their columns of W in cache."""
+    group = pid // (GROUP_M * tiles_n)
+    rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = pid % (GROUP_M * tiles_n)
+    return group * GROUP_M + within % rows, within // rows
+
+
+@triton.jit
+def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.constexpr, BLOCK_R: tl.constexpr):
+    """acc + S V, for rows m and columns n"""
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        s = tl.load(s_ptr + m[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
+        v_ptrs = v_ptr + r[:, None].to(tl.int64) * stride_vr + n[None, :] * stride_vn
+        v = tl.load(v_ptrs, mask=(r < R)[:, None] & (n < N)[None, :], other=0.0)
+        acc = tl.dot(s, v.to(s_ptr.dtype.element_ty), acc, input_precision="ieee")
+    return acc
+
+
+def _tiles(dtype: torch.dtype, rank: int, library: bool) -> dict[str, int]:
+    """Tile sizes, warps and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
+    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    if dtype == torch.float32:  # no matrix units
+        m, n, k, block_r, warps, stages = 64, 64, 16, 16, 4, 2
+    elif library:  # the epilogue alone
+        m, n, k, warps, stages = 64, 128, 64, 4, 1
+    else:
+        m, n, k, warps, stages = 128, 128, 64, 8, 3
+    return {
+        **{"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": block_r, "GROUP_M": 8},
+        **{"num_warps": warps, "num_stages": stages},
+    }
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether an adapted linear on x runs the Triton kernels. Triton 3.7 has no matrix instructions for GPUs before
+    sm_80: there the twin, whose products are the library's, is faster by far."""
+    return use_triton(x) and not (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0))
+
+
+def use_library(x: Tensor) -> bool:
+    """Whether x's GEMM is the library's. The interpreter's never is: it has no speed to choose by."""
+    if not x.is_cuda:
+        return False
+    major = torch.cuda.get_device_capability(x.device)[0]
+    return x.dtype == torch.float32 or x.shape[0] >= LIBRARY_FROM.get(major, float("inf"))
+
+
+def gemm(
+    x: Tensor,
+    w: Tensor,
+    s: Tensor | None = None,
+    v: Tensor | None = None,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    keep_z: bool = False,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, z or None): y = gain ⊙ (x w + drop(s v)) + bias. x [M, K], s [M, R] contiguous, w [K, N], v [R, N]."""
+    m, n = x.shape[0], w.shape[1]
+    library = use_library(x)
+    tiles = _tiles(x.dtype, 0 if s is None else s.shape[1], library)
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    z = torch.empty(m, n, dtype=x.dtype, device=x.device) if keep_z else None
+    if library:
+        torch.mm(x, w, out=y)
+    if y.numel() == 0 or (library and s is None and bias is None and gain is None and not keep_z):
+        return y, z
+    grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    with torch.cuda.device_of(x):
+        gemm_kernel[grid](
+            None if library else x, w, s, v, gain, bias, seed if p else None, y, z,
+            m, n, x.shape[1], *w.stride(), *(v.stride() if s is not None else (0, 0)), 1 / (1 - p),
+            R=0 if s is None else s.shape[1], THRESHOLD=threshold(p), **tiles, enable_fp_fusion=True,
+        )  # fmt: skip
+    return y, z
+
+
+def _spec(config: str, rank: int, backward: bool = False, dtype: str = "bf16", library: bool = False) -> KernelSpec:
+    """The spec of what `gemm` does in forward (with a gain, a bias and z) or backward (with dropout)."""
+    tiles = _tiles({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], rank, library)
+    num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
+    signature = {"y_ptr": f"*{dtype}", "M": "i32", "N": "i32", "K": "i32", "scale": "fp32"}
+    signature |= {"s_ptr": f"*{dtype}", "v_ptr": "*fp32"} | (
+        {} if library else {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"}
+    )
+    names = {"z_ptr": dtype, "gain_ptr": "fp32", "bias_ptr": dtype, "seed_ptr": "i64"}
+    present = {name: f"*{kind}" for name, kind in names.items() if (name == "seed_ptr") == backward}
+    signature |= present
+    strided, unit = ("k", "n") if backward else ("n", "k")
+    signature |= {f"stride_w{strided}": "i32", f"stride_v{'r' if backward else 'n'}": "i32"}
+    constexprs = {
+        f"stride_w{unit}": 1,
+        f"stride_v{'n' if backward else 'r'}": 1,
+        "R": rank,
+        "THRESHOLD": threshold(0.1),
+    }
+    absent = dict.fromkeys(name for name in (*names, "x_ptr", "w_ptr") if name not in signature)
+    if library:
+        del signature[f"stride_w{strided}"]
+        constexprs[f"stride_w{strided}"] = 1
+    # a value is one x · w of the main loop; with the library's GEMM it is one element of y
+    tile = tiles["BLOCK_M"] * tiles["BLOCK_N"]
+    return KernelSpec(
+        kernel="gemm_epilogue" if library else "gemm",
+        config=config,
+        fn=gemm_kernel,
+        signature=signature,
+        constexprs=constexprs | absent | tiles,
+        values=tile if library else tile * tiles["BLOCK_K"],
+        bytes_per_value=4.0 if library else 2 / tiles["BLOCK_M"] + 2 / tiles["BLOCK_N"],
+        num_warps=num_warps,
+        num_stages=num_stages,
+        fp_fusion=True,
+        divisible=("N", "K", f"stride_w{strided}", f"stride_v{'r' if backward else 'n'}"),
+        loop=not library,
+        mma=dtype != "fp32",
+    )
+
+
+AOT_SPECS = [
+    _spec("forward-r16-bf16", 16),
+    _spec("forward-r64-bf16", 64),
+    _spec("forward-r512-bf16", 512),
+    _spec("forward-r64-fp32", 64, dtype="fp32"),
+    _spec("backward-r16-bf16", 16, backward=True),
+    _spec("backward-r64-bf16", 64, backward=True),
+    _spec("backward-r64-fp32", 64, backward=True, dtype="fp32"),
+    _spec("forward-r64-bf16", 64, library=True),
+    _spec("backward-r64-bf16", 64, backward=True, library=True),
+    _spec("backward-r16-fp32", 16, backward=True, library=True, dtype="fp32"),
+]

@@ -1,0 +1,45 @@
+"""The Triton kernels of lora_linear where the tests of the op do not look: many tiles, memory, repeatability."""
+
+import pytest
+import torch
+
+from kernels import use_backend
+from tests.kernels.linear_cases import assert_as_accurate, plain_linear, randn, with_gradients
+from tests.kernels.nf4_cases import embedded, guarded_memory, needs_triton
+
+
+@needs_triton
+@pytest.mark.parametrize("library", [False, True], ids=["fused", "library-gemm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_kernels_over_many_tiles_write_all_of_their_outputs_and_nothing_else(dtype, library, monkeypatch):
+    """Several tiles in each direction with tails, inputs between poison, outputs that held NaN before."""
+    monkeypatch.setattr("kernels.gemm.use_library", lambda x: library)
+    # tiles are 64 × 64 × 16 in fp32 and 128 × 128 × 64 in fp16
+    tokens, in_features, out_features, rank = (70, 66, 68, 18) if dtype == torch.float32 else (150, 140, 270, 130)
+    p = 0.2
+    seed = torch.tensor(7)
+    x, dy = randn(tokens, in_features, seed=2, dtype=dtype), randn(tokens, out_features, seed=6, dtype=dtype)
+    w = randn(out_features, in_features, seed=1, dtype=dtype) / in_features**0.5
+    lora_A, lora_B = randn(rank, in_features, seed=3) / in_features**0.5, randn(out_features, rank, seed=4) / rank**0.5
+    x, dy, w, lora_A, lora_B = (embedded(t, 64) for t in (x, dy, w, lora_A, lora_B))
+    base, adapter = (w, None, None, None, 0), (lora_A, lora_B)
+
+    def forward_and_backward():
+        y, xa = torch.ops.qdora.lora_linear(x, *base, *adapter, None, 1.5, p, seed)
+        return y, *torch.ops.qdora.lora_linear_backward(dy, x, xa, *base, *adapter, 1.5, p, seed, True)
+
+    with use_backend("torch"):
+        twin = forward_and_backward()
+    with use_backend("triton"), guarded_memory(monkeypatch):
+        got = forward_and_backward()
+    with use_backend("triton"):
+        again = forward_and_backward()
+    names = ("y", "dx", "dlora_A", "dlora_B")
+    exact = with_gradients(
+        lambda x, lora_A, lora_B: plain_linear(x, w.double(), lora_A, lora_B, 1.5, p=p, seed=seed),
+        {"x": x.double(), "lora_A": lora_A.double(), "lora_B": lora_B.double()},
+        dy,
+    )
+    assert_as_accurate(dict(zip(names, got)), dict(zip(names, twin)), exact, dtype)
+    for name, first, second in zip(names, got, again):
+        assert torch.equal(first, second), f"{name} differs from run to run"
