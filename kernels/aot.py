@@ -29,7 +29,14 @@ from kernels import machine_code
 from kernels.dispatch import interpreting
 from kernels.spec import KernelSpec
 
-SPEC_MODULES = ("kernels.double_quant", "kernels.nf4", "kernels.nf4_quantize", "kernels.dora_norm")
+SPEC_MODULES = (
+    "kernels.double_quant",
+    "kernels.nf4",
+    "kernels.nf4_quantize",
+    "kernels.dora_norm",
+    "kernels.gemm",
+    "kernels.low_rank",
+)
 
 
 @dataclass(frozen=True)
