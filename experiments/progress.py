@@ -1,12 +1,19 @@
-"""A progress bar in a terminal, a plain line now and then elsewhere."""
+"""A progress bar in a terminal; elsewhere a plain line now and then for training, nothing for what takes seconds."""
 
+import functools
 import sys
 import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from tqdm import tqdm
 
 PLAIN_LINES = 10  # in a log file
+
+
+def bar(title: str) -> Callable[[Iterable], Iterable]:
+    """Wraps an iterable of known length in a bar that goes away when done; in a log file it shows nothing."""
+    return functools.partial(tqdm, desc=title, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
 
 class Progress:

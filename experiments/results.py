@@ -5,7 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import matplotlib
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -13,9 +13,6 @@ from experiments.config import Config
 from experiments.evaluate import Evaluation
 from experiments.files import write_atomically
 from modules import NF4Linear, decoder_linears
-
-matplotlib.use("Agg")  # no display needed
-import matplotlib.pyplot as plt
 
 BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, distinct to colour-blind readers
 
@@ -51,7 +48,8 @@ class RunDirectory:
 
     def plot_loss(self, title: str) -> None:
         """Draw loss.png from the records so far: training loss a step, held-out loss where it was measured."""
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        figure = Figure(figsize=(7, 4.2), layout="constrained")  # not pyplot, whose state a notebook shares
+        axes = figure.subplots()
         for key, style in (
             ("loss", {"color": BLUE, "lw": 1.2, "label": "training batch"}),
             ("heldout_loss", {"color": ORANGE, "marker": "o", "lw": 1.8, "label": "held out"}),
@@ -63,7 +61,6 @@ class RunDirectory:
         axes.legend(frameon=False)
         partial = self.path / ".loss.png.partial"
         figure.savefig(partial, dpi=130, format="png")
-        plt.close(figure)
         partial.replace(self.path / "loss.png")
 
 

@@ -31,6 +31,7 @@ from experiments.errors import UserError
 from experiments.evaluate import Evaluation, answer, evaluate
 from experiments.files import PROJECT_ROOT, writable_dir
 from experiments.models import load_model
+from experiments.progress import bar
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trained, heldout_record, train
 from modules import attach, quantize, save_adapter
@@ -97,7 +98,7 @@ def prepare_model(
     # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
     model, tokenizer = load_model(cfg.model, torch.float32 if trains_base else dtype, cfg.seed)
     if cfg.quant.name == "nf4":
-        quantize(model, cfg.quant.blocksize, cfg.quant.double)
+        quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
     if not trains_base:
         try:
             attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout)
@@ -121,7 +122,9 @@ def _train_and_measure(
         tracking.log(record)
 
     def measure(step: int) -> tuple[Evaluation, list[str]]:
-        evaluation = evaluate(model, data.heldout, cfg.trainer.eval_batch_size, tokenizer.pad_token_id)
+        evaluation = evaluate(
+            model, data.heldout, cfg.trainer.eval_batch_size, tokenizer.pad_token_id, bar("evaluating")
+        )
         log({"step": step} | heldout_record(evaluation))
         print(f"held out, step {step}: loss {evaluation.loss:.3f}, token accuracy {evaluation.token_accuracy:.1%}")
         prompts = [sample.prompt_ids for sample in samples]
@@ -188,6 +191,7 @@ def _one_line(error: Exception) -> str:
 
 def cli() -> None:
     """`main` with errors of the user's in one line on stderr; exit code 1, or 130 after Ctrl-C."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
     try:
         main()

@@ -16,7 +16,7 @@ from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
 from experiments.errors import UserError
 from experiments.evaluate import Evaluation, evaluate, label_logits, to_device
-from experiments.progress import Progress
+from experiments.progress import Progress, bar
 
 
 @dataclass
@@ -89,7 +89,8 @@ def train(
                 log(record | {"tokens": trained.tokens, "seconds": trained.seconds})
             progress.advance(loss=loss, tokens_per_s=trained.tokens / trained.seconds)
             if trainer.eval_every and step % trainer.eval_every == 0 and step < trainer.steps:
-                log({"step": step} | heldout_record(evaluate(model, data.heldout, trainer.eval_batch_size, pad_id)))
+                measured = evaluate(model, data.heldout, trainer.eval_batch_size, pad_id, bar("evaluating"))
+                log({"step": step} | heldout_record(measured))
 
 
 def heldout_record(evaluation: Evaluation) -> dict[str, float]:
