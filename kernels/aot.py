@@ -36,6 +36,7 @@ SPEC_MODULES = (
     "kernels.dora_norm",
     "kernels.gemm",
     "kernels.low_rank",
+    "kernels.dora_backward",
 )
 
 

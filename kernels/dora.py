@@ -18,7 +18,11 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
-from kernels.dropout import new_seed
+from kernels.dora_backward import dora_linear_backward
+from kernels.dora_norm import launch_norm
+from kernels.dropout import launch_dropout, new_seed
+from kernels.gemm import gemm, use_kernels
+from kernels.low_rank import project
 from kernels.quant_state import QuantState
 
 
@@ -38,10 +42,23 @@ def _dora_linear(
     scaling: float,
     dropout: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
-    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
-    return reference.dora_linear(x, w, norm_sq, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
+    shape = (lora_B.shape[0], lora_A.shape[1])
+    w = dense_weight(base, shape, x.dtype)
+    if not use_kernels(x):
+        return reference.dora_linear(x, w, norm_sq, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
+    x = x.contiguous()
+    norm, gain = launch_norm(base, shape, x.dtype, lora_A, lora_B, scaling, magnitude)
+    xd = launch_dropout(x, dropout, seed) if dropout else x
+    xa = project(xd, lora_A.t(), scaling)
+    if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
+        z, _ = gemm(xd, w.t(), xa, lora_B.t())
+        y, _ = gemm(x - xd, w.t(), bias=bias)
+        y.addcmul_(z, gain.to(x.dtype))
+    else:
+        y, z = gemm(x, w.t(), xa, lora_B.t(), bias, gain, keep_z=bias is not None)
+    return y, xa, norm, gain, x.new_empty(0) if z is None else z
 
 
 @_dora_linear.register_fake
@@ -49,7 +66,8 @@ def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, lora_
     y = x.new_empty(x.shape[0], lora_B.shape[0])
     _, bias, _, dropout, _ = rest
     z = torch.empty_like(y) if dropout or bias is not None else x.new_empty(0)
-    return y, x.new_empty(x.shape[0], lora_A.shape[0]), torch.empty_like(norm_sq), z
+    xa = x.new_empty(x.shape[0], lora_A.shape[0])
+    return y, xa, norm_sq.new_empty(norm_sq.shape), norm_sq.new_empty(norm_sq.shape), z
 
 
 @torch.library.custom_op("qdora::dora_linear_backward", mutates_args=())
@@ -60,6 +78,7 @@ def _dora_linear_backward(
     y: Tensor | None,
     z: Tensor,
     norm: Tensor,
+    gain: Tensor,
     weight: Tensor,
     absmax: Tensor | None,
     nested_absmax: Tensor | None,
@@ -75,29 +94,32 @@ def _dora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
-    return reference.dora_linear_backward(
-        dy, x, xa, y, z, norm, w, lora_A, lora_B, magnitude, scaling, dropout, seed, needs_dx
-    )
+    rest = (w, lora_A, lora_B, magnitude, scaling, dropout, seed, needs_dx)
+    if not use_kernels(x):
+        return reference.dora_linear_backward(dy, x, xa, y, z, norm, gain, *rest)
+    return dora_linear_backward(dy, x.contiguous(), xa, y, z, norm, gain, *rest)
 
 
 @_dora_linear_backward.register_fake
-def _(dy, x, xa, y, z, norm, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
-    dx = torch.empty_like(x) if rest[-1] else x.new_empty(0)
-    return dx, torch.empty_like(lora_A), torch.empty_like(lora_B), torch.empty_like(rest[0])
+def _(dy, x, xa, y, z, norm, gain, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
+    dx = x.new_empty(x.shape) if rest[-1] else x.new_empty(0)
+    magnitude = rest[0]
+    dA, dB = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
+    return dx, dA, dB, magnitude.new_empty(magnitude.shape)
 
 
 def _setup_context(ctx, inputs, output):
     x, *base, blocksize, _, lora_A, lora_B, magnitude, bias, scaling, dropout, seed = inputs
-    y, xa, norm, z = output
+    y, xa, norm, gain, z = output
     y = None if dropout or bias is not None else y
-    ctx.save_for_backward(x, xa, y, z, norm, *base, lora_A, lora_B, magnitude, seed)
+    ctx.save_for_backward(x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed)
     ctx.blocksize, ctx.scaling, ctx.dropout = blocksize, scaling, dropout
     ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.mark_non_differentiable(xa, norm, z)
+    ctx.mark_non_differentiable(xa, norm, gain, z)
 
 
 def _backward(ctx, dy, *_):
-    x, xa, y, z, norm, *base, lora_A, lora_B, magnitude, seed = ctx.saved_tensors
+    x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         raise RuntimeError("dora_linear gives no gradient for the base weight: it is frozen")
     dx, dA, dB, dm = torch.ops.qdora.dora_linear_backward(
@@ -107,6 +129,7 @@ def _backward(ctx, dy, *_):
         y,
         z,
         norm,
+        gain,
         *base,
         ctx.blocksize,
         lora_A,

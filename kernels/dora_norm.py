@@ -20,10 +20,12 @@ from kernels import reference
 from kernels.base_weight import BaseArgs, base_args, check_adapter, dense_weight, load_row_absmax
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
 from kernels.dispatch import use_triton
+from kernels.gemm import use_kernels
 from kernels.quant_state import QuantState
 from kernels.spec import KernelSpec
 
 NUM_WARPS = 4
+FINISH_BLOCK = 256
 PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many,
 MAX_SPLITS = 16  # but a program loads its tile of B once and must not do so for too few columns
 
@@ -91,7 +93,7 @@ def _norm_nf4_kernel(
         even = tl.fma(tl.reshape(high, [BLOCK_N, HALF]), scale, even)
         odd = tl.fma(tl.reshape(low, [BLOCK_N, HALF]), scale, odd)
         total = tl.fma(odd, odd, tl.fma(even, even, total))
-    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sqrt(tl.sum(total, 1)), mask=rows < N)
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
 
 
 @triton.jit
@@ -127,7 +129,34 @@ def _norm_dense_kernel(
                 a = tl.load(a_ptr + (r0 + r)[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
                 w = tl.dot(b, a, w, input_precision="ieee")
         total = tl.fma(w, w, total)
-    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sqrt(tl.sum(total, 1)), mask=rows < N)
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr,  # fp32 [splits, N]: sums of squares
+    magnitude_ptr,  # [N], or None
+    norm_ptr,  # fp32 [N]
+    gain_ptr,  # fp32 [N], or None
+    N,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial_ptr + split * N + n, mask=n < N, other=0.0)
+    norm = tl.sqrt(total)
+    tl.store(norm_ptr + n, norm, mask=n < N)
+    if magnitude_ptr is not None:
+        magnitude = tl.load(magnitude_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(gain_ptr + n, divide(magnitude, norm), mask=n < N)
+
+
+@triton.jit
+def divide(x, norm):
+    """x / norm, and 0 where norm is 0: a row of zeros has no direction to scale."""
+    return tl.where(norm == 0.0, 0.0, x / tl.where(norm == 0.0, 1.0, norm))
 
 
 def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
@@ -155,7 +184,7 @@ def _split(n: int, k: int, tiles: dict[str, int]) -> tuple[int, int]:
     return columns, triton.cdiv(k, columns)
 
 
-def _launch(
+def _sums_of_squares(
     base: BaseArgs,
     shape: tuple[int, int],
     dtype: torch.dtype,
@@ -163,7 +192,7 @@ def _launch(
     lora_B: Tensor | None = None,
     scaling: float = 0.0,
 ) -> Tensor:
-    """Row norms of W [N, K] = `shape`, or of W + sBA, fp32 [N]."""
+    """Σ_k (W + sBA)² of the rows of W [N, K] = `shape`, or of W alone, in splits of K: fp32 [splits, N]."""
     n, k = shape
     rank = 0 if lora_A is None else lora_A.shape[0]
     weight, absmax, nested_absmax, nested_offset, blocksize = base
@@ -207,7 +236,29 @@ def _launch(
                 w, lora_A, lora_B, partial, n, k, columns, scaling,
                 R=rank, **tiles, num_warps=NUM_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
-    return torch.linalg.vector_norm(partial, dim=0)
+    return partial
+
+
+def launch_norm(
+    base: BaseArgs,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(‖W + sBA‖ of each row, magnitude / ‖W + sBA‖ if there is a magnitude), fp32 [N]."""
+    partial = _sums_of_squares(base, shape, dtype, lora_A, lora_B, scaling)
+    norm = torch.empty(shape[0], dtype=torch.float32, device=partial.device)
+    gain = None if magnitude is None else torch.empty(shape[0], dtype=torch.float32, device=partial.device)
+    if magnitude is not None:
+        magnitude = magnitude.contiguous()
+    with torch.cuda.device_of(partial):
+        _finish_kernel[(triton.cdiv(shape[0], FINISH_BLOCK),)](
+            partial, magnitude, norm, gain, shape[0], partial.shape[0], BLOCK=FINISH_BLOCK, enable_fp_fusion=False
+        )
+    return norm, gain
 
 
 @torch.library.custom_op("qdora::weight_norm_sq", mutates_args=())
@@ -221,7 +272,7 @@ def _weight_norm_sq(
 ) -> Tensor:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     if use_triton(weight):
-        return _launch(base, (shape[0], shape[1]), torch.float32 if blocksize else weight.dtype).square_()
+        return _sums_of_squares(base, (shape[0], shape[1]), torch.float32 if blocksize else weight.dtype).sum(dim=0)
     return reference.weight_norm_sq(dense_weight(base, (shape[0], shape[1]), torch.float32))
 
 
@@ -245,8 +296,8 @@ def _dora_norm(
 ) -> Tensor:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     shape = (lora_B.shape[0], lora_A.shape[1])
-    if use_triton(weight):
-        return _launch(base, shape, dtype, lora_A, lora_B, scaling)
+    if use_kernels(weight):
+        return launch_norm(base, shape, dtype, lora_A, lora_B, scaling)[0]
     return reference.dora_norm(dense_weight(base, shape, dtype), norm_sq, lora_A, lora_B, scaling)
 
 
@@ -293,7 +344,7 @@ def dora_norm(
 
 
 def _spec(rank: int, kind: str, dtype: torch.dtype = torch.bfloat16, block_k: int = 64) -> KernelSpec:
-    """The spec of what `_launch` does for a rank on an "nf4", "nf4-double" or "dense" weight."""
+    """The spec of what `_sums_of_squares` does for a rank on an "nf4", "nf4-double" or "dense" weight."""
     tiles = _tiles(rank, block_k, dtype, kind != "dense")
     num_stages = tiles.pop("num_stages")
     name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

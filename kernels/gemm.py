@@ -99,7 +99,7 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 @triton.jit
 def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """acc + S V, for rows m and columns n"""
-    for r0 in range(0, R, BLOCK_R):
+    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):  # few trips: stages would only cost shared memory
         r = r0 + tl.arange(0, BLOCK_R)
         s = tl.load(s_ptr + m[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
         v_ptrs = v_ptr + r[:, None].to(tl.int64) * stride_vr + n[None, :] * stride_vn

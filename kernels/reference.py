@@ -162,19 +162,20 @@ def dora_linear(
     scaling: float,
     p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y [T, out], xa [T, r], norm fp32 [out], z [T, out] = drop(x)(W + sBA)ᵀ, or empty where y = g ⊙ z holds it)"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(y [T, out], xa [T, r], norm and gain fp32 [out], z [T, out] = drop(x)(W + sBA)ᵀ or empty where y holds it)"""
     norm = dora_norm(w, norm_sq, lora_A, lora_B, scaling)
-    gain = dora_gain(magnitude, norm).to(x.dtype)
+    gain = dora_gain(magnitude, norm)
+    g = gain.to(x.dtype)
     xd = dropout(x, p, seed)
     z, xa = lora_linear(xd, w, lora_A, lora_B, None, scaling, 0.0, None)
     if p:
         # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
-        y = ((x - xd) @ w.t()).addcmul_(z, gain)
-        return (y if bias is None else y.add_(bias)), xa, norm, z
+        y = ((x - xd) @ w.t()).addcmul_(z, g)
+        return (y if bias is None else y.add_(bias)), xa, norm, gain, z
     if bias is not None:
-        return torch.addcmul(bias.to(x.dtype), z, gain), xa, norm, z
-    return z.mul_(gain), xa, norm, x.new_empty(0)
+        return torch.addcmul(bias.to(x.dtype), z, g), xa, norm, gain, z
+    return z.mul_(g), xa, norm, gain, x.new_empty(0)
 
 
 def dora_linear_backward(
@@ -184,6 +185,7 @@ def dora_linear_backward(
     y: Tensor | None,
     z: Tensor,
     norm: Tensor,
+    gain: Tensor,
     w: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -194,7 +196,7 @@ def dora_linear_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dm); the norm counts as a constant (DoRA, Liu et al. 2024, §4.3). y is None where z is kept."""
-    dz = dy * dora_gain(magnitude, norm).to(x.dtype)
+    dz = dy * gain.to(x.dtype)
     xd = dropout(x, p, seed)
     dx, dA, dB = lora_linear_backward(dz, xd, xa, w if needs_dx else None, lora_A, lora_B, scaling, 0.0, None)
     if p and needs_dx:
@@ -202,8 +204,8 @@ def dora_linear_backward(
         through_base = dy @ w
         dx += through_base - dropout(through_base, p, seed)
     dm = _magnitude_grad(dy, y, z, norm, magnitude)
-    if y is not None:  # columns with m = 0: y holds nothing of z there, so compute z again
-        rows = (magnitude == 0).nonzero().squeeze(1)
+    if y is not None:  # columns with m = 0, or nearly: y has lost z's digits there, so compute z again
+        rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
         if rows.numel():
             z_rows, _ = lora_linear(xd, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
             dm[rows] = _magnitude_grad(dy[:, rows], None, z_rows, norm[rows], magnitude)

@@ -247,10 +247,10 @@ def test_opcheck(kind, extras):
     torch.library.opcheck(torch.ops.qdora.dora_norm.default, norm_args)
 
     with torch.no_grad():
-        y, xa, norm, z = torch.ops.qdora.dora_linear(*forward)
+        y, xa, norm, gain, z = torch.ops.qdora.dora_linear(*forward)
     kept = (None, z) if extras else (y, z)
     adapter = (t.detach() for t in (lora_A, lora_B, magnitude))
-    backward = (dy, x.detach(), xa, *kept, norm, *base, *adapter, 1.5, p, seed)
+    backward = (dy, x.detach(), xa, *kept, norm, gain, *base, *adapter, 1.5, p, seed)
     for needs_dx in (True, False):
         torch.library.opcheck(torch.ops.qdora.dora_linear_backward.default, (*backward, needs_dx))
 
