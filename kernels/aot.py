@@ -37,6 +37,7 @@ SPEC_MODULES = (
     "kernels.gemm",
     "kernels.low_rank",
     "kernels.dora_backward",
+    "kernels.nf4_gemm",
 )
 
 

@@ -16,7 +16,7 @@ place of y if there is dropout or a bias, from which z cannot be read back witho
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dora_backward import dora_linear_backward
 from kernels.dora_norm import launch_norm
@@ -45,19 +45,23 @@ def _dora_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     shape = (lora_B.shape[0], lora_A.shape[1])
-    w = dense_weight(base, shape, x.dtype)
     if not use_kernels(x):
+        w = dense_weight(base, shape, x.dtype)
         return reference.dora_linear(x, w, norm_sq, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
     x = x.contiguous()
     norm, gain = launch_norm(base, shape, x.dtype, lora_A, lora_B, scaling, magnitude)
     xd = launch_dropout(x, dropout, seed) if dropout else x
     xa = project(xd, lora_A.t(), scaling)
+    epilogue = (xa, lora_B.t(), bias, gain)
     if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
+        w = dense_weight(base, shape, x.dtype)
         z, _ = gemm(xd, w.t(), xa, lora_B.t())
         y, _ = gemm(x - xd, w.t(), bias=bias)
         y.addcmul_(z, gain.to(x.dtype))
+    elif nf4_gemm.takes(x, base):
+        y, z = gemm(x, None, *epilogue, keep_z=bias is not None, xw=nf4_gemm.nf4_gemm(x, base, shape[0]))
     else:
-        y, z = gemm(x, w.t(), xa, lora_B.t(), bias, gain, keep_z=bias is not None)
+        y, z = gemm(x, dense_weight(base, shape, x.dtype).t(), *epilogue, keep_z=bias is not None)
     return y, xa, norm, gain, x.new_empty(0) if z is None else z
 
 

@@ -28,8 +28,8 @@ LIBRARY_FROM: dict[int, float] = {8: float("inf"), 9: 4096, 10: 2048, 12: float(
 
 @triton.jit
 def gemm_kernel(
-    x_ptr,  # [M, K], or None: y already holds x W
-    w_ptr,  # [K, N], any strides, in x's dtype
+    x_ptr,  # [M, K], or None: y already holds x W, only the epilogue is left
+    w_ptr,  # [K, N], any strides, in x's dtype, or None
     s_ptr,  # [M, R] in x's dtype, or None
     v_ptr,  # [R, N], any strides, any float dtype
     gain_ptr,  # fp32 [N], or None
@@ -108,12 +108,12 @@ def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.con
     return acc
 
 
-def _tiles(dtype: torch.dtype, rank: int, library: bool) -> dict[str, int]:
+def _tiles(dtype: torch.dtype, rank: int, epilogue: bool) -> dict[str, int]:
     """Tile sizes, warps and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
     block_r = min(64, max(16, triton.next_power_of_2(rank)))
     if dtype == torch.float32:  # no matrix units
         m, n, k, block_r, warps, stages = 64, 64, 16, 16, 4, 2
-    elif library:  # the epilogue alone
+    elif epilogue:
         m, n, k, warps, stages = 64, 128, 64, 4, 1
     else:
         m, n, k, warps, stages = 128, 128, 64, 8, 3
@@ -139,7 +139,7 @@ def use_library(x: Tensor) -> bool:
 
 def gemm(
     x: Tensor,
-    w: Tensor,
+    w: Tensor | None,
     s: Tensor | None = None,
     v: Tensor | None = None,
     bias: Tensor | None = None,
@@ -147,35 +147,39 @@ def gemm(
     keep_z: bool = False,
     p: float = 0.0,
     seed: Tensor | None = None,
+    xw: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(y, z or None): y = gain ⊙ (x w + drop(s v)) + bias. x [M, K], s [M, R] contiguous, w [K, N], v [R, N]."""
-    m, n = x.shape[0], w.shape[1]
-    library = use_library(x)
-    tiles = _tiles(x.dtype, 0 if s is None else s.shape[1], library)
-    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    z = torch.empty(m, n, dtype=x.dtype, device=x.device) if keep_z else None
-    if library:
-        torch.mm(x, w, out=y)
-    if y.numel() == 0 or (library and s is None and bias is None and gain is None and not keep_z):
+    """(y, z or None): y = gain ⊙ (x w + drop(s v)) + bias.
+
+    x [M, K] and s [M, R] are contiguous, w [K, N] and v [R, N] need not be. If x w is known it is given as `xw` in the
+    place of w, and y overwrites it.
+    """
+    if xw is None and use_library(x):
+        xw = torch.mm(x, w)
+    epilogue = xw is not None
+    y = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device) if xw is None else xw
+    z = torch.empty(y.shape, dtype=x.dtype, device=x.device) if keep_z else None
+    nothing_to_add = s is None and bias is None and gain is None and not keep_z
+    if y.numel() == 0 or (epilogue and nothing_to_add):
         return y, z
-    grid = (triton.cdiv(m, tiles["BLOCK_M"]) * triton.cdiv(n, tiles["BLOCK_N"]),)
+    rank = 0 if s is None else s.shape[1]
+    tiles = _tiles(x.dtype, rank, epilogue)
+    grid = (triton.cdiv(y.shape[0], tiles["BLOCK_M"]) * triton.cdiv(y.shape[1], tiles["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         gemm_kernel[grid](
-            None if library else x, w, s, v, gain, bias, seed if p else None, y, z,
-            m, n, x.shape[1], *w.stride(), *(v.stride() if s is not None else (0, 0)), 1 / (1 - p),
-            R=0 if s is None else s.shape[1], THRESHOLD=threshold(p), **tiles, enable_fp_fusion=True,
+            None if epilogue else x, None if epilogue else w, s, v, gain, bias, seed if p else None, y, z,
+            *y.shape, x.shape[1], *((0, 0) if epilogue else w.stride()), *((0, 0) if v is None else v.stride()),
+            1 / (1 - p), R=rank, THRESHOLD=threshold(p), **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return y, z
 
 
-def _spec(config: str, rank: int, backward: bool = False, dtype: str = "bf16", library: bool = False) -> KernelSpec:
+def _spec(config: str, rank: int, backward: bool = False, dtype: str = "bf16", epilogue: bool = False) -> KernelSpec:
     """The spec of what `gemm` does in forward (with a gain, a bias and z) or backward (with dropout)."""
-    tiles = _tiles({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], rank, library)
+    tiles = _tiles({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], rank, epilogue)
     num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-    signature = {"y_ptr": f"*{dtype}", "M": "i32", "N": "i32", "K": "i32", "scale": "fp32"}
-    signature |= {"s_ptr": f"*{dtype}", "v_ptr": "*fp32"} | (
-        {} if library else {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"}
-    )
+    signature = {"M": "i32", "N": "i32", "K": "i32", "scale": "fp32", "v_ptr": "*fp32"}
+    signature |= {f"{operand}_ptr": f"*{dtype}" for operand in (("y", "s") if epilogue else ("y", "s", "x", "w"))}
     names = {"z_ptr": dtype, "gain_ptr": "fp32", "bias_ptr": dtype, "seed_ptr": "i64"}
     present = {name: f"*{kind}" for name, kind in names.items() if (name == "seed_ptr") == backward}
     signature |= present
@@ -188,24 +192,24 @@ def _spec(config: str, rank: int, backward: bool = False, dtype: str = "bf16", l
         "THRESHOLD": threshold(0.1),
     }
     absent = dict.fromkeys(name for name in (*names, "x_ptr", "w_ptr") if name not in signature)
-    if library:
+    if epilogue:
         del signature[f"stride_w{strided}"]
-        constexprs[f"stride_w{strided}"] = 1
-    # a value is one x · w of the main loop; with the library's GEMM it is one element of y
+        constexprs |= {"stride_wk": 0, "stride_wn": 0}
+    # a value is one x · w of the main loop; of the epilogue it is one element of y
     tile = tiles["BLOCK_M"] * tiles["BLOCK_N"]
     return KernelSpec(
-        kernel="gemm_epilogue" if library else "gemm",
+        kernel="gemm_epilogue" if epilogue else "gemm",
         config=config,
         fn=gemm_kernel,
         signature=signature,
         constexprs=constexprs | absent | tiles,
-        values=tile if library else tile * tiles["BLOCK_K"],
-        bytes_per_value=4.0 if library else 2 / tiles["BLOCK_M"] + 2 / tiles["BLOCK_N"],
+        values=tile if epilogue else tile * tiles["BLOCK_K"],
+        bytes_per_value=4.0 if epilogue else 2 / tiles["BLOCK_M"] + 2 / tiles["BLOCK_N"],
         num_warps=num_warps,
         num_stages=num_stages,
         fp_fusion=True,
         divisible=("N", "K", f"stride_w{strided}", f"stride_v{'r' if backward else 'n'}"),
-        loop=not library,
+        loop=not epilogue,
         mma=dtype != "fp32",
     )
 
@@ -218,7 +222,7 @@ AOT_SPECS = [
     _spec("backward-r16-bf16", 16, backward=True),
     _spec("backward-r64-bf16", 64, backward=True),
     _spec("backward-r64-fp32", 64, backward=True, dtype="fp32"),
-    _spec("forward-r64-bf16", 64, library=True),
-    _spec("backward-r64-bf16", 64, backward=True, library=True),
-    _spec("backward-r16-fp32", 16, backward=True, library=True, dtype="fp32"),
+    _spec("forward-r64-bf16", 64, epilogue=True),
+    _spec("backward-r64-bf16", 64, backward=True, epilogue=True),
+    _spec("backward-r16-fp32", 16, backward=True, epilogue=True, dtype="fp32"),
 ]

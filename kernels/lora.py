@@ -10,13 +10,14 @@ LoRA, Hu et al. 2021, §4.1. Kept from forward to backward: x and xa. Not materi
 (an NF4 W is dequantized once in forward and once in backward) and the dropout mask (made again from its seed).
 
 Launches over an NF4 weight: forward 3 (dequantize, xa, the product with everything else in its epilogue), y written
-once; backward 4 (dequantize, dxa, dA with dB, dX), dX written once. See low_rank.py and gemm.py.
+once; backward 4 (dequantize, dxa, dA with dB, dX), dX written once. Few tokens skip the dequantization: one pass over
+the packed weight. See low_rank.py, gemm.py and nf4_gemm.py.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dropout import new_seed
 from kernels.gemm import gemm, use_kernels
@@ -40,12 +41,16 @@ def _lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
-    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
+    shape = (lora_B.shape[0], lora_A.shape[1])
     if not use_kernels(x):
+        w = dense_weight(base, shape, x.dtype)
         return reference.lora_linear(x, w, lora_A, lora_B, bias, scaling, dropout, seed)
     x = x.contiguous()
     xa = project(x, lora_A.t(), scaling, dropout, seed)
-    y, _ = gemm(x, w.t(), xa, lora_B.t(), bias)
+    if nf4_gemm.takes(x, base):
+        y, _ = gemm(x, None, xa, lora_B.t(), bias, xw=nf4_gemm.nf4_gemm(x, base, shape[0]))
+    else:
+        y, _ = gemm(x, dense_weight(base, shape, x.dtype).t(), xa, lora_B.t(), bias)
     return y, xa
 
 

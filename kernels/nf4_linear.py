@@ -1,13 +1,15 @@
 """y = xWᵀ + bias over a packed NF4 weight: the frozen linear of QLoRA without an adapter.
 
-W is dequantized in forward and again in backward (dX = dY W); no W-sized tensor is kept in between.
+W is dequantized in forward, unless there are so few tokens that nf4_gemm.py reads the codes directly, and again in
+backward (dX = dY W), and the products are the library's; no W-sized tensor is kept in between.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_bias, dense_weight
+from kernels.gemm import use_kernels
 from kernels.quant_state import QuantState
 
 
@@ -23,6 +25,8 @@ def _nf4_linear(
     bias: Tensor | None,
 ) -> Tensor:
     base = (packed, absmax, nested_absmax, nested_offset, blocksize)
+    if use_kernels(x) and nf4_gemm.takes(x, base):
+        return nf4_gemm.nf4_gemm(x.contiguous(), base, out_features, bias)
     return reference.linear(x, dense_weight(base, (out_features, x.shape[1]), x.dtype), bias)
 
 

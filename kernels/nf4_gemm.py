@@ -1,0 +1,160 @@
+"""x Wᵀ straight from NF4 codes, for few tokens: decoding.
+
+    yᵀ = W xᵀ, W [N, K] in NF4, x [M, K] with M ≤ 64
+
+One pass over the packed weight, no dense W. A program multiplies BLOCK_N rows of codes with x over one split of K: the
+levels of a tile are the left operand of the matrix units (as the right one each warp would look all of them up
+again), and absmax multiplies the product of a block, not its weights. Even columns are in the bytes' high nibbles, odd
+ones in the low nibbles, so each half of the codes meets its half of x. The splits of K are summed by a second launch
+in a fixed order: two runs give the same bits.
+
+For more tokens a tile of W would be looked up again for each tile of tokens; dequantizing once wins (see gemm.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.base_weight import BaseArgs, load_row_absmax
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.spec import KernelSpec
+
+FEW_TOKENS = 64  # up to here; on paper: the lookups then still cost less than reading and writing a dense W
+PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many
+MAX_SPLITS = 16
+NUM_WARPS = 4
+SUM_BLOCK = 512
+
+
+@triton.jit
+def _nf4_gemm_kernel(
+    x_ptr,  # [M, K]
+    packed_ptr,  # u8 [N · K / 2]
+    absmax_ptr,  # fp32 [blocks], or u8 with double quantization
+    nested_absmax_ptr,  # fp32 [ceil(blocks / 256)] or None
+    nested_offset_ptr,  # fp32 [] or None
+    map_ptr,  # fp32 [256] or None
+    levels_ptr,  # fp32 [16]
+    partial_ptr,  # fp32 [splits, M, N]
+    M,
+    N,
+    K,  # a multiple of BLOCK_K
+    K_SPLIT,  # columns of one split, a multiple of BLOCK_K
+    BLOCKSIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # at least M
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides BLOCKSIZE: a row of a tile lies in one block
+):
+    HALF: tl.constexpr = BLOCK_K // 2
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    byte_ptrs = packed_ptr + n[:, None] * (K // 2) + tl.arange(0, HALF)[None, :]
+    x_ptrs = x_ptr + m[:, None] * K + k[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+        codes = tl.load(byte_ptrs + k0 // 2, mask=(n < N)[:, None], other=0).to(tl.int32)
+        high = tl.reshape(tl.gather(levels, tl.reshape(codes >> 4, [BLOCK_N * HALF]), 0), [BLOCK_N, HALF])
+        low = tl.reshape(tl.gather(levels, tl.reshape(codes & 15, [BLOCK_N * HALF]), 0), [BLOCK_N, HALF])
+        x = tl.load(x_ptrs + k0, mask=(m < M)[:, None], other=0.0)
+        even, odd = tl.split(tl.reshape(x, [BLOCK_M, HALF, 2]))
+        product = tl.dot(high.to(x.dtype), even.T, input_precision="ieee")
+        product = tl.dot(low.to(x.dtype), odd.T, product, input_precision="ieee")
+        absmax = load_row_absmax(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, (n * K + k0) // BLOCKSIZE, n < N
+        )
+        acc = tl.fma(product, tl.broadcast_to(absmax[:, None], [BLOCK_N, BLOCK_M]), acc)
+    partial_ptrs = partial_ptr + (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(partial_ptrs, acc, mask=(n < N)[:, None] & (m < M)[None, :])
+
+
+@triton.jit
+def _sum_kernel(
+    partial_ptr,  # fp32 [splits, M, N]
+    bias_ptr,  # [N], or None
+    y_ptr,  # [M, N]
+    M,
+    N,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    m = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    partial_ptrs = partial_ptr + m * N + n
+    y = tl.zeros([BLOCK], tl.float32)
+    for _ in range(splits):
+        y += tl.load(partial_ptrs, mask=n < N, other=0.0)
+        partial_ptrs += M * N
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+
+
+def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile sizes. Every choice fits 64 KiB of shared memory and 255 registers (see AOT_SPECS)."""
+    block_m = max(16, triton.next_power_of_2(m))
+    block_n = 64 if block_m == 64 else 128
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n // 2 if dtype == torch.float32 else block_n,
+        "BLOCK_K": 32 if columns % 64 or blocksize == 32 or dtype == torch.float32 else 64,
+    }
+
+
+def takes(x: Tensor, base: BaseArgs) -> bool:
+    """Whether `nf4_gemm` can multiply x [M, K] with this weight, and is taken to be the fastest way."""
+    return bool(base[-1]) and 0 < x.shape[0] <= FEW_TOKENS and x.shape[1] % 32 == 0
+
+
+def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + bias in x's dtype [M, N]; x [M, K] contiguous, M ≤ 64, K a multiple of 32."""
+    weight, absmax, nested_absmax, nested_offset, blocksize = base
+    (m, k), n, device = x.shape, out_features, x.device
+    tiles = _tiles(m, k, blocksize, x.dtype)
+    rows = triton.cdiv(n, tiles["BLOCK_N"])
+    splits = min(MAX_SPLITS, max(1, PROGRAMS // rows))
+    columns = triton.cdiv(triton.cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
+    splits = triton.cdiv(k, columns)
+    partial = torch.empty(splits, m, n, dtype=torch.float32, device=device)
+    y = torch.empty(m, n, dtype=x.dtype, device=device)
+    with torch.cuda.device_of(x):
+        _nf4_gemm_kernel[(rows, splits)](
+            x, weight, absmax, nested_absmax, nested_offset,
+            None if nested_absmax is None else dynamic_map(device), nf4_levels(device), partial, m, n, k, columns,
+            BLOCKSIZE=blocksize, **tiles, num_warps=NUM_WARPS, num_stages=2, enable_fp_fusion=False,
+        )  # fmt: skip
+        _sum_kernel[(m, triton.cdiv(n, SUM_BLOCK))](
+            partial, bias, y, m, n, splits, BLOCK=SUM_BLOCK, enable_fp_fusion=False
+        )
+    return y
+
+
+def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
+    """The spec of what `nf4_gemm` does for m tokens."""
+    tiles = _tiles(m, 64, 64, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+    nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
+    signature = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32"}
+    signature |= {"levels_ptr": "*fp32", "partial_ptr": "*fp32"} | (nested if double else {})
+    signature |= dict.fromkeys(("M", "N", "K", "K_SPLIT"), "i32")
+    return KernelSpec(
+        kernel="nf4_gemm",
+        config=f"m{m}-b64-{'double-' if double else ''}{dtype}",
+        fn=_nf4_gemm_kernel,
+        signature=signature,
+        constexprs={"BLOCKSIZE": 64, **tiles} | ({} if double else dict.fromkeys(nested)),
+        values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
+        bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double else 4) / 64,
+        num_warps=NUM_WARPS,
+        num_stages=2,
+        divisible=("N", "K", "K_SPLIT"),
+        loop=True,
+        launches=2,
+        min_load_bits=128,
+        mma=dtype != "fp32",
+    )
+
+
+AOT_SPECS = [_spec(1), _spec(32), _spec(64), _spec(16, double=False), _spec(16, dtype="fp32"), _spec(64, dtype="fp32")]
