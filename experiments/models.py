@@ -79,7 +79,7 @@ def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
 
 
 def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with _quiet():
+    with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
@@ -122,7 +122,7 @@ def _gguf_as_directory(path: Path) -> Path:
     if directory.exists():
         return directory
     print(f"Reading {path.name} (once: the dequantized weights are kept in {directory.parent})", flush=True)
-    with _quiet():
+    with quiet():
         where = {"gguf_file": path.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
         # dequantize=True: transformers would otherwise keep the packed weights of some formats
@@ -171,7 +171,7 @@ def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' loading bars and advice out of the run's output; its errors still show."""
     bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()

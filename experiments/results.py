@@ -39,7 +39,9 @@ class RunDirectory:
 
     def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
         """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""
-        parts = [f"# {title}\n"]
+        parts = [
+            f"# {title}\n" if samples else f"# {title}\n\nNo samples: the data has no prompts, or trainer.samples=0."
+        ]
         for number, sample in enumerate(samples, start=1):
             parts.append(f"## {number}\n\n```\n{sample['prompt'].strip()}\n```\n")
             for name in ("reference", "before", "after"):

@@ -30,7 +30,7 @@ from experiments.data import Data, load_data
 from experiments.errors import UserError
 from experiments.evaluate import Evaluation, answer, evaluate
 from experiments.files import PROJECT_ROOT, writable_dir
-from experiments.models import load_model
+from experiments.models import load_model, quiet
 from experiments.progress import bar
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trained, heldout_record, train
@@ -153,7 +153,8 @@ def _train_and_measure(
 def _save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """The adapter, or, where every weight trained, the whole model as a Hugging Face directory."""
     if cfg.method.adapter == "none":
-        model.save_pretrained(directory / "model")
+        with quiet():
+            model.save_pretrained(directory / "model")
         tokenizer.save_pretrained(directory / "model")
     else:
         save_adapter(model, directory / "adapter", cfg.model.path or cfg.model.name)
