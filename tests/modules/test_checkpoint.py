@@ -7,25 +7,15 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from modules import adapted_linears, attach, load_adapter, quantize, save_adapter
 
 IDS = torch.arange(21).view(3, 7)
 
 
-@pytest.fixture(scope="module")
-def base():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=99,
-    )
-    return LlamaForCausalLM(config).eval()
+@pytest.fixture
+def base(llama):
+    return llama.eval()
 
 
 def trained(base, adapter="lora", target_modules="all-linear", **kwargs):
