@@ -33,11 +33,12 @@ SPEC_MODULES = (
     "kernels.double_quant",
     "kernels.nf4",
     "kernels.nf4_quantize",
-    "kernels.dora_norm",
+    "kernels.row_norm",
     "kernels.gemm",
     "kernels.low_rank",
     "kernels.dora_backward",
     "kernels.nf4_gemm",
+    "kernels.dropout",
 )
 
 

@@ -1,6 +1,6 @@
 """DoRA over a dense or NF4 base weight, forward and backward.
 
-    g = m / ‖W + sBA‖                                                       [out], see dora_norm.py
+    g = m / ‖W + sBA‖                                                       [out], see row_norm.py
     y = g ⊙ (xWᵀ + s(xAᵀ)Bᵀ) + bias                                         without dropout
     y = (x - drop(x))Wᵀ + g ⊙ (drop(x)Wᵀ + s(drop(x)Aᵀ)Bᵀ) + bias           with dropout: PEFT's form
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dora_backward import dora_linear_backward
-from kernels.dora_norm import launch_norm
 from kernels.dropout import launch_dropout, new_seed
 from kernels.gemm import gemm, use_kernels
 from kernels.low_rank import project
 from kernels.quant_state import QuantState
+from kernels.row_norm import launch_norm
 
 
 @torch.library.custom_op("qdora::dora_linear", mutates_args=())

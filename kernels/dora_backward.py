@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dora_norm import divide
 from kernels.dropout import launch_dropout
 from kernels.gemm import gemm
 from kernels.low_rank import outer
+from kernels.row_norm import divide
 from kernels.spec import KernelSpec
 
 BLOCK_M = 32
@@ -147,7 +147,8 @@ def _tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
     if dtype == torch.float32:  # no matrix units
         return {"BLOCK_M": BLOCK_M, "BLOCK_N": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
     block_r = min(128, max(16, triton.next_power_of_2(rank)))
-    return {"BLOCK_M": BLOCK_M, "BLOCK_N": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2}
+    num_stages = 1 if block_r == 128 else 2
+    return {"BLOCK_M": BLOCK_M, "BLOCK_N": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": num_stages}
 
 
 def _scale_project(

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.spec import KernelSpec
+
 _MASK32 = 0xFFFFFFFF
 BLOCK = 1024
 
@@ -87,3 +89,19 @@ def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
                 x, seed, y, cols, 1 / (1 - p), THRESHOLD=threshold(p), BLOCK=BLOCK, enable_fp_fusion=False
             )
     return y
+
+
+AOT_SPECS = [
+    KernelSpec(
+        kernel="dropout",
+        config="bf16",
+        fn=_dropout_kernel,
+        signature={"x_ptr": "*bf16", "seed_ptr": "*i64", "y_ptr": "*bf16", "cols": "i32", "scale": "fp32"},
+        constexprs={"THRESHOLD": threshold(0.1), "BLOCK": BLOCK},
+        values=BLOCK,
+        bytes_per_value=4.0,
+        divisible=("cols",),
+        min_load_bits=128,
+        min_store_bits=128,
+    )
+]

@@ -96,7 +96,7 @@ def _sum_kernel(
 def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes. Every choice fits 64 KiB of shared memory and 255 registers (see AOT_SPECS)."""
     block_m = max(16, triton.next_power_of_2(m))
-    block_n = 64 if block_m == 64 else 128
+    block_n = 128 if block_m == 16 else 64
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n // 2 if dtype == torch.float32 else block_n,
@@ -152,9 +152,28 @@ def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
         divisible=("N", "K", "K_SPLIT"),
         loop=True,
         launches=2,
+        max_instr={16: 7.5, 32: 12.0, 64: 15.0}[tiles["BLOCK_M"]] if dtype == "bf16" else None,
         min_load_bits=128,
         mma=dtype != "fp32",
     )
 
 
-AOT_SPECS = [_spec(1), _spec(32), _spec(64), _spec(16, double=False), _spec(16, dtype="fp32"), _spec(64, dtype="fp32")]
+_SUM_SPEC = KernelSpec(
+    kernel="nf4_gemm_sum",
+    config="bias-bf16",
+    fn=_sum_kernel,
+    signature={
+        **{"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"},
+        **{"M": "i32", "N": "i32", "splits": "i32"},
+    },
+    constexprs={"BLOCK": SUM_BLOCK},
+    values=SUM_BLOCK,
+    bytes_per_value=4.0,
+    divisible=("N",),
+    launches=2,
+)
+
+AOT_SPECS = [
+    *[_spec(1), _spec(32), _spec(64), _spec(16, double=False), _spec(16, dtype="fp32"), _spec(64, dtype="fp32")],
+    _SUM_SPEC,
+]

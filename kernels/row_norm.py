@@ -1,0 +1,317 @@
+"""Sums of squares of the rows of W and of W + sBA, straight from NF4 tiles or from a dense W.
+
+    norm_i = sqrt(Σ_k (W_ik + s·Σ_j B_ij A_jk)²)                            fp32
+
+A program walks BLOCK_N rows of W: a tile of sBA comes from the matrix units, is added to the tile of W in registers,
+squared and summed. Neither W nor BA nor W + sBA is materialised. The factored form (see the twin) needs as many
+matrix products, but cancels where sBA ≈ -W and must then look at W again; adding before squaring cannot cancel and
+costs two multiply-adds a weight. DoRA, Liu et al. 2024, §4.3.
+
+Memory layout: an NF4 byte holds an even column in its high nibble and the next one in its low nibble. So A is split
+into its even and its odd columns, [2, rank, in / 2], and the product with each half meets one nibble of the bytes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.base_weight import BaseArgs, dense_weight, load_row_absmax
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.spec import KernelSpec
+
+NUM_WARPS = 4
+FINISH_BLOCK = 256
+PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many,
+MAX_SPLITS = 16  # but a program loads its tile of B once and must not do so for too few columns
+
+
+@triton.jit
+def _load_b(b_ptr, scaling, rows, r, N, R: tl.constexpr, DTYPE: tl.constexpr):  # [BLOCK_N, BLOCK_R]
+    """A tile of sB, rounded to the compute dtype as forward rounds it."""
+    inside = (rows < N)[:, None] & (r < R)[None, :]
+    b = tl.load(b_ptr + rows[:, None] * R + r[None, :], mask=inside, other=0.0)
+    return (b.to(tl.float32) * scaling).to(DTYPE)
+
+
+@triton.jit
+def _norm_nf4_kernel(
+    packed_ptr,  # u8 [N · K / 2]
+    absmax_ptr,  # fp32 [blocks], or u8 with double quantization
+    nested_absmax_ptr,  # fp32 [ceil(blocks / 256)] or None
+    nested_offset_ptr,  # fp32 [] or None
+    map_ptr,  # fp32 [256] or None
+    levels_ptr,  # fp32 [16]
+    a_ptr,  # [2, R, K / 2] in the compute dtype, or None: the norm of W alone
+    b_ptr,  # [N, R], any float dtype, or None
+    partial_ptr,  # fp32 [splits, N]
+    N,
+    K,  # a multiple of BLOCK_K
+    K_SPLIT,  # columns of one split, a multiple of BLOCK_K
+    scaling,
+    R: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # divides BLOCKSIZE: a row of a tile lies in one block
+    BLOCK_R: tl.constexpr,
+):
+    HALF: tl.constexpr = BLOCK_K // 2
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    byte = tl.arange(0, HALF)
+    r = tl.arange(0, BLOCK_R)
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    byte_ptrs = packed_ptr + rows[:, None] * (K // 2) + byte[None, :]
+    if a_ptr is not None:
+        a_ptrs = a_ptr + r[:, None] * (K // 2) + byte[None, :]
+        if BLOCK_R >= R:
+            b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_N, HALF], tl.float32)
+    for k in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+        even = tl.zeros([BLOCK_N, HALF], tl.float32)
+        odd = tl.zeros([BLOCK_N, HALF], tl.float32)
+        if a_ptr is not None:
+            for r0 in range(0, R, BLOCK_R):
+                if BLOCK_R < R:
+                    b = _load_b(b_ptr, scaling, rows, r0 + r, N, R, a_ptr.dtype.element_ty)
+                inside = (r0 + r < R)[:, None]
+                a_even = tl.load(a_ptrs + r0 * (K // 2) + k // 2, mask=inside, other=0.0)  # [BLOCK_R, HALF]
+                a_odd = tl.load(a_ptrs + (R + r0) * (K // 2) + k // 2, mask=inside, other=0.0)
+                even = tl.dot(b, a_even, even, input_precision="ieee")
+                odd = tl.dot(b, a_odd, odd, input_precision="ieee")
+        absmax = load_row_absmax(
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, (rows * K + k) // BLOCKSIZE, rows < N
+        )
+        scale = tl.broadcast_to(absmax[:, None], [BLOCK_N, HALF])
+        codes = tl.load(byte_ptrs + k // 2, mask=(rows < N)[:, None], other=0).to(tl.int32)
+        high = tl.gather(levels, tl.reshape(codes >> 4, [BLOCK_N * HALF]), 0)
+        low = tl.gather(levels, tl.reshape(codes & 15, [BLOCK_N * HALF]), 0)
+        even = tl.fma(tl.reshape(high, [BLOCK_N, HALF]), scale, even)
+        odd = tl.fma(tl.reshape(low, [BLOCK_N, HALF]), scale, odd)
+        total = tl.fma(odd, odd, tl.fma(even, even, total))
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
+
+
+@triton.jit
+def _norm_dense_kernel(
+    w_ptr,  # [N, K]
+    a_ptr,  # [R, K] in w's dtype, or None: the norm of W alone
+    b_ptr,  # [N, R], any float dtype, or None
+    partial_ptr,  # fp32 [splits, N]
+    N,
+    K,
+    K_SPLIT,  # columns of one split, a multiple of BLOCK_K
+    scaling,
+    R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    r = tl.arange(0, BLOCK_R)
+    if a_ptr is not None and BLOCK_R >= R:
+        b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
+    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        w = tl.load(w_ptr + rows[:, None] * K + k[None, :], mask=(rows < N)[:, None] & (k < K)[None, :], other=0.0)
+        w = w.to(tl.float32)  # [BLOCK_N, BLOCK_K]
+        if a_ptr is not None:
+            for r0 in range(0, R, BLOCK_R):
+                if BLOCK_R < R:
+                    b = _load_b(b_ptr, scaling, rows, r0 + r, N, R, a_ptr.dtype.element_ty)
+                inside = (r0 + r < R)[:, None] & (k < K)[None, :]
+                a = tl.load(a_ptr + (r0 + r)[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
+                w = tl.dot(b, a, w, input_precision="ieee")
+        total = tl.fma(w, w, total)
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr,  # fp32 [splits, N]: sums of squares
+    magnitude_ptr,  # [N], or None
+    norm_ptr,  # fp32 [N]
+    gain_ptr,  # fp32 [N], or None
+    N,
+    splits,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        total += tl.load(partial_ptr + split * N + n, mask=n < N, other=0.0)
+    norm = tl.sqrt(total)
+    tl.store(norm_ptr + n, norm, mask=n < N)
+    if magnitude_ptr is not None:
+        magnitude = tl.load(magnitude_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        tl.store(gain_ptr + n, divide(magnitude, norm), mask=n < N)
+
+
+@triton.jit
+def divide(x, norm):
+    """x / norm, and 0 where norm is 0: a row of zeros has no direction to scale."""
+    return tl.where(norm == 0.0, 0.0, x / tl.where(norm == 0.0, 1.0, norm))
+
+
+def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
+    """Tile sizes and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
+    padded = max(16, triton.next_power_of_2(rank))
+    if dtype == torch.float32:  # no matrix units: small products, or their operands spill
+        tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "num_stages": 2}
+    elif padded <= 128:  # 32 rows a warp: with fewer, reading absmax and A weighs more on each weight
+        tiles = {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_R": padded, "num_stages": 2}
+    elif padded == 256:
+        tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 256, "num_stages": 1}
+    elif padded == 512 and packed:
+        tiles = {"BLOCK_N": 64, "BLOCK_K": 32, "BLOCK_R": 512, "num_stages": 1}
+    else:
+        tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 128, "num_stages": 1}
+    if columns % 64 or (padded > 64 and not packed):
+        tiles["BLOCK_K"] = 32
+    return tiles
+
+
+def _split(n: int, k: int, tiles: dict[str, int]) -> tuple[int, int]:
+    """(columns of one split, splits)"""
+    splits = min(MAX_SPLITS, max(1, PROGRAMS // triton.cdiv(n, tiles["BLOCK_N"])))
+    columns = triton.cdiv(triton.cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
+    return columns, triton.cdiv(k, columns)
+
+
+def sums_of_squares(
+    base: BaseArgs,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    lora_A: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scaling: float = 0.0,
+) -> Tensor:
+    """Σ_k (W + sBA)² of the rows of W [N, K] = `shape`, or of W alone, in splits of K: fp32 [splits, N]."""
+    n, k = shape
+    rank = 0 if lora_A is None else lora_A.shape[0]
+    weight, absmax, nested_absmax, nested_offset, blocksize = base
+    tiles = _tiles(rank, k, dtype, blocksize > 0)
+    if blocksize == 32:
+        tiles["BLOCK_K"] = 32
+    columns, splits = _split(n, k, tiles)
+    partial = torch.empty(splits, n, dtype=torch.float32, device=weight.device)
+    grid = (triton.cdiv(n, tiles["BLOCK_N"]), splits)
+    lora_B = None if lora_B is None else lora_B.contiguous()
+    if blocksize and k % tiles["BLOCK_K"] == 0:
+        if lora_A is not None:
+            halves = torch.empty(2, rank, k // 2, dtype=dtype, device=weight.device)
+            lora_A = halves.copy_(lora_A.reshape(rank, k // 2, 2).permute(2, 0, 1))
+        with torch.cuda.device_of(weight):
+            _norm_nf4_kernel[grid](
+                weight,
+                absmax,
+                nested_absmax,
+                nested_offset,
+                None if nested_absmax is None else dynamic_map(weight.device),
+                nf4_levels(weight.device),
+                lora_A,
+                lora_B,
+                partial,
+                n,
+                k,
+                columns,
+                scaling,
+                R=rank,
+                BLOCKSIZE=blocksize,
+                **tiles,
+                num_warps=NUM_WARPS,
+                enable_fp_fusion=False,
+            )
+    else:  # a row of a tile would cross NF4 blocks, or bytes
+        w = dense_weight(base, shape, dtype).contiguous()
+        lora_A = None if lora_A is None else lora_A.to(dtype).contiguous()
+        with torch.cuda.device_of(w):
+            _norm_dense_kernel[grid](
+                w, lora_A, lora_B, partial, n, k, columns, scaling,
+                R=rank, **tiles, num_warps=NUM_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+    return partial
+
+
+def launch_norm(
+    base: BaseArgs,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(‖W + sBA‖ of each row, magnitude / ‖W + sBA‖ if there is a magnitude), fp32 [N]."""
+    partial = sums_of_squares(base, shape, dtype, lora_A, lora_B, scaling)
+    norm = torch.empty(shape[0], dtype=torch.float32, device=partial.device)
+    gain = None if magnitude is None else torch.empty(shape[0], dtype=torch.float32, device=partial.device)
+    if magnitude is not None:
+        magnitude = magnitude.contiguous()
+    with torch.cuda.device_of(partial):
+        _finish_kernel[(triton.cdiv(shape[0], FINISH_BLOCK),)](
+            partial, magnitude, norm, gain, shape[0], partial.shape[0], BLOCK=FINISH_BLOCK, enable_fp_fusion=False
+        )
+    return norm, gain
+
+
+def _spec(rank: int, kind: str, dtype: torch.dtype = torch.bfloat16, block_k: int = 64) -> KernelSpec:
+    """The spec of what `sums_of_squares` does for a rank on an "nf4", "nf4-double" or "dense" weight."""
+    tiles = _tiles(rank, block_k, dtype, kind != "dense")
+    num_stages = tiles.pop("num_stages")
+    name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    signature = {"a_ptr": f"*{name}", "b_ptr": "*fp32"} if rank else {}
+    signature |= {"partial_ptr": "*fp32", "N": "i32", "K": "i32", "K_SPLIT": "i32", "scaling": "fp32"}
+    constexprs = {"R": rank, **tiles} | ({} if rank else {"a_ptr": None, "b_ptr": None})
+    if kind == "dense":
+        fn, signature = _norm_dense_kernel, {"w_ptr": f"*{name}"} | signature
+        bytes_per_value = dtype.itemsize
+    else:
+        nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
+        fn, signature = _norm_nf4_kernel, {"packed_ptr": "*u8", "levels_ptr": "*fp32"} | signature
+        signature |= {"absmax_ptr": "*u8", **nested} if kind == "nf4-double" else {"absmax_ptr": "*fp32"}
+        constexprs |= {"BLOCKSIZE": block_k} | ({} if kind == "nf4-double" else dict.fromkeys(nested))
+        bytes_per_value = 0.5 + (1 + 4 / NESTED_BLOCKSIZE if kind == "nf4-double" else 4) / block_k
+    whole_rank = tiles["BLOCK_R"] >= rank  # otherwise the innermost loop runs over ranks, not over weights
+    budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != torch.float32 else {}
+    return KernelSpec(
+        kernel=f"dora_norm_{kind.split('-')[0]}",
+        config=f"r{rank}-b{block_k}-{kind.removeprefix('nf4-')}-{name}",
+        fn=fn,
+        signature=signature,
+        constexprs=constexprs,
+        values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
+        bytes_per_value=bytes_per_value,
+        num_warps=NUM_WARPS,
+        num_stages=num_stages,
+        divisible=("N", "K", "K_SPLIT"),
+        loop=whole_rank,
+        max_instr=budgets.get(rank) if block_k == 64 else None,
+        min_load_bits=128 if rank else 64,
+        mma=rank > 0 and dtype != torch.float32,
+    )
+
+
+_FINISH_SPEC = KernelSpec(
+    kernel="dora_norm_finish",
+    config="gain",
+    fn=_finish_kernel,
+    signature={
+        **{"partial_ptr": "*fp32", "magnitude_ptr": "*fp32", "norm_ptr": "*fp32", "gain_ptr": "*fp32"},
+        **{"N": "i32", "splits": "i32"},
+    },
+    constexprs={"BLOCK": FINISH_BLOCK},
+    values=FINISH_BLOCK,
+    bytes_per_value=4.0,
+    divisible=("N",),
+)
+
+AOT_SPECS = (
+    [_FINISH_SPEC]
+    + [_spec(rank, "nf4-double") for rank in (0, 16, 64, 128, 256, 512, 1024)]
+    + [_spec(64, "nf4"), _spec(64, "nf4-double", block_k=32), _spec(64, "nf4-double", torch.float32)]
+    + [_spec(rank, "dense") for rank in (0, 64, 128, 256, 512)]
+    + [_spec(64, "dense", torch.float32)]
+)
