@@ -14,7 +14,7 @@ from torch import Tensor
 from kernels.spec import KernelSpec
 
 _MASK32 = 0xFFFFFFFF
-BLOCK = 1024
+_TILE = {"BLOCK_ROWS": 16, "BLOCK_COLS": 256}
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -67,16 +67,19 @@ def _dropout_kernel(
     x_ptr,  # [rows, cols]
     seed_ptr,  # i64 []
     y_ptr,  # [rows, cols]
+    rows,
     cols,
     scale,  # 1 / (1 - p)
     THRESHOLD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0).to(tl.float32)
+    row = (tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
+    col = (tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
+    inside = (row < rows) & (col < cols)
+    x = tl.load(x_ptr + row * cols + col, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_COLS]
     x = tl.where(keep(seed_ptr, row, col, THRESHOLD), x * scale, 0.0)
-    tl.store(y_ptr + row * cols + col, x.to(y_ptr.dtype.element_ty), mask=col < cols)
+    tl.store(y_ptr + row * cols + col, x.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -85,8 +88,8 @@ def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
         with torch.cuda.device_of(x):
-            _dropout_kernel[(rows, triton.cdiv(cols, BLOCK))](
-                x, seed, y, cols, 1 / (1 - p), THRESHOLD=threshold(p), BLOCK=BLOCK, enable_fp_fusion=False
+            _dropout_kernel[(triton.cdiv(rows, _TILE["BLOCK_ROWS"]), triton.cdiv(cols, _TILE["BLOCK_COLS"]))](
+                x, seed, y, rows, cols, 1 / (1 - p), THRESHOLD=threshold(p), **_TILE, enable_fp_fusion=False
             )
     return y
 
@@ -96,9 +99,12 @@ AOT_SPECS = [
         kernel="dropout",
         config="bf16",
         fn=_dropout_kernel,
-        signature={"x_ptr": "*bf16", "seed_ptr": "*i64", "y_ptr": "*bf16", "cols": "i32", "scale": "fp32"},
-        constexprs={"THRESHOLD": threshold(0.1), "BLOCK": BLOCK},
-        values=BLOCK,
+        signature={
+            **{"x_ptr": "*bf16", "seed_ptr": "*i64", "y_ptr": "*bf16"},
+            **{"rows": "i32", "cols": "i32", "scale": "fp32"},
+        },
+        constexprs={"THRESHOLD": threshold(0.1), **_TILE},
+        values=_TILE["BLOCK_ROWS"] * _TILE["BLOCK_COLS"],
         bytes_per_value=4.0,
         divisible=("cols",),
         min_load_bits=128,

@@ -111,11 +111,11 @@ def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.con
 def _tiles(dtype: torch.dtype, rank: int, epilogue: bool) -> dict[str, int]:
     """Tile sizes, warps and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
     block_r = min(64, max(16, triton.next_power_of_2(rank)))
-    if dtype == torch.float32:  # no matrix units
+    if epilogue and dtype == torch.float32:  # no matrix units
         m, n, k, block_r, warps, stages = 64, 64, 16, 16, 4, 2
     elif epilogue:
         m, n, k, warps, stages = 64, 128, 64, 4, 1
-    else:
+    else:  # of fp32 only in the interpreter
         m, n, k, warps, stages = 128, 128, 64, 8, 3
     return {
         **{"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": block_r, "GROUP_M": 8},

@@ -24,7 +24,7 @@ FEW_TOKENS = 64  # up to here; on paper: the lookups then still cost less than r
 PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many
 MAX_SPLITS = 16
 NUM_WARPS = 4
-SUM_BLOCK = 512
+_SUM_TILE = {"BLOCK_M": 16, "BLOCK_N": 128}
 
 
 @triton.jit
@@ -79,18 +79,20 @@ def _sum_kernel(
     M,
     N,
     splits,
-    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    m = tl.program_id(0).to(tl.int64)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    partial_ptrs = partial_ptr + m * N + n
-    y = tl.zeros([BLOCK], tl.float32)
+    m = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < M) & (n < N)[None, :]
+    partial_ptrs = partial_ptr + m * N + n[None, :]
+    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for _ in range(splits):
-        y += tl.load(partial_ptrs, mask=n < N, other=0.0)
+        y += tl.load(partial_ptrs, mask=inside, other=0.0)
         partial_ptrs += M * N
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * N + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + m * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str, int]:
@@ -126,8 +128,8 @@ def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int, bias: Tensor | None =
             None if nested_absmax is None else dynamic_map(device), nf4_levels(device), partial, m, n, k, columns,
             BLOCKSIZE=blocksize, **tiles, num_warps=NUM_WARPS, num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
-        _sum_kernel[(m, triton.cdiv(n, SUM_BLOCK))](
-            partial, bias, y, m, n, splits, BLOCK=SUM_BLOCK, enable_fp_fusion=False
+        _sum_kernel[(triton.cdiv(m, _SUM_TILE["BLOCK_M"]), triton.cdiv(n, _SUM_TILE["BLOCK_N"]))](
+            partial, bias, y, m, n, splits, **_SUM_TILE, enable_fp_fusion=False
         )
     return y
 
@@ -166,8 +168,8 @@ _SUM_SPEC = KernelSpec(
         **{"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"},
         **{"M": "i32", "N": "i32", "splits": "i32"},
     },
-    constexprs={"BLOCK": SUM_BLOCK},
-    values=SUM_BLOCK,
+    constexprs=_SUM_TILE,
+    values=_SUM_TILE["BLOCK_M"] * _SUM_TILE["BLOCK_N"],
     bytes_per_value=4.0,
     divisible=("N",),
     launches=2,
