@@ -239,6 +239,7 @@ def _spec(rank: int, dtype: str = "bf16") -> KernelSpec:
         constexprs={"stride_br": 1, "R": rank, **tiles},
         values=tiles["BLOCK_M"] * tiles["BLOCK_N"],
         bytes_per_value={"bf16": 6.0, "fp32": 12.0}[dtype] + 4 / BLOCK_M,
+        flops_per_value=2 * tiles["BLOCK_R"],
         num_warps=num_warps,
         num_stages=num_stages,
         fp_fusion=True,

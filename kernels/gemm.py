@@ -204,7 +204,9 @@ def _spec(config: str, rank: int, backward: bool = False, dtype: str = "bf16", e
         signature=signature,
         constexprs=constexprs | absent | tiles,
         values=tile if epilogue else tile * tiles["BLOCK_K"],
-        bytes_per_value=4.0 if epilogue else 2 / tiles["BLOCK_M"] + 2 / tiles["BLOCK_N"],
+        # of a product of 4096 tokens and features in and out, what its tiles read again coming from the L2 cache
+        bytes_per_value=4.0 if epilogue else 3 * 2 / 4096,
+        flops_per_value=2 * rank if epilogue else 2,
         num_warps=num_warps,
         num_stages=num_stages,
         fp_fusion=True,

@@ -149,6 +149,7 @@ def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
         constexprs={"BLOCKSIZE": 64, **tiles} | ({} if double else dict.fromkeys(nested)),
         values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
         bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double else 4) / 64,
+        flops_per_value=2 * tiles["BLOCK_M"],
         num_warps=NUM_WARPS,
         num_stages=2,
         divisible=("N", "K", "K_SPLIT"),

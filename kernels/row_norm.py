@@ -284,6 +284,7 @@ def _spec(rank: int, kind: str, dtype: torch.dtype = torch.bfloat16, block_k: in
         constexprs=constexprs,
         values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
         bytes_per_value=bytes_per_value,
+        flops_per_value=2 * tiles["BLOCK_R"] if rank else 0,
         num_warps=NUM_WARPS,
         num_stages=num_stages,
         divisible=("N", "K", "K_SPLIT"),

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kernels import aot
-from kernels.machine_code import access_bits, count_path, parse_amd, parse_sass, spilled_bytes, uses_mma
+from kernels import nf4, nf4_quantize
+from kernels.aot.__main__ import all_specs, main
+from kernels.aot.machine_code import access_bits, count_path, parse_amd, parse_sass, spilled_bytes, uses_mma
 
 ROOT = Path(__file__).parents[2]
 SUBSET = ["nf4_dequantize/b64-double-bf16", "nf4_quantize/b64-bf16", "absmax_*"]
@@ -43,6 +44,13 @@ def test_a_rare_branch_is_not_counted():
     assert count_path(code, loop=False) == 5
     assert access_bits(code) == (128, 64)
     assert not uses_mma(code) and spilled_bytes(code) == 0
+
+
+def test_a_call_of_the_exit_leaves_a_loop():
+    code = parse_sass(
+        sass("FADD R0, R0, R0", "STG.E [R2.64], R4", "@P0 CALL.REL.NOINC 0x40", "BRA 0x0", "EXIT", "BRA 0x50")
+    )
+    assert count_path(code, loop=False) == 4
 
 
 def test_of_two_paths_the_one_that_stores_is_counted():
@@ -84,10 +92,11 @@ def test_amd_assembly():
     assert uses_mma(code)
 
 
-def run_aot(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+def run_aot(*arguments: str, code: str | None = None, **variables: str) -> subprocess.CompletedProcess:
     """`python -m kernels.aot …`, or Python code, in a process of its own: this one may run the interpreter."""
     command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "kernels.aot", *arguments]
     environment = {name: value for name, value in os.environ.items() if not (code and name == "TRITON_INTERPRET")}
+    environment |= variables
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -109,10 +118,11 @@ def test_default_configurations_keep_their_budgets(tmp_path):
 
 def test_broken_budgets_and_kernels_that_do_not_compile_fail_with_their_names():
     done = run_aot(
-        code="import dataclasses, sys; from kernels import aot, double_quant; spec = double_quant.AOT_SPECS[1];"
+        code="import dataclasses, sys; from kernels import double_quant; from kernels.aot.__main__ import run;"
+        "spec = double_quant.AOT_SPECS[1];"
         "over = dataclasses.replace(spec, max_instr=1.0, max_registers=2, min_store_bits=64);"
         "broken = dataclasses.replace(spec, config='broken', signature={'n': 'i64'});"
-        "sys.exit(aot.run([over, broken], ['sm_80']))"
+        "sys.exit(run([over, broken], ['sm_80']))"
     )
     assert done.returncode == 1
     for what in ("instructions a weight, budget 1.0", "registers, budget 2", "-bit stores, budget 64"):
@@ -121,12 +131,49 @@ def test_broken_budgets_and_kernels_that_do_not_compile_fail_with_their_names():
     assert "absmax_dequantize/broken on sm_80: does not compile" in done.stderr
 
 
+def test_every_launch_of_nf4_is_compiled():
+    assert {spec.config for spec in nf4.AOT_SPECS} == {
+        f"b{2**i}-{double}{dtype}"
+        for i in range(5, 13)
+        for double in ("", "double-")
+        for dtype in ("bf16", "fp16", "fp32")
+    }
+    assert {spec.config for spec in nf4_quantize.AOT_SPECS} == {
+        f"b{2**i}-{dtype}" for i in range(5, 13) for dtype in ("bf16", "fp16", "fp32")
+    }
+    specs = all_specs()
+    assert len({(spec.kernel, spec.config) for spec in specs}) == len(specs)
+
+
+def test_only_what_has_changed_is_compiled_again(tmp_path):
+    done = run_aot(
+        code="import dataclasses; from kernels import double_quant; from kernels.aot import compiler; done = [];"
+        "real = compiler._compile_one;"
+        "compiler._compile_one = lambda spec, target: done.append(spec.config) or real(spec, target);"
+        "specs = [dataclasses.replace(spec, config=spec.kernel) for spec in double_quant.AOT_SPECS];"
+        "rows = compiler.compile_all(specs, 'sm_80', 1);"
+        "assert compiler.compile_all(specs, 'sm_80', 1) == rows;"
+        "specs[1] = dataclasses.replace(specs[1], config='changed', num_warps=2);"
+        "rows = compiler.compile_all(specs, 'sm_80', 1);"
+        "[file.write_text('{') for file in compiler.cache_dir().iterdir()];"  # as if the disk had been full
+        "assert compiler.compile_all(specs, 'sm_80', 1) == rows;"
+        "print(*done)",
+        QDORA_CACHE=str(tmp_path),
+    )
+    first = ["absmax_quantize", "absmax_dequantize"]
+    assert done.stdout.split() == [*first, "changed", "absmax_quantize", "changed"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["no_such_kernel"], "no kernel matches 'no_such_kernel'"), (["--targets", "sm_13"], "unknown target sm_13")],
-    ids=["kernel", "target"],
+    [
+        (["no_such_kernel"], "no kernel matches 'no_such_kernel'"),
+        (["--targets", "sm_13"], "unknown target sm_13"),
+        (["--jobs", "0"], "at least 1"),
+    ],
+    ids=["kernel", "target", "jobs"],
 )
 def test_unknown_names_are_refused(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
-        aot.main(arguments)
+        main(arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -36,11 +36,18 @@ def parse_sass(text: str) -> list[Instruction]:
             *conditions, target = operands.replace(",", " ").split()
             conditional = bool(predicate) or bool(conditions)
             code.append(Instruction(opcode, index.get(int(target, 16)), conditional))
+        elif name == "CALL" and _exits(rows, index, operands):  # so does ptxas at times leave a loop
+            code.append(Instruction(opcode, index[int(operands, 16)], bool(predicate)))
         elif name == "EXIT" and not predicate:
             code.append(Instruction(opcode, falls_through=False, exits=True))
         else:
             code.append(Instruction(opcode, falls_through=name not in ("RET", "BRX", "JMX")))
     return code
+
+
+def _exits(rows: list, index: dict[int, int], operands: str) -> bool:
+    """True if `operands` are the address of an EXIT."""
+    return operands.startswith("0x") and (i := index.get(int(operands, 16))) is not None and rows[i][2] == "EXIT"
 
 
 def parse_amd(text: str) -> list[Instruction]:

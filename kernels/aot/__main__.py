@@ -1,0 +1,148 @@
+"""`python -m kernels.aot`: see the package's docstring."""
+
+import argparse
+import fnmatch
+import importlib
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import kernels
+from kernels import aot
+from kernels.aot.compiler import Row, cache_dir, compile_all
+from kernels.aot.peers import peers
+from kernels.aot.plot import plot
+from kernels.aot.report import NOTES, table, write_csv
+from kernels.aot.targets import TARGETS
+from kernels.dispatch import interpreting
+from kernels.spec import KernelSpec
+
+
+def all_specs() -> list[KernelSpec]:
+    """The `AOT_SPECS` of every file in kernels/."""
+    files = [module.name for module in pkgutil.iter_modules(kernels.__path__, "kernels.") if not module.ispkg]
+    return [spec for name in files for spec in getattr(importlib.import_module(name), "AOT_SPECS", ())]
+
+
+def select(specs: Iterable[KernelSpec], patterns: list[str]) -> list[KernelSpec]:
+    """Specs that match any pattern, all without a pattern.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    specs = list(specs)
+    chosen = []
+    for pattern in patterns or ["*"]:
+        found = [s for s in specs if s.kernel == pattern or fnmatch.fnmatch(f"{s.kernel}/{s.config}", pattern)]
+        if not found:
+            names = ", ".join(sorted({s.kernel for s in specs}))
+            raise ValueError(f"no kernel matches {pattern!r}; there are {names}")
+        chosen += [s for s in found if s not in chosen]
+    return chosen
+
+
+def violations(spec: KernelSpec, row: Row) -> list[str]:
+    """What of `row` is over the budget of `spec` or beyond the hardware."""
+    target = TARGETS[row.target]
+    found = []
+    if row.spill_bytes:
+        found.append(f"spills {row.spill_bytes} bytes")
+    if row.shared_bytes > target.shared_limit:
+        found.append(f"needs {row.shared_bytes} bytes of shared memory, the GPU has {target.shared_limit}")
+    if not target.nvidia:
+        return found
+    max_instr = spec.max_instr_on.get(row.target, spec.max_instr)
+    if max_instr is not None and row.instr_per_weight > max_instr:
+        found.append(f"{row.instr_per_weight} instructions a weight, budget {max_instr}")
+    if row.registers > spec.max_registers:
+        found.append(f"{row.registers} registers, budget {spec.max_registers}")
+    if row.load_bits < spec.min_load_bits:
+        found.append(f"{row.load_bits}-bit loads, budget {spec.min_load_bits}")
+    if row.store_bits < spec.min_store_bits:
+        found.append(f"{row.store_bits}-bit stores, budget {spec.min_store_bits}")
+    if spec.mma and not row.mma:
+        found.append("does not use the matrix units")
+    return found
+
+
+def run(
+    specs: list[KernelSpec],
+    targets: list[str],
+    jobs: int = 2,
+    with_peers: bool = False,
+    csv_file: Path | None = None,
+    plot_file: Path | None = None,
+) -> int:
+    """Compile `specs` for `targets`, print a table, write the files; the exit status: 1 if any is over budget."""
+    results, failures, over = [], [], set()
+    for target in targets:
+        start = time.perf_counter()
+        here = [spec for spec in specs if _runs_on(spec, target)]
+        for spec, row in zip(here, compile_all(here, target, jobs)):
+            name = f"{spec.kernel}/{spec.config} on {target}"
+            if isinstance(row, Exception):
+                failures.append(f"{name}: does not compile: {type(row).__name__}: {row}")
+                continue
+            results.append((spec, row))
+            if broken := violations(spec, row):
+                over.add(row)
+                failures += [f"{name}: {what}" for what in broken]
+        print(f"{target}: {len(here)} configurations, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    theirs, notes = peers({spec.kernel for spec in specs}, targets, jobs) if with_peers or plot_file else ([], [])
+    results = _in_order(results + theirs)
+    rows = [row for _, row in results]
+    print(table(results, over), "\n".join([NOTES, *notes]), sep="\n\n")
+    if csv_file:
+        write_csv(csv_file, rows)
+    if plot_file:
+        plot(plot_file, results)
+    print(f"{len(rows)} compiled or read, {len(failures)} over budget or not compiled; sm_75 has no bf16")
+    for failure in failures:
+        print(f"OVER BUDGET {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _runs_on(spec: KernelSpec, target: str) -> bool:
+    return (TARGETS[target].bf16 or not spec.uses_bf16) and (not spec.only_on or target in spec.only_on)
+
+
+def _in_order(results: list[tuple[KernelSpec, Row]]) -> list[tuple[KernelSpec, Row]]:
+    """Sorted by kernel, then configuration, then target, each in the order in which they first come."""
+    kernels = list(dict.fromkeys(row.kernel for _, row in results))
+    configs = list(dict.fromkeys((row.kernel, row.config) for _, row in results))
+    return sorted(results, key=lambda r: (kernels.index(r[1].kernel), configs.index((r[1].kernel, r[1].config))))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=aot.__doc__.splitlines()[0])
+    parser.add_argument("pattern", nargs="*", help="kernel, or kernel/config with wildcards (default: all)")
+    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write the table to FILE")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw instructions a weight, with --peers")
+    parser.add_argument("--peers", action="store_true", help="add the installed bitsandbytes' kernels")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
+    parser.add_argument("--jobs", metavar="N", type=int, default=2, help="compile N at a time (default: %(default)s)")
+    options = parser.parse_args(argv)
+    targets = options.targets.split(",")
+    if unknown := [name for name in targets if name not in TARGETS]:
+        parser.error(f"unknown target {', '.join(unknown)}; choose from {', '.join(TARGETS)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least 1")
+    try:
+        specs = select(all_specs(), options.pattern)
+        cache_dir().mkdir(parents=True, exist_ok=True)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        parser.error(f"cannot write to {cache_dir()}: {error.strerror}; set QDORA_CACHE to a folder")
+    if interpreting():
+        print("TRITON_INTERPRET=1 leaves nothing to compile: starting again without it", file=sys.stderr, flush=True)
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        os.execve(sys.executable, [sys.executable, "-m", "kernels.aot", *argv], environment)
+    return run(specs, targets, options.jobs, options.peers, options.csv, options.plot)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
