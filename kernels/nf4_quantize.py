@@ -158,7 +158,7 @@ def _spec(blocksize: int, dtype: str) -> KernelSpec:
         values=PROGRAM,
         bytes_per_value=(4 if fp32 else 2) + 0.5 + 4 / blocksize,
         max_instr=21.0 if fp32 else 18.0,
-        max_instr_on={} if fp32 else {"sm_75": 18.5, "sm_120": 18.5},
+        max_instr_on={"sm_75": 21.5} if fp32 else {"sm_75": 18.5, "sm_120": 18.5},
         min_load_bits=128,
         min_store_bits=32,
         only_on=("sm_75",) if dtype == "fp16" and blocksize != 64 else (),

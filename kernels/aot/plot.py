@@ -46,7 +46,7 @@ def plot(path: Path, results: list[tuple[KernelSpec, Row]]) -> None:
         axes.set_title(_TITLES[kernel], loc="left", fontsize="medium")
     axes.set_xlabel(
         "SASS instructions a weight: static cost, not speed\n"
-        "left of a GPU's break-even bar memory is its bound, right of the bar the issue of instructions"
+        "left of a GPU's break-even bar memory is its bound, right of the bar it no longer is"
     )
     axes.set_xscale("log")
     ticks = (1, 2, 4, 8, 16, 32, 64, 128)
