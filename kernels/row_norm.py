@@ -289,6 +289,7 @@ def _spec(rank: int, kind: str, dtype: torch.dtype = torch.bfloat16, block_k: in
         num_stages=num_stages,
         divisible=("N", "K", "K_SPLIT"),
         loop=whole_rank,
+        launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
         max_instr=budgets.get(rank) if block_k == 64 else None,
         min_load_bits=128 if rank else 64,
         mma=rank > 0 and dtype != torch.float32,
@@ -307,6 +308,7 @@ _FINISH_SPEC = KernelSpec(
     values=FINISH_BLOCK,
     bytes_per_value=4.0,
     divisible=("N",),
+    launches=3,
 )
 
 AOT_SPECS = (
