@@ -18,9 +18,10 @@ from torch import Tensor
 
 from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
+from kernels.dispatch import use_triton
 from kernels.dora_backward import dora_linear_backward
 from kernels.dropout import launch_dropout, new_seed
-from kernels.gemm import gemm, use_kernels
+from kernels.gemm import gemm
 from kernels.low_rank import project
 from kernels.quant_state import QuantState
 from kernels.row_norm import launch_norm
@@ -35,6 +36,7 @@ def _dora_linear(
     nested_offset: Tensor | None,
     blocksize: int,
     norm_sq: Tensor,
+    norm: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -45,11 +47,14 @@ def _dora_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     shape = (lora_B.shape[0], lora_A.shape[1])
-    if not use_kernels(x):
+    if not use_triton(x, products=True):
         w = dense_weight(base, shape, x.dtype)
-        return reference.dora_linear(x, w, norm_sq, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
+        return reference.dora_linear(x, w, norm_sq, norm, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
     x = x.contiguous()
-    norm, gain = launch_norm(base, shape, x.dtype, lora_A, lora_B, scaling, magnitude)
+    if norm is None:
+        norm, gain = launch_norm(base, shape, x.dtype, lora_A, lora_B, scaling, magnitude)
+    else:
+        norm, gain = norm.clone(), reference.dora_gain(magnitude, norm)
     xd = launch_dropout(x, dropout, seed) if dropout else x
     xa = project(xd, lora_A.t(), scaling)
     epilogue = (xa, lora_B.t(), bias, gain)
@@ -66,7 +71,7 @@ def _dora_linear(
 
 
 @_dora_linear.register_fake
-def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, lora_A, lora_B, *rest):
+def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, norm, lora_A, lora_B, *rest):
     y = x.new_empty(x.shape[0], lora_B.shape[0])
     _, bias, _, dropout, _ = rest
     z = torch.empty_like(y) if dropout or bias is not None else x.new_empty(0)
@@ -99,7 +104,7 @@ def _dora_linear_backward(
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
     rest = (w, lora_A, lora_B, magnitude, scaling, dropout, seed, needs_dx)
-    if not use_kernels(x):
+    if not use_triton(x, products=True):
         return reference.dora_linear_backward(dy, x, xa, y, z, norm, gain, *rest)
     return dora_linear_backward(dy, x.contiguous(), xa, y, z, norm, gain, *rest)
 
@@ -113,7 +118,7 @@ def _(dy, x, xa, y, z, norm, gain, weight, absmax, nested_absmax, nested_offset,
 
 
 def _setup_context(ctx, inputs, output):
-    x, *base, blocksize, _, lora_A, lora_B, magnitude, bias, scaling, dropout, seed = inputs
+    x, *base, blocksize, _, _, lora_A, lora_B, magnitude, bias, scaling, dropout, seed = inputs
     y, xa, norm, gain, z = output
     y = None if dropout or bias is not None else y
     ctx.save_for_backward(x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed)
@@ -144,9 +149,9 @@ def _backward(ctx, dy, *_):
         seed,
         ctx.needs_input_grad[0],
     )
-    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[10] else None
+    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[11] else None
     dx = dx if ctx.needs_input_grad[0] else None
-    return dx, None, None, None, None, None, None, dA, dB, dm, dbias, None, None, None
+    return dx, None, None, None, None, None, None, None, dA, dB, dm, dbias, None, None, None
 
 
 _dora_linear.register_autograd(_backward, setup_context=_setup_context)
@@ -164,6 +169,7 @@ def dora_linear(
     quant_state: QuantState | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """A frozen linear with a DoRA adapter.
 
@@ -177,6 +183,7 @@ def dora_linear(
         bias: [out] or None.
         dropout: probability with which an element of the adapter's input is dropped.
         seed: int64 [], decides the mask; by default drawn from torch's generator.
+        norm: fp32 [out], what `dora_norm` returned for this weight, lora_A, lora_B and scaling; computed if not given.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_A, lora_B, magnitude and bias.
@@ -187,16 +194,16 @@ def dora_linear(
     base = base_args(weight, quant_state, x)
     out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
     check_adapter(x, lora_A, lora_B, out_features, bias, dropout)
-    if magnitude.shape != (out_features,) or norm_sq.shape != (out_features,):
-        raise ValueError(
-            f"magnitude {tuple(magnitude.shape)} and norm_sq {tuple(norm_sq.shape)} must be [{out_features}]"
-        )
+    for name, vector in {"magnitude": magnitude, "norm_sq": norm_sq, "norm": norm}.items():
+        if vector is not None and vector.shape != (out_features,):
+            raise ValueError(f"{name} {tuple(vector.shape)} must be [{out_features}]")
     if dropout and seed is None:
         seed = new_seed(x.device)
     y, *_ = torch.ops.qdora.dora_linear(
         x.reshape(-1, x.shape[-1]),
         *base,
         norm_sq,
+        norm,
         lora_A,
         lora_B,
         magnitude,

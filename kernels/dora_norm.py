@@ -13,7 +13,6 @@ from torch import Tensor
 from kernels import reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dispatch import use_triton
-from kernels.gemm import use_kernels
 from kernels.quant_state import QuantState
 from kernels.row_norm import launch_norm, sums_of_squares
 
@@ -53,7 +52,7 @@ def _dora_norm(
 ) -> Tensor:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     shape = (lora_B.shape[0], lora_A.shape[1])
-    if use_kernels(weight):
+    if use_triton(weight, products=True):
         return launch_norm(base, shape, dtype, lora_A, lora_B, scaling)[0]
     return reference.dora_norm(dense_weight(base, shape, dtype), norm_sq, lora_A, lora_B, scaling)
 

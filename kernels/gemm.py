@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import use_triton
 from kernels.dropout import keep, threshold
 from kernels.spec import KernelSpec
 
@@ -28,8 +27,9 @@ LIBRARY_FROM: dict[int, float] = {8: float("inf"), 9: 4096, 10: 2048, 12: float(
 
 @triton.jit
 def gemm_kernel(
-    x_ptr,  # [M, K], or None: y already holds x W, only the epilogue is left
+    x_ptr,  # [M, K], or None: x W is known, only the epilogue is left
     w_ptr,  # [K, N], any strides, in x's dtype, or None
+    xw_ptr,  # [splits, M, N], any float dtype, terms of x W, or None; may be y
     s_ptr,  # [M, R] in x's dtype, or None
     v_ptr,  # [R, N], any strides, any float dtype
     gain_ptr,  # fp32 [N], or None
@@ -40,6 +40,7 @@ def gemm_kernel(
     M,
     N,
     K,
+    splits,
     stride_wk,
     stride_wn,
     stride_vr,
@@ -57,11 +58,13 @@ def gemm_kernel(
     m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
-    y_ptrs = y_ptr + m[:, None] * N + n[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if x_ptr is None:
-        acc = tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_N]
+        xw_ptrs = xw_ptr + m[:, None] * N + n[None, :]
+        for _ in range(splits):
+            acc += tl.load(xw_ptrs, mask=inside, other=0.0).to(tl.float32)
+            xw_ptrs += M * N
     else:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + m[:, None] * K + k[None, :]
         w_ptrs = w_ptr + k[:, None].to(tl.int64) * stride_wk + n[None, :] * stride_wn
@@ -84,7 +87,7 @@ def gemm_kernel(
         acc *= tl.load(gain_ptr + n, mask=n < N, other=0.0)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + m[:, None] * N + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -108,10 +111,12 @@ def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.con
     return acc
 
 
-def _tiles(dtype: torch.dtype, rank: int, epilogue: bool) -> dict[str, int]:
+def _tiles(dtype: torch.dtype, rank: int, tokens: int, epilogue: bool) -> dict[str, int]:
     """Tile sizes, warps and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
     block_r = min(64, max(16, triton.next_power_of_2(rank)))
-    if epilogue and dtype == torch.float32:  # no matrix units
+    if epilogue and tokens <= 16:  # decoding: narrow tiles, or there are too few of them for a GPU
+        m, n, k, block_r, warps, stages = 16, 64, 16, 16, 4, 1
+    elif epilogue and dtype == torch.float32:  # no matrix units
         m, n, k, block_r, warps, stages = 64, 64, 16, 16, 4, 2
     elif epilogue:
         m, n, k, warps, stages = 64, 128, 64, 4, 1
@@ -121,12 +126,6 @@ def _tiles(dtype: torch.dtype, rank: int, epilogue: bool) -> dict[str, int]:
         **{"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "BLOCK_R": block_r, "GROUP_M": 8},
         **{"num_warps": warps, "num_stages": stages},
     }
-
-
-def use_kernels(x: Tensor) -> bool:
-    """Whether an adapted linear on x runs the Triton kernels. Triton 3.7 has no matrix instructions for GPUs before
-    sm_80: there the twin, whose products are the library's, is faster by far."""
-    return use_triton(x) and not (x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0))
 
 
 def use_library(x: Tensor) -> bool:
@@ -151,79 +150,85 @@ def gemm(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, z or None): y = gain ⊙ (x w + drop(s v)) + bias.
 
-    x [M, K] and s [M, R] are contiguous, w [K, N] and v [R, N] need not be. If x w is known it is given as `xw` in the
-    place of w, and y overwrites it.
+    x [M, K] and s [M, R] are contiguous, w [K, N] and v [R, N] need not be. If x w is known, `xw` [splits, M, N] takes
+    the place of w: its terms, contiguous, whose sum over the splits is x w.
     """
-    if xw is None and use_library(x):
-        xw = torch.mm(x, w)
-    epilogue = xw is not None
-    y = torch.empty(x.shape[0], w.shape[1], dtype=x.dtype, device=x.device) if xw is None else xw
+    epilogue = xw is not None or use_library(x)
+    if epilogue and xw is None:
+        y = torch.mm(x, w)
+        if s is None and bias is None and gain is None and not keep_z:
+            return y, None
+        xw = y.unsqueeze(0)  # which y then overwrites
+    else:
+        y = torch.empty(x.shape[0], w.shape[1] if xw is None else xw.shape[2], dtype=x.dtype, device=x.device)
     z = torch.empty(y.shape, dtype=x.dtype, device=x.device) if keep_z else None
-    nothing_to_add = s is None and bias is None and gain is None and not keep_z
-    if y.numel() == 0 or (epilogue and nothing_to_add):
+    if y.numel() == 0:
         return y, z
     rank = 0 if s is None else s.shape[1]
-    tiles = _tiles(x.dtype, rank, epilogue)
+    tiles = _tiles(x.dtype, rank, x.shape[0], epilogue)
     grid = (triton.cdiv(y.shape[0], tiles["BLOCK_M"]) * triton.cdiv(y.shape[1], tiles["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         gemm_kernel[grid](
-            None if epilogue else x, None if epilogue else w, s, v, gain, bias, seed if p else None, y, z,
-            *y.shape, x.shape[1], *((0, 0) if epilogue else w.stride()), *((0, 0) if v is None else v.stride()),
+            None if epilogue else x, None if epilogue else w, xw, s, v, gain, bias, seed if p else None, y, z,
+            *y.shape, x.shape[1], xw.shape[0] if epilogue else 0,
+            *((0, 0) if epilogue else w.stride()), *((0, 0) if v is None else v.stride()),
             1 / (1 - p), R=rank, THRESHOLD=threshold(p), **tiles, enable_fp_fusion=True,
         )  # fmt: skip
     return y, z
 
 
-def _spec(config: str, rank: int, backward: bool = False, dtype: str = "bf16", epilogue: bool = False) -> KernelSpec:
-    """The spec of what `gemm` does in forward (with a gain, a bias and z) or backward (with dropout)."""
-    tiles = _tiles({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], rank, epilogue)
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def _spec(
+    config: str, rank: int, dtype: str = "bf16", backward: bool = False, xw: str | None = None, tokens: int = 4096
+) -> KernelSpec:
+    """The spec of what `gemm` does in forward (with a gain, a bias and z) or backward (with dropout).
+
+    Args:
+        xw: dtype of x w where it is known and only the epilogue is left.
+    """
+    tiles = _tiles(_DTYPES[dtype], rank, tokens, xw is not None)
     num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-    signature = {"M": "i32", "N": "i32", "K": "i32", "scale": "fp32", "v_ptr": "*fp32"}
-    signature |= {f"{operand}_ptr": f"*{dtype}" for operand in (("y", "s") if epilogue else ("y", "s", "x", "w"))}
-    names = {"z_ptr": dtype, "gain_ptr": "fp32", "bias_ptr": dtype, "seed_ptr": "i64"}
-    present = {name: f"*{kind}" for name, kind in names.items() if (name == "seed_ptr") == backward}
-    signature |= present
-    strided, unit = ("k", "n") if backward else ("n", "k")
-    signature |= {f"stride_w{strided}": "i32", f"stride_v{'r' if backward else 'n'}": "i32"}
-    constexprs = {
-        f"stride_w{unit}": 1,
-        f"stride_v{'n' if backward else 'r'}": 1,
-        "R": rank,
-        "THRESHOLD": threshold(0.1),
-    }
-    absent = dict.fromkeys(name for name in (*names, "x_ptr", "w_ptr") if name not in signature)
-    if epilogue:
-        del signature[f"stride_w{strided}"]
+    pointers = {"y": dtype, "s": dtype, "v": "fp32"} | ({"xw": xw} if xw else {"x": dtype, "w": dtype})
+    pointers |= {"seed": "i64"} if backward else {"z": dtype, "gain": "fp32", "bias": dtype}
+    absent = {f"{name}_ptr" for name in ("x", "w", "xw", "seed", "z", "gain", "bias") if name not in pointers}
+    strided, unit = (("wk", "vr"), ("wn", "vn")) if backward else (("wn", "vn"), ("wk", "vr"))
+    strides = {f"stride_{name}" for name in strided}
+    constexprs = {f"stride_{name}": 1 for name in unit} | {"R": rank, "THRESHOLD": threshold(0.1)} | tiles
+    if xw:
+        strides = {name for name in strides if "_v" in name}
         constexprs |= {"stride_wk": 0, "stride_wn": 0}
-    # a value is one x · w of the main loop; of the epilogue it is one element of y
+    sizes = dict.fromkeys(("M", "N", "K", "splits", *strides), "i32") | {"scale": "fp32"}
     tile = tiles["BLOCK_M"] * tiles["BLOCK_N"]
     return KernelSpec(
-        kernel="gemm_epilogue" if epilogue else "gemm",
+        kernel="gemm_epilogue" if xw else "gemm",
         config=config,
         fn=gemm_kernel,
-        signature=signature,
-        constexprs=constexprs | absent | tiles,
-        values=tile if epilogue else tile * tiles["BLOCK_K"],
+        signature={f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()} | sizes,
+        constexprs=constexprs | dict.fromkeys(absent),
+        # a value is one multiply-add of the main loop; of the epilogue it is one element of y
+        values=tile if xw else tile * tiles["BLOCK_K"],
         # of a product of 4096 tokens and features in and out, what its tiles read again coming from the L2 cache
-        bytes_per_value=4.0 if epilogue else 3 * 2 / 4096,
-        flops_per_value=2 * rank if epilogue else 2,
+        bytes_per_value=(_DTYPES[xw].itemsize + _DTYPES[dtype].itemsize) if xw else 3 * 2 / 4096,
+        flops_per_value=2 * rank if xw else 2,
         num_warps=num_warps,
         num_stages=num_stages,
         fp_fusion=True,
-        divisible=("N", "K", f"stride_w{strided}", f"stride_v{'r' if backward else 'n'}"),
-        loop=not epilogue,
+        divisible=("N", "K", *strides),
+        loop=not xw,
         mma=dtype != "fp32",
     )
 
 
 # fp32's main loop is not among them: on a GPU it is always the library's.
 AOT_SPECS = [
-    _spec("forward-r16-bf16", 16),
-    _spec("forward-r64-bf16", 64),
-    _spec("forward-r512-bf16", 512),
-    _spec("backward-r16-bf16", 16, backward=True),
-    _spec("backward-r64-bf16", 64, backward=True),
-    _spec("forward-r64-bf16", 64, epilogue=True),
-    _spec("backward-r64-bf16", 64, backward=True, epilogue=True),
-    _spec("backward-r16-fp32", 16, backward=True, epilogue=True, dtype="fp32"),
+    *[_spec(f"forward-r{rank}-bf16", rank) for rank in (16, 64, 512)],
+    *[_spec(f"backward-r{rank}-bf16", rank, backward=True) for rank in (16, 64, 512)],
+    *[_spec(f"{way}-r64-fp16", 64, "fp16", backward=way == "backward") for way in ("forward", "backward")],
+    _spec("forward-r64-bf16", 64, xw="bf16"),
+    _spec("backward-r64-bf16", 64, backward=True, xw="bf16"),
+    _spec("backward-r16-fp32", 16, "fp32", backward=True, xw="fp32"),
+    *[_spec(f"few-{tokens}-r64-bf16", 64, xw="fp32", tokens=tokens) for tokens in (16, 64)],
+    _spec("few-16-r16-fp32", 16, "fp32", xw="fp32", tokens=16),
 ]

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
+from kernels.dispatch import use_triton
 from kernels.dropout import new_seed
-from kernels.gemm import gemm, use_kernels
+from kernels.gemm import gemm
 from kernels.low_rank import outer, project
 from kernels.quant_state import QuantState
 
@@ -42,7 +43,7 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     shape = (lora_B.shape[0], lora_A.shape[1])
-    if not use_kernels(x):
+    if not use_triton(x, products=True):
         w = dense_weight(base, shape, x.dtype)
         return reference.lora_linear(x, w, lora_A, lora_B, bias, scaling, dropout, seed)
     x = x.contiguous()
@@ -78,7 +79,7 @@ def _lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     base = (weight, absmax, nested_absmax, nested_offset, blocksize)
     w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype) if needs_dx else None
-    if not use_kernels(x):
+    if not use_triton(x, products=True):
         return reference.lora_linear_backward(dy, x, xa, w, lora_A, lora_B, scaling, dropout, seed)
     return lora_linear_backward_kernels(dy, x.contiguous(), xa, w, lora_A, lora_B, scaling, dropout, seed)
 

@@ -5,8 +5,8 @@
 One pass over the packed weight, no dense W. A program multiplies BLOCK_N rows of codes with x over one split of K: the
 levels of a tile are the left operand of the matrix units (as the right one each warp would look all of them up
 again), and absmax multiplies the product of a block, not its weights. Even columns are in the bytes' high nibbles, odd
-ones in the low nibbles, so each half of the codes meets its half of x. The splits of K are summed by a second launch
-in a fixed order: two runs give the same bits.
+ones in the low nibbles, so each half of the codes meets its half of x. The splits of K are summed, in a fixed order so
+that two runs give the same bits, by the launch that also adds the adapter and the bias: gemm.py's epilogue.
 
 For more tokens a tile of W would be looked up again for each tile of tokens; dequantizing once wins (see gemm.py).
 """
@@ -24,7 +24,6 @@ FEW_TOKENS = 64  # up to here; on paper: the lookups then still cost less than r
 PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many
 MAX_SPLITS = 16
 NUM_WARPS = 4
-_SUM_TILE = {"BLOCK_M": 16, "BLOCK_N": 128}
 
 
 @triton.jit
@@ -71,30 +70,6 @@ def _nf4_gemm_kernel(
     tl.store(partial_ptrs, acc, mask=(n < N)[:, None] & (m < M)[None, :])
 
 
-@triton.jit
-def _sum_kernel(
-    partial_ptr,  # fp32 [splits, M, N]
-    bias_ptr,  # [N], or None
-    y_ptr,  # [M, N]
-    M,
-    N,
-    splits,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    m = (tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None]
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (m < M) & (n < N)[None, :]
-    partial_ptrs = partial_ptr + m * N + n[None, :]
-    y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in range(splits):
-        y += tl.load(partial_ptrs, mask=inside, other=0.0)
-        partial_ptrs += M * N
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + m * N + n[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
 def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes. Every choice fits 64 KiB of shared memory and 255 registers (see AOT_SPECS)."""
     block_m = max(16, triton.next_power_of_2(m))
@@ -111,8 +86,8 @@ def takes(x: Tensor, base: BaseArgs) -> bool:
     return bool(base[-1]) and 0 < x.shape[0] <= FEW_TOKENS and x.shape[1] % 32 == 0
 
 
-def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias in x's dtype [M, N]; x [M, K] contiguous, M ≤ 64, K a multiple of 32."""
+def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int) -> Tensor:
+    """Terms of x Wᵀ, fp32 [splits, M, N], for `gemm` to add up; x [M, K] contiguous, M ≤ 64, K a multiple of 32."""
     weight, absmax, nested_absmax, nested_offset, blocksize = base
     (m, k), n, device = x.shape, out_features, x.device
     tiles = _tiles(m, k, blocksize, x.dtype)
@@ -121,17 +96,13 @@ def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int, bias: Tensor | None =
     columns = triton.cdiv(triton.cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
     splits = triton.cdiv(k, columns)
     partial = torch.empty(splits, m, n, dtype=torch.float32, device=device)
-    y = torch.empty(m, n, dtype=x.dtype, device=device)
     with torch.cuda.device_of(x):
         _nf4_gemm_kernel[(rows, splits)](
             x, weight, absmax, nested_absmax, nested_offset,
             None if nested_absmax is None else dynamic_map(device), nf4_levels(device), partial, m, n, k, columns,
             BLOCKSIZE=blocksize, **tiles, num_warps=NUM_WARPS, num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
-        _sum_kernel[(triton.cdiv(m, _SUM_TILE["BLOCK_M"]), triton.cdiv(n, _SUM_TILE["BLOCK_N"]))](
-            partial, bias, y, m, n, splits, **_SUM_TILE, enable_fp_fusion=False
-        )
-    return y
+    return partial
 
 
 def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
@@ -161,22 +132,4 @@ def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
     )
 
 
-_SUM_SPEC = KernelSpec(
-    kernel="nf4_gemm_sum",
-    config="bias-bf16",
-    fn=_sum_kernel,
-    signature={
-        **{"partial_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"},
-        **{"M": "i32", "N": "i32", "splits": "i32"},
-    },
-    constexprs=_SUM_TILE,
-    values=_SUM_TILE["BLOCK_M"] * _SUM_TILE["BLOCK_N"],
-    bytes_per_value=4.0,
-    divisible=("N",),
-    launches=2,
-)
-
-AOT_SPECS = [
-    *[_spec(1), _spec(32), _spec(64), _spec(16, double=False), _spec(16, dtype="fp32"), _spec(64, dtype="fp32")],
-    _SUM_SPEC,
-]
+AOT_SPECS = [_spec(1), _spec(32), _spec(64), _spec(16, double=False), _spec(16, dtype="fp32"), _spec(64, dtype="fp32")]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_bias, dense_weight
-from kernels.gemm import use_kernels
+from kernels.dispatch import use_triton
+from kernels.gemm import gemm
 from kernels.quant_state import QuantState
 
 
@@ -25,8 +26,9 @@ def _nf4_linear(
     bias: Tensor | None,
 ) -> Tensor:
     base = (packed, absmax, nested_absmax, nested_offset, blocksize)
-    if use_kernels(x) and nf4_gemm.takes(x, base):
-        return nf4_gemm.nf4_gemm(x.contiguous(), base, out_features, bias)
+    if use_triton(x, products=True) and nf4_gemm.takes(x, base):
+        x = x.contiguous()
+        return gemm(x, None, bias=bias, xw=nf4_gemm.nf4_gemm(x, base, out_features))[0]
     return reference.linear(x, dense_weight(base, (out_features, x.shape[1]), x.dtype), bias)
 
 

@@ -155,6 +155,7 @@ def dora_linear(
     x: Tensor,
     w: Tensor,
     norm_sq: Tensor,
+    norm: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -164,7 +165,7 @@ def dora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y [T, out], xa [T, r], norm and gain fp32 [out], z [T, out] = drop(x)(W + sBA)ᵀ or empty where y holds it)"""
-    norm = dora_norm(w, norm_sq, lora_A, lora_B, scaling)
+    norm = dora_norm(w, norm_sq, lora_A, lora_B, scaling) if norm is None else norm.clone()
     gain = dora_gain(magnitude, norm)
     g = gain.to(x.dtype)
     xd = dropout(x, p, seed)

@@ -135,6 +135,9 @@ class DoRALinear(LoRALinear):
     """y = m/‖W + sBA‖ ⊙ (xWᵀ + s·(xAᵀ)Bᵀ) + bias, the norm taken per row. DoRA, Liu et al. 2024.
 
     The magnitude m starts as ‖W‖, so that the layer starts as its base. Arguments as LoRALinear's.
+
+    In evaluation mode the norm is computed once for each version of A and B. In training mode it is computed in every
+    forward: an optimizer that writes through `.data`, or FSDP's gathering, changes A without changing its version.
     """
 
     def __init__(self, base: nn.Linear | NF4Linear, rank: int, lora_alpha: float, dropout: float = 0.0):
@@ -142,6 +145,22 @@ class DoRALinear(LoRALinear):
         norm_sq = kernels.weight_norm_sq(base.weight.detach(), self.quant_state)
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
+        self._cached_norm: tuple[tuple, Tensor] | None = None  # what it was computed from, and the norm
+
+    def train(self, mode: bool = True) -> "DoRALinear":
+        self._cached_norm = None
+        return super().train(mode)
+
+    def _norm(self) -> Tensor | None:
+        """‖W + sBA‖ [out] if it may be taken from an earlier forward."""
+        if self.training or torch.compiler.is_compiling():
+            return None
+        inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
+        key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
+        if self._cached_norm is None or self._cached_norm[0] != key:
+            args = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B, self.scaling, self.quant_state)
+            self._cached_norm = key, kernels.dora_norm(*args)
+        return self._cached_norm[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.dora_linear(
@@ -155,6 +174,7 @@ class DoRALinear(LoRALinear):
             self.base.bias,
             self.quant_state,
             self.dropout if self.training else 0.0,
+            norm=self._norm(),
         )
 
     def merged_weight(self) -> Tensor:

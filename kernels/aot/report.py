@@ -19,7 +19,8 @@ NOTES = """\
 A weight is a value of the kernel: of a matrix product, a multiply-add of its main loop, or an element of its input.
 shared: of what the GPU lets a block have. Roofline: a bound from public figures of that GPU (kernels/aot/roofline.py),
 not a measurement, and what sets it: memory; mma, the matrix units; issue, the rate of instructions; mix, memory or
-issue, depending on which instructions they are."""
+issue, depending on which instructions they are. sm_75: it has no bf16, and Triton no matrix instructions for it; there
+products are the library's, so their kernels are not compiled for it."""
 
 
 def table(results: Iterable[tuple[KernelSpec, Row]], marked: set[Row]) -> str:

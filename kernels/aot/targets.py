@@ -12,6 +12,7 @@ class Target:
     gpu: GPUTarget
     shared_limit: int  # bytes of shared memory a block may have
     bf16: bool = True
+    mma: bool = True  # Triton has matrix instructions for it
 
     @property
     def nvidia(self) -> bool:
@@ -19,7 +20,7 @@ class Target:
 
 
 TARGETS = {
-    "sm_75": Target(GPUTarget("cuda", 75, 32), 64 * _KIB, bf16=False),
+    "sm_75": Target(GPUTarget("cuda", 75, 32), 64 * _KIB, bf16=False, mma=False),
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * _KIB),
     "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * _KIB),
     "sm_89": Target(GPUTarget("cuda", 89, 32), 99 * _KIB),

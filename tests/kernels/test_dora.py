@@ -1,5 +1,7 @@
 """dora_linear and dora_norm: forward and every gradient against float64 and PEFT, degenerate rows, contracts."""
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,25 @@ def test_gradients_only_where_they_are_asked_for():
         assert [name for name, leaf in leaves.items() if leaf.grad is not None] == [wanted]
 
 
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+def test_a_given_norm_is_taken(backend, p):
+    """With the norm of another B in the place of the right one, y is that of a magnitude scaled by their quotient."""
+    weight, state, _ = make_base("nf4-double", 48, 64, torch.float32)
+    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    del tensors["bias"]
+    norm_sq = weight_norm_sq(weight, state)
+    right, other = (dora_norm(weight, norm_sq, tensors["lora_A"], s * tensors["lora_B"], 1.5, state) for s in (1, 3))
+    op = functools.partial(dora_linear, weight=weight, norm_sq=norm_sq, scaling=1.5, quant_state=state, dropout=p)
+    seed = SEED if p else None
+    got = with_gradients(functools.partial(op, norm=other, seed=seed), tensors, dy)
+    want = with_gradients(
+        functools.partial(op, seed=seed), tensors | {"magnitude": tensors["magnitude"] * right / other}, dy
+    )
+    want["dmagnitude"] *= right / other
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
+
+
 def test_a_base_weight_that_wants_a_gradient_is_refused():
     tensors, dy = make_tensors(SHAPES[0], torch.float32)
     w = randn(48, 64, seed=1).requires_grad_()
@@ -240,7 +261,8 @@ def test_opcheck(kind, extras):
     bias = randn(48, seed=5) if extras else None
     p, seed = (0.3, SEED) if extras else (0.0, None)
     base, norm_sq = op_args(weight, state), weight_norm_sq(weight, state)
-    forward = (x, *base, norm_sq, lora_A, lora_B, magnitude, bias, 1.5, p, seed)
+    norm = dora_norm(weight, norm_sq, lora_A, lora_B, 1.5, state) if extras else None
+    forward = (x, *base, norm_sq, norm, lora_A, lora_B, magnitude, bias, 1.5, p, seed)
     torch.library.opcheck(torch.ops.qdora.dora_linear.default, forward)
     norm_args = (*base, norm_sq, lora_A.detach(), lora_B.detach(), 1.5, torch.float32)
     torch.library.opcheck(torch.ops.qdora.dora_norm.default, norm_args)
@@ -286,7 +308,7 @@ def test_no_tokens():
     assert y.shape == (0, 48) and torch.equal(magnitude.grad, torch.zeros_like(magnitude))
 
 
-GOOD = {"x": (5, 64), "lora_A": (4, 64), "lora_B": (48, 4), "magnitude": (48,), "norm_sq": (48,)}
+GOOD = {"x": (5, 64), "lora_A": (4, 64), "lora_B": (48, 4), "magnitude": (48,), "norm_sq": (48,), "norm": (48,)}
 
 
 @pytest.mark.parametrize(
@@ -297,15 +319,14 @@ GOOD = {"x": (5, 64), "lora_A": (4, 64), "lora_B": (48, 4), "magnitude": (48,), 
         ({"lora_B": (48, 5)}, r"lora_B \(48, 5\).*\[out, rank\]"),
         ({"magnitude": (64,)}, r"magnitude \(64,\).*must be \[48\]"),
         ({"norm_sq": (1,)}, r"norm_sq \(1,\) must be \[48\]"),
+        ({"norm": (1,)}, r"norm \(1,\) must be \[48\]"),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else "",
 )
 def test_shapes_that_do_not_fit(changed, message):
     t = {name: torch.zeros(shape) for name, shape in (GOOD | changed).items()}
     with pytest.raises(ValueError, match=message):
-        dora_linear(
-            t["x"], torch.zeros(48, 64), t["norm_sq"], t["lora_A"], t["lora_B"], t["magnitude"], 1.0, dropout=0.0
-        )
+        dora_linear(weight=torch.zeros(48, 64), scaling=1.0, **t)
 
 
 def test_norm_checks_its_shapes():

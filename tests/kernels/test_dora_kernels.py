@@ -29,7 +29,7 @@ def test_kernels_over_many_tiles_write_all_of_their_outputs_and_nothing_else(dty
     base, adapter = op_args(weight, state), (lora_A, lora_B, magnitude)
 
     def forward_and_backward():
-        y, xa, norm, gain, z = torch.ops.qdora.dora_linear(x, *base, norm_sq, *adapter, bias, 1.5, p, seed)
+        y, xa, norm, gain, z = torch.ops.qdora.dora_linear(x, *base, norm_sq, None, *adapter, bias, 1.5, p, seed)
         kept = None if variant != "plain" else y
         gradients = torch.ops.qdora.dora_linear_backward(
             dy, x, xa, kept, z, norm, gain, *base, *adapter, 1.5, p, seed, True

@@ -134,6 +134,32 @@ def test_repr_names_what_matters(kind):
     assert "rank=5" in text and "blocksize=32, double_quant" in text
 
 
+def test_dora_norm_is_cached_in_evaluation_mode_for_each_version_of_its_inputs(monkeypatch):
+    layer, x = make_adapted("dora", make_base(quantized=True, bias=True)), torch.randn(3, 70)
+    computed = []
+    real = kernels.dora_norm
+    monkeypatch.setattr(kernels, "dora_norm", lambda *args: computed.append(args) or real(*args))
+
+    def check(norms: int):
+        for _ in range(2):
+            torch.testing.assert_close(layer(x).double(), expected(layer, x), rtol=1e-5, atol=1e-5)
+        assert len(computed) == norms
+
+    check(0)  # in training mode forward computes its own
+    layer.eval()
+    check(1)
+    with torch.no_grad():
+        layer.lora_B.mul_(2)
+    check(2)
+    layer.scaling *= 2
+    check(3)
+    layer.lora_A.data.mul_(2)  # which no version tells
+    layer.train().eval()
+    check(4)
+    layer.load_state_dict({name: tensor * 1.5 for name, tensor in layer.state_dict().items() if "lora" in name}, False)
+    check(5)
+
+
 def test_dora_norm_of_a_module_matches_its_merged_weight():
     layer = make_adapted("dora", make_base(quantized=True, bias=False))
     norm = kernels.dora_norm(
