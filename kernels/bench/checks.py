@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from kernels.bench.spec import Result
+from kernels import use_backend
+from kernels.bench.spec import Inputs, Result
 
 
 def same_bytes(expected: Result) -> Callable[[Result], None]:
@@ -19,6 +20,16 @@ def same_bytes(expected: Result) -> Callable[[Result], None]:
             )
             wrong = have.reshape(-1).view(torch.uint8) != want.reshape(-1).view(torch.uint8)
             assert not wrong.any(), f"{name}: {wrong.sum().item():,} of {wrong.numel():,} bytes differ"
+
+    return check
+
+
+def as_the_twin(op: Callable[[Inputs], Callable[[], Result]]) -> Callable[[Inputs], Callable[[Result], None]]:
+    """The same bytes as `op` on the torch backend."""
+
+    def check(inputs: Inputs) -> Callable[[Result], None]:
+        with use_backend("torch"):
+            return same_bytes(op(inputs)())
 
     return check
 

@@ -1,4 +1,4 @@
-"""The adapted linears, forward and backward, beside the formula in plain torch and PEFT."""
+"""The adapted linears, forward and backward, beside the formula in plain torch, PEFT and unsloth (LoRA only)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kernels import dequantize_nf4, dora_linear, lora_linear, quantize_nf4, weight_norm_sq
 from kernels.bench.checks import as_accurate
-from kernels.bench.nf4 import nf4_bytes
-from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
+from kernels.bench.nf4 import bnb_state, nf4_bytes
+from kernels.bench.spec import DTYPES, Bench, Inputs, Result, Unavailable, randn
 
 SCALING = 2.0
 BLOCKSIZE = 64
@@ -126,6 +126,22 @@ def _peft(inputs: Inputs) -> Callable[[], Result]:
     return _timed(forward, leaves, inputs["dy"])
 
 
+def _unsloth(inputs: Inputs) -> Callable[[], Result]:
+    """unsloth's autograd function for one LoRA linear: torch products over bitsandbytes' dequantization."""
+    if not inputs["x"].is_cuda:
+        raise Unavailable("unsloth runs on GPUs only")
+    from unsloth.kernels.fast_lora import LoRA_W
+
+    weight, state = inputs["weight"], inputs["state"]
+    if state is not None:
+        weight, state = weight.view(-1, 1), bnb_state(state)
+
+    def op(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
+        return LoRA_W.apply(x.unsqueeze(0), weight, state, lora_A, lora_B, SCALING).squeeze(0)
+
+    return _of_op(inputs, op)
+
+
 def _check(inputs: Inputs) -> Callable[[Result], None]:
     precise = {name: inputs[name].double() for name in ("dense", "x", "dy")}
     precise["adapter"] = {name: tensor.double() for name, tensor in inputs["adapter"].items()}
@@ -157,7 +173,7 @@ def _bench(kernel: str, ours: Callable[[Inputs], Callable[[], Result]], magnitud
         quick_sizes=(8,),
         configs=tuple({"dtype": dtype, "base": base} | shape for base, dtype in product(("dense", "nf4"), DTYPES)),
         inputs=partial(_inputs, magnitude=magnitude),
-        providers={"ours": ours, "torch": _torch, "peft": _peft},
+        providers={"ours": ours, "torch": _torch, "peft": _peft} | ({} if magnitude else {"unsloth": _unsloth}),
         check=_check,
         cost=partial(_cost, magnitude=magnitude),
         products=True,

@@ -6,9 +6,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kernels import QuantState, dequantize_nf4, quantize_nf4, use_backend
-from kernels.bench.checks import same_bytes
-from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
+from kernels import QuantState, dequantize_nf4, quantize_nf4
+from kernels.bench.checks import as_the_twin
+from kernels.bench.spec import DTYPES, Bench, Inputs, Result, Unavailable, randn
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
 from kernels.double_quant import nested_blocks
 from kernels.quant_state import packed_sizes
@@ -56,29 +56,38 @@ def _dequantize(inputs: Inputs) -> Callable[[], Result]:
     return lambda: {"w": dequantize_nf4(inputs["packed"], inputs["state"])}
 
 
-def _bnb_dequantize(inputs: Inputs) -> Callable[[], Result]:
-    from bitsandbytes import functional as bnb
+def bnb_state(ours: QuantState):
+    """bitsandbytes' QuantState of the same tensors."""
+    from bitsandbytes.functional import QuantState as BnbState
 
-    ours: QuantState = inputs["state"]
     device = ours.absmax.device
     nested = {}
     if ours.nested:
-        constants = bnb.QuantState(ours.nested_absmax, blocksize=NESTED_BLOCKSIZE, code=dynamic_map(device))
+        constants = BnbState(ours.nested_absmax, blocksize=NESTED_BLOCKSIZE, code=dynamic_map(device))
         constants.dtype = torch.float32
         nested = {"offset": ours.nested_offset, "state2": constants}
-    state = bnb.QuantState(
+    return BnbState(
         ours.absmax, ours.shape, nf4_levels(device), ours.blocksize, quant_type="nf4", dtype=ours.dtype, **nested
     )
-    packed = inputs["packed"].view(-1, 1)
-    return lambda: {"w": bnb.dequantize_4bit(packed, state)}
 
 
-def _as_the_twin(op: Callable[[Inputs], Callable[[], Result]]) -> Callable[[Inputs], Callable[[Result], None]]:
-    def check(inputs: Inputs) -> Callable[[Result], None]:
-        with use_backend("torch"):
-            return same_bytes(op(inputs)())
+def _bnb_dequantize(inputs: Inputs) -> Callable[[], Result]:
+    from bitsandbytes.functional import dequantize_4bit
 
-    return check
+    state, packed = bnb_state(inputs["state"]), inputs["packed"].view(-1, 1)
+    return lambda: {"w": dequantize_4bit(packed, state)}
+
+
+def _unsloth_dequantize(inputs: Inputs) -> Callable[[], Result]:
+    """bitsandbytes' kernels without its Python."""
+    if not inputs["packed"].is_cuda:
+        raise Unavailable("unsloth runs on GPUs only")
+    from unsloth.kernels.utils import fast_dequantize
+
+    state, packed = bnb_state(inputs["state"]), inputs["packed"].view(-1, 1)
+    if not state.nested:
+        raise Unavailable("unsloth dequantizes double quantization only")
+    return lambda: {"w": fast_dequantize(packed, state)}
 
 
 def nf4_bytes(size: int, blocksize: int, double_quant: bool) -> int:
@@ -106,7 +115,7 @@ BENCHES = (
         configs=_CONFIGS,
         inputs=_weights,
         providers={"ours": _quantize, "bitsandbytes": _bnb_quantize},
-        check=_as_the_twin(_quantize),
+        check=as_the_twin(_quantize),
         cost=_cost,
     ),
     Bench(
@@ -116,8 +125,8 @@ BENCHES = (
         **_SIZES,
         configs=_CONFIGS,
         inputs=_packed,
-        providers={"ours": _dequantize, "bitsandbytes": _bnb_dequantize},
-        check=_as_the_twin(_dequantize),
+        providers={"ours": _dequantize, "bitsandbytes": _bnb_dequantize, "unsloth": _unsloth_dequantize},
+        check=as_the_twin(_dequantize),
         cost=_cost,
     ),
 )

@@ -1,5 +1,8 @@
 """Every benchmark by its op's name."""
 
-from kernels.bench import linears, nf4
+from kernels.bench import double_quant, linears, nf4, norms, products
 
-BENCHES = {bench.kernel: bench for bench in (*nf4.BENCHES, *linears.BENCHES)}
+BENCHES = {
+    bench.kernel: bench
+    for bench in (*nf4.BENCHES, *double_quant.BENCHES, *products.BENCHES, *norms.BENCHES, *linears.BENCHES)
+}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kernels.bench.machine import Machine
-from kernels.bench.spec import Bench
+from kernels.bench.spec import Bench, Unavailable
 from kernels.bench.timing import times
 
 
@@ -68,6 +68,9 @@ class Runner:
         self.notes: list[str] = []
 
     def cases(self, bench: Bench) -> Iterator[Case]:
+        if bench.gpu_only and self.machine.device.type == "cpu":
+            self._note(f"{bench.kernel} is left out: it compares GPU kernels")
+            return
         for config in bench.configs:
             dtype = config["dtype"]
             if bench.products and self.machine.emulates(dtype):
@@ -90,6 +93,8 @@ class Runner:
                 check(function())
             except ModuleNotFoundError as error:
                 self._note(f"{name} is left out: the package {error.name} is not installed")
+            except Unavailable as error:
+                self._note(f"{name} is left out: {error}")
             except AssertionError as error:
                 refused[name] = str(error)
             else:

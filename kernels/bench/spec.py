@@ -9,6 +9,11 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+
+class Unavailable(Exception):
+    """Raised by a provider that cannot run here, saying why."""
+
+
 Inputs = Mapping[str, Any]
 Result = dict[str, Tensor]
 
@@ -29,6 +34,7 @@ class Bench:
         cost: (size, **config) → (bytes, flops): every input read once, every output written once, nothing else moved.
         products: it multiplies matrices. Then FLOPs count in the roofline, and dtypes whose products the machine only
             emulates are left out.
+        gpu_only: it compares GPU kernels, which a CPU does not run.
     """
 
     kernel: str
@@ -42,6 +48,7 @@ class Bench:
     check: Callable[[Inputs], Callable[[Result], None]]
     cost: Callable[..., tuple[int, int]]
     products: bool = False
+    gpu_only: bool = False
 
 
 def randn(*shape: int, seed: int) -> Tensor:

@@ -16,6 +16,9 @@ from kernels.bench.runner import Runner
 COLUMNS = "kernel,provider,mode,metric,x,p20,p50,p80,bytes,flops,roofline_share,config,device,versions,commit"
 
 
+ON_CPU = [name for name, bench in BENCHES.items() if not bench.gpu_only]
+
+
 @pytest.fixture(autouse=True)
 def machine(monkeypatch) -> Machine:
     """A machine of known speed: measuring this one takes seconds."""
@@ -30,6 +33,11 @@ def read(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
+def on_cpu(bench) -> list[str]:
+    """The providers that run on a CPU."""
+    return [name for name in bench.providers if name != "unsloth"]
+
+
 def with_provider(kernel: str, **providers):
     """A benchmark with providers added, in one configuration."""
     bench = BENCHES[kernel]
@@ -41,7 +49,7 @@ def unchecked(kernel: str, **providers):
     return dataclasses.replace(BENCHES[kernel], providers=providers, check=lambda inputs: lambda result: None)
 
 
-@pytest.mark.parametrize("kernel", BENCHES)
+@pytest.mark.parametrize("kernel", ON_CPU)
 def test_quick_run_writes_the_schema_and_a_plot(kernel, tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("peft")
@@ -50,7 +58,7 @@ def test_quick_run_writes_the_schema_and_a_plot(kernel, tmp_path, capsys):
     rows = read(tmp_path / "new" / "b.csv")
     assert ",".join(rows[0]) == COLUMNS
     cases = [(row["provider"], json.loads(row["config"]), int(row["x"])) for row in rows]
-    assert cases == [(p, c, x) for c in bench.configs for x in bench.quick_sizes for p in bench.providers]
+    assert cases == [(p, c, x) for c in bench.configs for x in bench.quick_sizes for p in on_cpu(bench)]
     for row in rows:
         assert (row["kernel"], row["mode"], row["metric"]) == (kernel, bench.mode, "time_ns")
         assert 0 < float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
@@ -58,7 +66,7 @@ def test_quick_run_writes_the_schema_and_a_plot(kernel, tmp_path, capsys):
         assert json.loads(row["versions"]) == {"torch": "2"} and row["commit"] == "abc"
     assert (tmp_path / f"{kernel}.png").stat().st_size > 0
     table = capsys.readouterr().out
-    assert table.count("ours") == len(rows) // len(bench.providers) + 1  # and the column time/ours
+    assert table.count("ours") == len(rows) // len(on_cpu(bench)) + 1  # and the column time/ours
 
 
 def test_cost_counts_what_the_tensors_hold():
@@ -72,7 +80,7 @@ def test_cost_counts_what_the_tensors_hold():
             assert bench.cost(4096, **config)[0] == sum(tensor.nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("kernel", BENCHES)
+@pytest.mark.parametrize("kernel", ON_CPU)
 def test_a_wrong_result_gets_no_time(kernel, machine):
     ours = BENCHES[kernel].providers["ours"]
 
@@ -87,7 +95,7 @@ def test_a_wrong_result_gets_no_time(kernel, machine):
 
     bench = with_provider(kernel, wrong=slightly_off)
     (case,) = Runner(machine, quick=True).cases(bench)
-    assert [row.provider for row in case.rows] == list(BENCHES[kernel].providers)
+    assert [row.provider for row in case.rows] == on_cpu(BENCHES[kernel])
     assert case.refused["wrong"]
     (line,) = [line for line in Table(bench).lines(case) if "wrong" in line]
     assert line.split("wrong", 1)[1].strip() == f"no time: {case.refused['wrong']}"
@@ -108,6 +116,25 @@ def test_an_absent_package_is_said_once(machine):
     runner = Runner(machine, quick=True)
     assert [row.provider for case in runner.cases(bench) for row in case.rows] == ["ours"] * len(bench.configs)
     assert runner.notes == ["other is left out: the package no_such_package is not installed"]
+
+
+def test_gpu_only_is_left_out_and_said(machine):
+    runner = Runner(machine, quick=True)
+    assert not list(runner.cases(BENCHES["gemm"]))
+    list(runner.cases(with_provider("nf4_dequantize")))
+    assert runner.notes == [
+        "gemm is left out: it compares GPU kernels",
+        "unsloth is left out: unsloth runs on GPUs only",
+    ]
+
+
+def test_both_sides_of_the_gemm_are_right():
+    """In Triton's interpreter: what the benchmark on a GPU would time."""
+    bench = BENCHES["gemm"]
+    inputs = bench.inputs(20, torch.device("cpu"), dtype="fp32", features=64, rank=16)
+    check = bench.check(inputs)
+    for provider in bench.providers.values():
+        check(provider(inputs)())
 
 
 def test_emulated_products_are_left_out(machine):
