@@ -1,0 +1,95 @@
+"""The tensors of a model directory: model.safetensors, or the shards that model.safetensors.index.json names."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+class TensorFiles:
+    """All tensors of the directory by name; each is read from its memory-mapped file when it is asked for.
+
+    Raises:
+        ValueError: a file that is missing or damaged, or does not hold what the index says.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._where: dict[str, tuple[Path, safe_open]] = {}
+        self._read: set[str] = set()
+        single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
+        if single.is_file():
+            self._open(single)
+        elif index.is_file():
+            try:
+                shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                shards = sorted({str(shard) for shard in shard_of.values()})
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+            for shard in shards:
+                if not (directory / shard).is_file():
+                    raise ValueError(f"{directory / shard} is missing: {INDEX_FILE} names it")
+                self._open(directory / shard)
+            for name, shard in shard_of.items():
+                if name not in self or self.path(name).name != shard:
+                    raise ValueError(f"{directory / shard}: {name} is missing: {INDEX_FILE} places it there")
+        else:
+            raise ValueError(f"{directory}: no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+        self._where |= dict.fromkeys(file.keys(), (path, file))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def path(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self._where[name][0]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def unread(self) -> set[str]:
+        """Names of the tensors that nobody has read."""
+        return self._where.keys() - self._read
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as it lies in its file, not copied.
+
+        Raises:
+            ValueError: it is missing.
+        """
+        if name not in self:
+            raise ValueError(f"{self.directory}: {name} is missing")
+        return self._where[name][1].get_tensor(name)
+
+    def read(self, name: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """The tensor, copied out of the file, where it need not be aligned as kernels want it.
+
+        Args:
+            dtype, shape: what it must have; None: anything.
+
+        Raises:
+            ValueError: it is missing, or not of that dtype and shape.
+        """
+        tensor = self.tensor(name)
+        dtype, shape = dtype or tensor.dtype, tensor.shape if shape is None else torch.Size(shape)
+        if tensor.dtype != dtype or tensor.shape != shape:
+            found, needed = describe(tensor.dtype, tensor.shape), describe(dtype, shape)
+            raise ValueError(f"{self.path(name)}: {name} is {found}; the model needs {needed}")
+        self._read.add(name)
+        return tensor.clone()
+
+
+def describe(dtype: torch.dtype, shape: torch.Size) -> str:
+    """As messages name a tensor: `float32 [96, 64]`."""
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
