@@ -2,6 +2,8 @@
 
     python -m experiments.models        unpacks the default model into the cache
 
+A directory that transformers and bitsandbytes saved in 4-bit NF4 is loaded as it is packed (modules/bnb_files.py).
+
 A GGUF file is dequantized in full. Reading one takes transformers half a minute for 135M weights, so the result is
 kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), from which the next load takes a second.
 """
@@ -35,6 +37,7 @@ from transformers import (
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.files import cache_dir
+from modules.bnb_files import load_bnb4, quantization_of
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -75,7 +78,22 @@ def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
         raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
-    return _from_directory(path, dtype)
+    return _load_packed(path, dtype) if _is_packed(path) else _from_directory(path, dtype)
+
+
+def _is_packed(path: Path) -> bool:
+    try:
+        return quantization_of(path) is not None
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _load_packed(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with quiet():
+        try:
+            return load_bnb4(path, dtype), AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(" ".join(str(error).split())) from error
 
 
 def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

