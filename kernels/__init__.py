@@ -5,12 +5,16 @@ from kernels.dora import dora_linear
 from kernels.dora_norm import dora_norm, weight_norm_sq
 from kernels.double_quant import dequantize_absmax, quantize_absmax
 from kernels.lora import lora_linear
-from kernels.nf4 import QuantState, dequantize_nf4
+from kernels.nf4 import QuantState, dequantize_4bit
 from kernels.nf4_linear import nf4_linear
-from kernels.nf4_quantize import quantize_nf4
+from kernels.nf4_quantize import quantize_4bit
+
+quantize_nf4, dequantize_nf4 = quantize_4bit, dequantize_4bit
 
 __all__ = [
     "QuantState",
+    "quantize_4bit",
+    "dequantize_4bit",
     "quantize_nf4",
     "dequantize_nf4",
     "quantize_absmax",

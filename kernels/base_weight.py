@@ -34,6 +34,8 @@ def base_args(weight: Tensor, quant_state: QuantState | None, x: Tensor) -> Base
             raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}")
         return weight, None, None, None, 0
     check_packed(weight, quant_state)
+    if quant_state.quant_type != "nf4":
+        raise ValueError(f"quant_type {quant_state.quant_type!r}: linears multiply with nf4 only")
     return weight, *quant_state.tensors(), quant_state.blocksize
 
 
@@ -42,7 +44,7 @@ def dense_weight(base: BaseArgs, shape: tuple[int, int], dtype: torch.dtype) -> 
     weight, absmax, nested_absmax, nested_offset, blocksize = base
     if absmax is None:
         return weight
-    return dequantize_impl(weight, absmax, nested_absmax, nested_offset, blocksize, list(shape), dtype)
+    return dequantize_impl(weight, absmax, nested_absmax, nested_offset, blocksize, "nf4", list(shape), dtype)
 
 
 def check_adapter(

@@ -1,8 +1,11 @@
 """The numbers behind the 4-bit and 8-bit data types: the one place they are written.
 
-NF4 (QLoRA, Dettmers et al. 2023, appendix E): sixteen levels at quantiles of N(0, 1), normalised to [-1, 1],
-with an exact zero. A value x in [-1, 1] gets the code of the nearest level; a value exactly half-way between two
-levels gets the lower one, as in bitsandbytes.
+A 4-bit data type is one entry of CODEBOOKS: the sixteen values in [-1, 1] that its codes stand for. A value x gets
+the code of the nearest level; a value exactly half-way between two levels gets the lower one, as in bitsandbytes.
+
+NF4 (QLoRA, Dettmers et al. 2023, appendix E): levels at quantiles of N(0, 1), normalised to [-1, 1], with an exact
+zero; `normal_float` is the recipe. FP4: bitsandbytes' floats of a sign, two exponent bits and one mantissa bit.
+INT4: code - 8 is the integer, -7 … 7 under absmax scaling.
 
 Signed dynamic map (Dettmers 2016, "8-bit approximations for parallelism in deep learning"): 256 values, seven
 decades, ever more mantissa bits towards 1. It is the data type of the second quantization in double quantization.
@@ -31,6 +34,13 @@ NF4_LEVELS = (
     1.0,
 )
 
+# What the code with that index stands for, in any order.
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": NF4_LEVELS,
+    "fp4": tuple(v / 12 for v in (0, 1 / 16, 8, 12, 4, 6, 2, 3, 0, -1 / 16, -8, -12, -4, -6, -2, -3)),
+    "int4": tuple((code - 8) / 7 for code in range(16)),
+}
+
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # block of the second quantization; bitsandbytes writes no other
 
@@ -41,38 +51,69 @@ def _midpoints(levels: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def nf4_levels(device: torch.device | str = "cpu") -> torch.Tensor:
-    """NF4 levels, fp32 [16], ascending."""
-    return torch.tensor(NF4_LEVELS, dtype=torch.float32, device=device)
+def levels(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The level of each code, fp32 [16]."""
+    return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
 
 
 @cache
-def nf4_bounds(device: torch.device | str = "cpu") -> torch.Tensor:
-    """Decision bounds, fp32 [15]: code(x) is the number of bounds below x."""
-    return _midpoints(nf4_levels("cpu")).to(device)
+def decision_bounds(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """(decision bounds fp32 [15], codes uint8 [16]): the code of x is codes[number of bounds below x]."""
+    ordered, codes = levels(quant_type).sort(stable=True)
+    return _midpoints(ordered).to(device), codes.to(torch.uint8).to(device)
 
 
 @cache
-def nf4_bins(device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """The decision bounds by bin: (codes int32 [64], bounds fp32 [64]), code(x) = codes[k] + (x > bounds[k]).
+def code_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """What a kernel looks the code of x in [-1, 1] up with: (codes int32, bounds fp32, whether they go by bin).
 
-    x in [-1, 1] is in bin k = round(16 · x) + 16. Neighbouring bounds are more than 1/16 apart, so a bin holds at
-    most one. Bins above 32 only fill the table up to a power of two.
+    By bin [64], [64] where levels ascend with the code and neighbouring bounds are more than 1/16 apart: x is in bin
+    k = round(16 · x) + 16, which holds at most one bound, and its code is codes[k] + (x > bounds[k]). Bins above 32
+    only fill the table up to a power of two.
+
+    Otherwise a search tree [16], [16]: from node 1 go to 2 · node + (x > bounds[node]), four times; the code is
+    codes[node - 16].
     """
-    lower_edge = (torch.arange(64) - 16.5) / 16
-    codes = torch.bucketize(lower_edge, nf4_bounds("cpu"), out_int32=True)
-    bounds = torch.cat([nf4_bounds("cpu"), torch.tensor([torch.inf])])[codes]
-    return codes.to(device), bounds.to(device)
+    limits, codes = decision_bounds(quant_type)
+    if limits.diff().min() > 1 / 16 and torch.equal(codes, torch.arange(16, dtype=torch.uint8)):
+        lower_edge = (torch.arange(64) - 16.5) / 16
+        below = torch.bucketize(lower_edge, limits, out_int32=True)
+        return below.to(device), torch.cat([limits, torch.tensor([torch.inf])])[below].to(device), True
+    # Level by level: the middle of what is left, then the middles of its halves, …
+    tree = [0, 7, 3, 11, 1, 5, 9, 13, 0, 2, 4, 6, 8, 10, 12, 14]
+    return codes.int().to(device), limits[tree].to(device), False
 
 
 @cache
-def nf4_pairs(device: torch.device | str = "cpu") -> torch.Tensor:
+def level_pairs(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The two levels of every packed byte, fp32 [256, 2] seen as int64 [256], the even element (high nibble) first.
 
     One 8-byte item a byte: a lookup of items is three times as fast on a CPU as one of rows of two floats.
     """
-    levels = nf4_levels("cpu")
-    return torch.cartesian_prod(levels, levels).view(torch.int64).view(256).to(device)
+    both = levels(quant_type)
+    return torch.cartesian_prod(both, both).view(torch.int64).view(256).to(device)
+
+
+def normal_float(bits: int) -> torch.Tensor:
+    """The levels of the k-bit NormalFloat, fp32 [2^k], ascending: 2^(k-1) - 1 below zero, zero, 2^(k-1) above.
+
+    Either half's are evenly spaced quantiles of N(0, 1), the outermost 1 - δ with δ the mean of 1/2^(k+1) and
+    1/(2^(k+1) - 2), divided by the largest. QLoRA §3 and appendix E. δ is rounded and the quantiles are taken in
+    fp32 as its authors' code (bitsandbytes' `create_normal_map`) does: normal_float(4) is NF4_LEVELS to the last bit.
+
+    Raises:
+        ValueError: `bits` is not 2 … 8.
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"a NormalFloat of {bits} bits: choose 2 to 8")
+    half = 2 ** (bits - 1)
+    outermost = round(1 - (1 / (4 * half) + 1 / (4 * half - 2)) / 2, 7)
+
+    def quantiles(n: int) -> torch.Tensor:
+        return torch.special.ndtri(torch.linspace(outermost, 0.5, n + 1)[:-1].double()).float()
+
+    ordered = torch.cat([-quantiles(half - 1), torch.zeros(1), quantiles(half).flip(0)])
+    return ordered / ordered[-1]
 
 
 @cache

@@ -1,18 +1,20 @@
-"""NF4: the format, and dequantize (nf4_quantize.py has the other direction).
+"""NF4 and the other 4-bit data types: the format, and dequantize (nf4_quantize.py has the other direction).
 
     absmax_b = max |w_i| over block b                                        fp32
-    code_i   = number of NF4 decision bounds below w_i / absmax_b            4 bits
-    w'_i     = NF4_LEVELS[code_i] · absmax_b
+    code_i   = code of the level nearest to w_i / absmax_b                   4 bits
+    w'_i     = levels[code_i] · absmax_b
+
+The levels are data, sixteen numbers a data type: NF4, FP4, INT4, whatever codebook.py has an entry for.
 
 Memory layout, byte for byte bitsandbytes': w is flattened row-major, blocks are `blocksize` consecutive values and
 may cross rows, the last block may be partial; two codes a byte, the even element in the high nibble; fp32 absmax a
 block. With double quantization the absmax itself is 8 bits (see double_quant.py), and is dequantized in the same
 launch: no fp32 absmax is materialised. QLoRA, Dettmers et al. 2023, §3.
 
-Special values follow bitsandbytes on a CPU. An all-zero block has absmax 0 and codes 7 (a partial one, absmax
-1e-38). A block with an infinity has absmax inf: finite values get code 7, infinities (inf · 0 = NaN) code 15. A
-block with a NaN has absmax NaN and codes 15. Such blocks dequantize to NaN or infinity, never to a wrong number;
-which NaN is not defined.
+Special values follow bitsandbytes on a CPU. An all-zero block has absmax 0 and the code of 0, 7 in NF4 (a partial one,
+absmax 1e-38). A block with an infinity has absmax inf: finite values get the code of 0, infinities (inf · 0 = NaN)
+that of 1, 15 in NF4. A block with a NaN has absmax NaN and the code of 1. Such blocks dequantize to NaN or infinity,
+never to a wrong number; which NaN is not defined.
 """
 
 import torch
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.dispatch import use_triton
 from kernels.double_quant import load_absmax
 from kernels.quant_state import FLOATS, QuantState, check_packed
@@ -77,7 +79,7 @@ def _dequantize_tail(
 
 
 @triton.jit
-def _dequantize_nf4_kernel(
+def _dequantize_kernel(
     packed_ptr,  # u8 [ceil(n / 2)], 4-byte aligned
     absmax_ptr,  # fp32 [blocks], or u8 with double quantization
     nested_absmax_ptr,  # fp32 [ceil(blocks / 256)] or None
@@ -122,6 +124,7 @@ def _launch_dequantize(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
@@ -132,13 +135,13 @@ def _launch_dequantize(
         packed = packed.clone()
     if n:
         with torch.cuda.device_of(packed):
-            _dequantize_nf4_kernel[(triton.cdiv(n, PROGRAM),)](
+            _dequantize_kernel[(triton.cdiv(n, PROGRAM),)](
                 packed,
                 absmax,
                 nested_absmax,
                 nested_offset,
                 None if nested_absmax is None else dynamic_map(device),
-                nf4_levels(device),
+                levels(quant_type, device),
                 out,
                 n,
                 **tiles(STEP, blocksize),
@@ -147,21 +150,22 @@ def _launch_dequantize(
     return out
 
 
-@torch.library.custom_op("qdora::dequantize_nf4", mutates_args=())
-def _dequantize_nf4(
+@torch.library.custom_op("qdora::dequantize_4bit", mutates_args=())
+def _dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    return dequantize_impl(packed, absmax, nested_absmax, nested_offset, blocksize, shape, dtype)
+    return dequantize_impl(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype)
 
 
-@_dequantize_nf4.register_fake
-def _(packed, absmax, nested_absmax, nested_offset, blocksize, shape, dtype):
+@_dequantize_4bit.register_fake
+def _(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -171,20 +175,21 @@ def dequantize_impl(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
     """The op's body, for ops that dequantize inside themselves."""
-    dequantize = _launch_dequantize if use_triton(packed) else reference.dequantize_nf4
-    return dequantize(packed, absmax, nested_absmax, nested_offset, blocksize, shape, dtype)
+    dequantize = _launch_dequantize if use_triton(packed) else reference.dequantize_4bit
+    return dequantize(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype)
 
 
-def dequantize_nf4(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_4bit(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """The tensor that `packed` stands for, in `dtype` (default: the dtype it had).
 
     Args:
         packed: uint8 with ceil(n / 2) values, contiguous, any shape.
-        quant_state: as `quantize_nf4` returned it.
+        quant_state: as `quantize_4bit` returned it.
         dtype: fp32, fp16 or bf16. The product level · absmax is computed in fp32 and rounded once.
 
     Raises:
@@ -193,9 +198,9 @@ def dequantize_nf4(packed: Tensor, quant_state: QuantState, dtype: torch.dtype |
     dtype = dtype or quant_state.dtype
     check_packed(packed, quant_state)
     if dtype not in FLOATS:
-        raise ValueError(f"dtype is {dtype}; dequantize_nf4 gives float32, float16 or bfloat16")
-    return torch.ops.qdora.dequantize_nf4(
-        packed, *quant_state.tensors(), quant_state.blocksize, quant_state.shape, dtype
+        raise ValueError(f"dtype is {dtype}; dequantize_4bit gives float32, float16 or bfloat16")
+    return torch.ops.qdora.dequantize_4bit(
+        packed, *quant_state.tensors(), quant_state.blocksize, quant_state.quant_type, quant_state.shape, dtype
     )
 
 
@@ -206,7 +211,7 @@ def _spec(blocksize: int, double: bool, dtype: str) -> KernelSpec:
     return KernelSpec(
         kernel="nf4_dequantize",
         config=f"b{blocksize}-{'double-' if double else ''}{dtype}",
-        fn=_dequantize_nf4_kernel,
+        fn=_dequantize_kernel,
         signature={"packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32", "levels_ptr": "*fp32"}
         | {"out_ptr": f"*{dtype}", "n": "i64"}
         | dict.fromkeys(nested if double else (), "*fp32"),

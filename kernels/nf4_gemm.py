@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.base_weight import BaseArgs, load_row_absmax
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.spec import KernelSpec
 
 FEW_TOKENS = 64  # up to here; on paper: the lookups then still cost less than reading and writing a dense W
@@ -99,7 +99,7 @@ def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int) -> Tensor:
     with torch.cuda.device_of(x):
         _nf4_gemm_kernel[(rows, splits)](
             x, weight, absmax, nested_absmax, nested_offset,
-            None if nested_absmax is None else dynamic_map(device), nf4_levels(device), partial, m, n, k, columns,
+            None if nested_absmax is None else dynamic_map(device), levels("nf4", device), partial, m, n, k, columns,
             BLOCKSIZE=blocksize, **tiles, num_warps=NUM_WARPS, num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
     return partial

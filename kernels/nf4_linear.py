@@ -76,7 +76,7 @@ _nf4_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def nf4_linear(x: Tensor, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None) -> Tensor:
-    """x @ dequantize_nf4(packed, quant_state).T + bias.
+    """x @ dequantize_4bit(packed, quant_state).T + bias.
 
     Args:
         x: [..., in], fp32, fp16 or bf16: the compute dtype.

@@ -1,11 +1,11 @@
-"""What belongs to packed NF4 codes: QuantState, and the checks that codes and state fit together."""
+"""What belongs to packed 4-bit codes: QuantState, and the checks that codes and state fit together."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.codebook import BLOCKSIZES
+from kernels.codebook import BLOCKSIZES, CODEBOOKS
 from kernels.double_quant import nested_blocks
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that can be quantized and dequantized to
@@ -22,6 +22,7 @@ class QuantState:
         blocksize: values a block, one of 32, 64, …, 4096.
         nested_absmax: fp32 [ceil(blocks / 256)], or None without double quantization.
         nested_offset: fp32 [], the mean that was subtracted from absmax, or None.
+        quant_type: the 4-bit data type, a key of `kernels.codebook.CODEBOOKS`.
     """
 
     absmax: Tensor
@@ -30,6 +31,7 @@ class QuantState:
     blocksize: int
     nested_absmax: Tensor | None = None
     nested_offset: Tensor | None = None
+    quant_type: str = "nf4"
 
     @property
     def nested(self) -> bool:
@@ -45,6 +47,11 @@ def check_blocksize(blocksize: int) -> None:
         raise ValueError(f"blocksize {blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")
 
 
+def check_quant_type(quant_type: str) -> None:
+    if quant_type not in CODEBOOKS:
+        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(CODEBOOKS)}")
+
+
 def packed_sizes(n: int, blocksize: int) -> tuple[int, int]:
     """(bytes of codes, blocks) for n values."""
     return -(-n // 2), -(-n // blocksize)
@@ -53,6 +60,7 @@ def packed_sizes(n: int, blocksize: int) -> tuple[int, int]:
 def check_packed(packed: Tensor, quant_state: QuantState) -> None:
     """Raise ValueError if `packed` and `quant_state` do not belong together."""
     check_blocksize(quant_state.blocksize)
+    check_quant_type(quant_state.quant_type)
     n_bytes, blocks = packed_sizes(quant_state.shape.numel(), quant_state.blocksize)
     expected = [
         ("packed", packed, torch.uint8, n_bytes),

@@ -6,13 +6,13 @@ Each twin takes and returns what the op of the same name does (see that op's fil
 import torch
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_codes, dynamic_map, nf4_bounds, nf4_pairs
+from kernels.codebook import NESTED_BLOCKSIZE, decision_bounds, dynamic_codes, dynamic_map, level_pairs
 from kernels.dropout import dropout
 
-# ---------------------------------------------------------------------------------------- NF4
+# ---------------------------------------------------------------------------------------- 4 bits
 
 
-def quantize_nf4(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     x = w.reshape(-1).float()
     full = x.numel() // blocksize * blocksize
     blocks, tail = x[:full].view(-1, blocksize), x[full:]
@@ -26,23 +26,25 @@ def quantize_nf4(w: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
         scaled = torch.cat([scaled, tail / tail_absmax])
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    codes = torch.bucketize(scaled, nf4_bounds(w.device), out_int32=True).to(torch.uint8)
+    bounds, codes_in_order = decision_bounds(quant_type, w.device)
+    codes = codes_in_order.index_select(0, torch.bucketize(scaled, bounds, out_int32=True))
     return codes[::2] << 4 | codes[1::2], absmax
 
 
-def dequantize_nf4(
+def dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
     if nested_absmax is not None:
         absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
     n = torch.Size(shape).numel()
-    pairs = nf4_pairs(packed.device).index_select(0, packed.reshape(-1).int())
+    pairs = level_pairs(quant_type, packed.device).index_select(0, packed.reshape(-1).int())
     w = pairs.view(torch.float32)[:n]
     full = n // blocksize * blocksize
     blocks = w[:full].view(-1, blocksize)

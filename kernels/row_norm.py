@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.base_weight import BaseArgs, dense_weight, load_row_absmax
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.spec import KernelSpec
 
 NUM_WARPS = 4
@@ -210,7 +210,7 @@ def sums_of_squares(
                 nested_absmax,
                 nested_offset,
                 None if nested_absmax is None else dynamic_map(weight.device),
-                nf4_levels(weight.device),
+                levels("nf4", weight.device),
                 lora_A,
                 lora_B,
                 partial,

@@ -40,7 +40,7 @@ def quantize(
     """Pack every decoder linear of `model` in NF4, in place; each dense weight is released as its layer is packed.
 
     Args:
-        blocksize, double_quant: see `kernels.quantize_nf4`.
+        blocksize, double_quant: see `kernels.quantize_4bit`.
         progress: wraps the iteration over the layers' names, e.g. in a progress bar.
     """
     for name in progress(list(decoder_linears(model))):

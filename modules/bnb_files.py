@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from kernels import QuantState
-from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.double_quant import nested_blocks
 from kernels.quant_state import FLOATS, packed_sizes
 from modules.adapter import adapted_linears, replace_module
@@ -220,7 +220,7 @@ def _read_packed(files: TensorFiles, weight: str, shape: torch.Size) -> tuple[Te
             f"{files.path(weight)}: {weight} is {describe(codes.dtype, codes.shape)}; "
             f"the codes of a weight {list(shape)} are {n_bytes} bytes"
         )
-    _check_map(files, f"{weight}.quant_map", nf4_levels())
+    _check_map(files, f"{weight}.quant_map", levels("nf4"))
     absmax = files.read(f"{weight}.absmax", torch.uint8 if nested else torch.float32, (blocks,))
     nested_absmax = nested_offset = None
     if nested:
@@ -279,7 +279,7 @@ def _packed_state(linear: NF4Linear) -> dict[str, Tensor]:
     tensors = {
         "weight": linear.weight.view(-1, 1),
         "weight.absmax": linear.absmax,
-        "weight.quant_map": nf4_levels().clone(),
+        "weight.quant_map": levels("nf4").clone(),
     }
     if quant_state.nested:
         state |= {

@@ -19,7 +19,7 @@ class NF4Linear(nn.Module):
     """A frozen linear whose weight [out, in] is packed in NF4.
 
     Args:
-        packed: uint8 codes and `quant_state`, as `kernels.quantize_nf4` returns them.
+        packed: uint8 codes and `quant_state`, as `kernels.quantize_4bit` returns them.
         bias: [out] or None; kept as it is.
     """
 
@@ -35,7 +35,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
-        packed, quant_state = kernels.quantize_nf4(linear.weight, blocksize, double_quant)
+        packed, quant_state = kernels.quantize_4bit(linear.weight, blocksize, double_quant)
         return cls(packed, quant_state, linear.bias)
 
     @property
@@ -48,7 +48,7 @@ class NF4Linear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """The weight [out, in] that the codes stand for, in the dtype it had."""
-        return kernels.dequantize_nf4(self.weight, self.quant_state)
+        return kernels.dequantize_4bit(self.weight, self.quant_state)
 
     def _apply(self, fn, recurse=True):
         # .to(dtype) changes the dtype to compute in. The constants stay fp32, or the codes would mean other weights.

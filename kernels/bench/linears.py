@@ -7,7 +7,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from kernels import dequantize_nf4, dora_linear, lora_linear, quantize_nf4, weight_norm_sq
+from kernels import dequantize_4bit, dora_linear, lora_linear, quantize_4bit, weight_norm_sq
 from kernels.bench.checks import as_accurate
 from kernels.bench.nf4 import bnb_state, nf4_bytes
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, Unavailable, randn
@@ -34,7 +34,7 @@ def _inputs(
 
     compute = DTYPES[dtype]
     dense = tensor(out_features, in_features, seed=0, of=compute) / in_features**0.5
-    weight, state = quantize_nf4(dense, BLOCKSIZE, double_quant=True) if base == "nf4" else (dense, None)
+    weight, state = quantize_4bit(dense, BLOCKSIZE, double_quant=True) if base == "nf4" else (dense, None)
     adapter = {
         "lora_A": tensor(rank, in_features, seed=1) / in_features**0.5,
         "lora_B": tensor(out_features, rank, seed=2) / 10,
@@ -83,7 +83,7 @@ def _torch(inputs: Inputs) -> Callable[[], Result]:
     """As the papers write it, in x's dtype. Forms W + sBA; keeps W, also a dequantized one, until backward."""
 
     def op(x: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor | None = None) -> Tensor:
-        w = inputs["dense"] if inputs["state"] is None else dequantize_nf4(inputs["weight"], inputs["state"])
+        w = inputs["dense"] if inputs["state"] is None else dequantize_4bit(inputs["weight"], inputs["state"])
         w = w.to(x.dtype)
         y = x @ w.t() + SCALING * (x @ lora_A.to(x.dtype).t()) @ lora_B.to(x.dtype).t()
         if magnitude is None:

@@ -6,10 +6,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from kernels import QuantState, dequantize_nf4, quantize_nf4
+from kernels import QuantState, dequantize_4bit, quantize_4bit
 from kernels.bench.checks import as_the_twin
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, Unavailable, randn
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, nf4_levels
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.double_quant import nested_blocks
 from kernels.quant_state import packed_sizes
 
@@ -20,7 +20,7 @@ def _weights(size: int, device: torch.device, dtype: str, blocksize: int, double
 
 
 def _packed(size: int, device: torch.device, dtype: str, blocksize: int, double_quant: bool) -> Inputs:
-    packed, state = quantize_nf4(randn(size, seed=0).to(device, DTYPES[dtype]), blocksize, double_quant)
+    packed, state = quantize_4bit(randn(size, seed=0).to(device, DTYPES[dtype]), blocksize, double_quant)
     return {"packed": packed, "state": state}
 
 
@@ -31,7 +31,7 @@ def _named(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_
 
 def _quantize(inputs: Inputs) -> Callable[[], Result]:
     def run() -> Result:
-        packed, state = quantize_nf4(**inputs)
+        packed, state = quantize_4bit(**inputs)
         return _named(packed, *state.tensors())
 
     return run
@@ -53,7 +53,7 @@ def _bnb_quantize(inputs: Inputs) -> Callable[[], Result]:
 
 
 def _dequantize(inputs: Inputs) -> Callable[[], Result]:
-    return lambda: {"w": dequantize_nf4(inputs["packed"], inputs["state"])}
+    return lambda: {"w": dequantize_4bit(inputs["packed"], inputs["state"])}
 
 
 def bnb_state(ours: QuantState):
@@ -67,7 +67,7 @@ def bnb_state(ours: QuantState):
         constants.dtype = torch.float32
         nested = {"offset": ours.nested_offset, "state2": constants}
     return BnbState(
-        ours.absmax, ours.shape, nf4_levels(device), ours.blocksize, quant_type="nf4", dtype=ours.dtype, **nested
+        ours.absmax, ours.shape, levels("nf4", device), ours.blocksize, quant_type="nf4", dtype=ours.dtype, **nested
     )
 
 

@@ -6,7 +6,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from kernels import dequantize_nf4, dora_norm, quantize_nf4, weight_norm_sq
+from kernels import dequantize_4bit, dora_norm, quantize_4bit, weight_norm_sq
 from kernels.bench.checks import as_accurate
 from kernels.bench.nf4 import nf4_bytes
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
@@ -17,7 +17,7 @@ BLOCKSIZE = 64
 
 def _inputs(rows: int, device: torch.device, dtype: str, base: str, columns: int, rank: int) -> Inputs:
     dense = (randn(rows, columns, seed=0) / columns**0.5).to(device, DTYPES[dtype])
-    weight, state = quantize_nf4(dense, BLOCKSIZE, double_quant=True) if base == "nf4" else (dense, None)
+    weight, state = quantize_4bit(dense, BLOCKSIZE, double_quant=True) if base == "nf4" else (dense, None)
     return {
         "dtype": dtype,
         "weight": weight,
@@ -29,7 +29,7 @@ def _inputs(rows: int, device: torch.device, dtype: str, base: str, columns: int
 
 def _dense(inputs: Inputs) -> Tensor:
     state = inputs["state"]
-    return inputs["weight"] if state is None else dequantize_nf4(inputs["weight"], state)
+    return inputs["weight"] if state is None else dequantize_4bit(inputs["weight"], state)
 
 
 def _ours(inputs: Inputs) -> Callable[[], Result]:

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import torch
 
-from kernels import dequantize_nf4, nf4_linear, quantize_nf4
+from kernels import dequantize_4bit, nf4_linear, quantize_4bit
 from kernels.bench.checks import as_accurate
 from kernels.bench.nf4 import bnb_state, nf4_bytes
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
@@ -17,7 +17,7 @@ BLOCKSIZE = 64
 
 def _nf4_inputs(tokens: int, device: torch.device, dtype: str, in_features: int, out_features: int) -> Inputs:
     dense = (randn(out_features, in_features, seed=0) / in_features**0.5).to(device, DTYPES[dtype])
-    packed, state = quantize_nf4(dense, BLOCKSIZE, double_quant=True)
+    packed, state = quantize_4bit(dense, BLOCKSIZE, double_quant=True)
     return {"packed": packed, "state": state, "x": randn(tokens, in_features, seed=1).to(device, DTYPES[dtype])}
 
 
@@ -26,7 +26,7 @@ def _nf4_linear(inputs: Inputs) -> Callable[[], Result]:
 
 
 def _dequantize_and_multiply(inputs: Inputs) -> Callable[[], Result]:
-    return lambda: {"y": inputs["x"] @ dequantize_nf4(inputs["packed"], inputs["state"]).t()}
+    return lambda: {"y": inputs["x"] @ dequantize_4bit(inputs["packed"], inputs["state"]).t()}
 
 
 def _bnb_matmul(inputs: Inputs) -> Callable[[], Result]:
@@ -37,7 +37,7 @@ def _bnb_matmul(inputs: Inputs) -> Callable[[], Result]:
 
 
 def _check_nf4(inputs: Inputs) -> Callable[[Result], None]:
-    w = dequantize_nf4(inputs["packed"], inputs["state"])
+    w = dequantize_4bit(inputs["packed"], inputs["state"])
     exact = {"y": inputs["x"].double() @ w.double().t()}
     return as_accurate(exact, {"y": inputs["x"] @ w.t()}, inputs["x"].dtype)
 

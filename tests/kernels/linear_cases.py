@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kernels import QuantState, dequantize_nf4, quantize_nf4
+from kernels import QuantState, dequantize_4bit, quantize_4bit
 from kernels.dropout import keep_mask
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,8 +26,8 @@ def make_base(kind: str, out_features: int, in_features: int, dtype: torch.dtype
 def quantized_base(kind: str, w: Tensor, blocksize: int = 64) -> tuple[Tensor, QuantState | None, Tensor]:
     if kind == "dense":
         return w, None, w.float()
-    packed, state = quantize_nf4(w, blocksize, double_quant=kind == "nf4-double")
-    return packed, state, dequantize_nf4(packed, state, torch.float32)
+    packed, state = quantize_4bit(w, blocksize, double_quant=kind == "nf4-double")
+    return packed, state, dequantize_4bit(packed, state, torch.float32)
 
 
 def plain_linear(

@@ -72,8 +72,8 @@ def difference(got: Tensor, want: Tensor) -> str:
     return f"{int(wrong.sum())} of {len(got)}, at {at}: {got[at].tolist()}, expected {want[at].tolist()}"
 
 
-def bnb_quantize(w: Tensor, blocksize: int, double_quant: bool):
-    packed, state = bnb.quantize_4bit(w, blocksize=blocksize, compress_statistics=double_quant, quant_type="nf4")
+def bnb_quantize(w: Tensor, blocksize: int, double_quant: bool, quant_type: str = "nf4"):
+    packed, state = bnb.quantize_4bit(w, blocksize=blocksize, compress_statistics=double_quant, quant_type=quant_type)
     return packed.view(-1), state
 
 

@@ -9,8 +9,8 @@ are left out: which bf16 a NaN becomes (without AVX-512 some NaNs become -0; our
 import pytest
 import torch
 
-from kernels import QuantState, dequantize_nf4, quantize_nf4, reference, use_backend
-from kernels.codebook import BLOCKSIZES, nf4_bounds, nf4_levels
+from kernels import QuantState, dequantize_4bit, quantize_4bit, reference, use_backend
+from kernels.codebook import BLOCKSIZES, decision_bounds, levels
 from tests.kernels.nf4_cases import (
     DTYPES,
     KINDS,
@@ -51,7 +51,7 @@ def test_twin_equals_bitsandbytes(dtype, blocksize, kind):
         w = weights(n, kind, dtype, blocksize)
         for double_quant in (False, True):
             with use_backend("torch"):
-                packed, state = quantize_nf4(w, blocksize, double_quant)
+                packed, state = quantize_4bit(w, blocksize, double_quant)
             bnb_packed, bnb_state = bnb_quantize(w, blocksize, double_quant)
             what = f"n={n}{' double' * double_quant}"
             assert_same(packed, bnb_packed, f"{what}: packed")
@@ -71,7 +71,7 @@ def test_twin_dequantizes_as_bitsandbytes(dtype, blocksize, double_quant):
             nested = (bnb_state.state2.absmax, bnb_state.offset) if double_quant else ()
             state = QuantState(bnb_state.absmax, torch.Size([n]), dtype, blocksize, *nested)
             with use_backend("torch"):
-                w = dequantize_nf4(bnb_packed, state)
+                w = dequantize_4bit(bnb_packed, state)
             bnb_w = bnb_dequantize(bnb_packed, bnb_state, dtype)
             if dtype == torch.bfloat16:
                 bnb_w = torch.where(w.isnan() & ((bnb_w == 0) | bnb_w.isnan()), w, bnb_w)
@@ -93,8 +93,8 @@ def test_kernel_quantizes_as_the_twin(dtype, blocksize, n):  # bf16 too: the int
     for kind in ("normal", "nan") if n else ("normal",):
         w = weights(n, kind, dtype, blocksize)
         with use_backend("triton"):
-            packed, state = quantize_nf4(w.to(triton_device()), blocksize)
-        twin_packed, twin_absmax = reference.quantize_nf4(w, blocksize)
+            packed, state = quantize_4bit(w.to(triton_device()), blocksize)
+        twin_packed, twin_absmax = reference.quantize_4bit(w, blocksize, "nf4")
         assert_same(packed, twin_packed, f"{kind}: packed")
         assert_same(state.absmax, twin_absmax, f"{kind}: absmax")
 
@@ -108,14 +108,14 @@ def test_kernel_dequantizes_as_the_twin(dtype, blocksize, n):
     for double_quant in (False, True):
         packed, state = quantized(n, "nan" if n == 4129 else "normal", blocksize, double_quant)
         with use_backend("triton"):
-            w = dequantize_nf4(packed, state, dtype)
+            w = dequantize_4bit(packed, state, dtype)
         assert_same(w, twin_dequantize(packed, state, dtype), f"double_quant={double_quant}")
 
 
 def quantized(n: int, kind: str, blocksize: int, double_quant: bool) -> tuple[torch.Tensor, QuantState]:
     """Codes and state made by the twin, on the device where the kernels run."""
     with use_backend("torch"):
-        packed, state = quantize_nf4(weights(n, kind, blocksize=blocksize), blocksize, double_quant)
+        packed, state = quantize_4bit(weights(n, kind, blocksize=blocksize), blocksize, double_quant)
     device = triton_device()
     absmax, *nested = (t if t is None else t.to(device) for t in state.tensors())
     return packed.to(device), QuantState(absmax, state.shape, state.dtype, blocksize, *nested)
@@ -123,7 +123,7 @@ def quantized(n: int, kind: str, blocksize: int, double_quant: bool) -> tuple[to
 
 def twin_dequantize(packed, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
     tensors = [t if t is None else t.cpu() for t in (packed, *state.tensors())]
-    return reference.dequantize_nf4(*tensors, state.blocksize, list(state.shape), dtype)
+    return reference.dequantize_4bit(*tensors, state.blocksize, state.quant_type, list(state.shape), dtype)
 
 
 @needs_triton
@@ -141,8 +141,8 @@ def test_kernel_reads_and_writes_its_own_memory_only(monkeypatch, before, double
         *(t if t is None else embedded(t, before) for t in state.tensors()[1:]),
     )
     with use_backend("triton"), guarded_memory(monkeypatch):
-        got, got_state = quantize_nf4(w, blocksize, double_quant)
-        got_w = dequantize_nf4(embedded(packed, before), state, torch.float16)
+        got, got_state = quantize_4bit(w, blocksize, double_quant)
+        got_w = dequantize_4bit(embedded(packed, before), state, torch.float16)
     assert_same(got, packed, "packed")
     if triton_device() == "cpu" or not double_quant:  # the mean of absmax is another sum on a GPU
         assert_same(got_state.absmax, state.absmax, "absmax")
@@ -159,12 +159,12 @@ def test_more_than_2_31_values():
     w[-len(tail) // 64 * 64 :] = 0
     start = n // 64 * 64 - 64 * 1000
     w[start:] = tail[: n - start].cuda()
-    packed, state = quantize_nf4(w)
-    twin_packed, twin_absmax = reference.quantize_nf4(w[start:].cpu(), 64)
+    packed, state = quantize_4bit(w)
+    twin_packed, twin_absmax = reference.quantize_4bit(w[start:].cpu(), 64, "nf4")
     assert_same(packed[start // 2 :], twin_packed, "packed")
     assert_same(state.absmax[start // 64 :], twin_absmax, "absmax")
-    back = dequantize_nf4(packed, state)
-    want = reference.dequantize_nf4(twin_packed, twin_absmax, None, None, 64, [n - start], torch.float16)
+    back = dequantize_4bit(packed, state)
+    want = reference.dequantize_4bit(twin_packed, twin_absmax, None, None, 64, "nf4", [n - start], torch.float16)
     assert_same(back[start:], want, "dequantized")
 
 
@@ -173,7 +173,7 @@ def test_more_than_2_31_values():
 
 def at_the_bounds(absmax: float, blocksize: int) -> torch.Tensor:
     """Values whose quotient by absmax is on, or a few units in the last place from, every bound, level and bin edge."""
-    x = torch.cat([nf4_bounds(), nf4_levels(), (torch.arange(33) - 16) / 16 + 1 / 32]).clamp(-1, 1)
+    x = torch.cat([decision_bounds("nf4")[0], levels("nf4"), (torch.arange(33) - 16) / 16 + 1 / 32]).clamp(-1, 1)
     near = [x * absmax]
     for direction in (-torch.inf, torch.inf):
         y = x * absmax
@@ -194,7 +194,7 @@ def test_codes_at_the_decision_bounds(absmax, backend_name):
     for w in (full, full[:-5], torch.cat([full, full[:31]])):  # full blocks multiply by 1 / absmax, partial ones divide
         bnb_packed, bnb_state = bnb_quantize(w, 32, False)
         with use_backend(backend_name):
-            packed, state = quantize_nf4(w.to(triton_device() if backend_name == "triton" else "cpu"), 32)
+            packed, state = quantize_4bit(w.to(triton_device() if backend_name == "triton" else "cpu"), 32)
         assert_same(packed, bnb_packed, "packed")
         assert_same(state.absmax, bnb_state.absmax, "absmax")
 
@@ -207,8 +207,8 @@ def test_special_values(backend_name):
     w = torch.cat([blocks.view(-1), torch.zeros(7)])  # and a partial block of zeros
     device = triton_device() if backend_name == "triton" else "cpu"
     with use_backend(backend_name):
-        packed, state = quantize_nf4(w.to(device), 32)
-        back = dequantize_nf4(packed, state).cpu()
+        packed, state = quantize_4bit(w.to(device), 32)
+        back = dequantize_4bit(packed, state).cpu()
     packed = packed.cpu()
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[: len(w)]
     blocks, tail = codes[:160].view(5, 32), codes[160:]
@@ -228,20 +228,20 @@ def test_special_values(backend_name):
 def test_non_contiguous_input_is_quantized_as_its_copy():
     w = weights(48 * 50).to(torch.get_default_device()).view(48, 50)
     for view in (w.t(), w[:, ::3], w[5:, 1:]):
-        packed, state = quantize_nf4(view, 32)
-        copy_packed, copy_state = quantize_nf4(view.contiguous(), 32)
+        packed, state = quantize_4bit(view, 32)
+        copy_packed, copy_state = quantize_4bit(view.contiguous(), 32)
         assert torch.equal(packed, copy_packed) and torch.equal(state.absmax, copy_state.absmax)
-        assert dequantize_nf4(packed, state).shape == view.shape
+        assert dequantize_4bit(packed, state).shape == view.shape
 
 
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0), (1,), (5, 7), (2, 3, 4)], ids=str)
 def test_shapes_and_dtypes(shape):
     w = torch.ones(shape, dtype=torch.float16)
-    packed, state = quantize_nf4(w, 32, double_quant=True)
+    packed, state = quantize_4bit(w, 32, double_quant=True)
     assert packed.shape == (-(-w.numel() // 2),) and packed.dtype == torch.uint8
     assert state.absmax.dtype == torch.uint8 and state.nested_offset.shape == ()
-    back = dequantize_nf4(packed.view(-1, 1), state)
+    back = dequantize_4bit(packed.view(-1, 1), state)
     assert back.shape == shape and back.dtype == torch.float16
     if w.numel():  # a single nested block whose values are all the mean: exact
         assert (back == 1).all()
@@ -251,30 +251,32 @@ def test_shapes_and_dtypes(shape):
 @double_quants
 def test_opcheck(double_quant):
     w = weights(1000).to(torch.get_default_device())
-    torch.library.opcheck(torch.ops.qdora.quantize_nf4.default, (w, 64))
-    packed, state = quantize_nf4(w, 64, double_quant)
-    args = (packed, *state.tensors(), 64, [10, 100], torch.float32)
-    torch.library.opcheck(torch.ops.qdora.dequantize_nf4.default, args)
+    torch.library.opcheck(torch.ops.qdora.quantize_4bit.default, (w, 64, "nf4"))
+    packed, state = quantize_4bit(w, 64, double_quant)
+    args = (packed, *state.tensors(), 64, "nf4", [10, 100], torch.float32)
+    torch.library.opcheck(torch.ops.qdora.dequantize_4bit.default, args)
 
 
 @double_quants
 def test_meta_device(double_quant):
-    packed, state = quantize_nf4(torch.empty(33, 7, device="meta"), 32, double_quant)
+    packed, state = quantize_4bit(torch.empty(33, 7, device="meta"), 32, double_quant)
     assert packed.device.type == "meta" and packed.shape == (116,) and state.absmax.shape == (8,)
-    back = dequantize_nf4(packed, state, torch.bfloat16)
+    back = dequantize_4bit(packed, state, torch.bfloat16)
     assert back.device.type == "meta" and back.shape == (33, 7) and back.dtype == torch.bfloat16
 
 
 def test_quantize_refuses():
     with pytest.raises(ValueError, match="blocksize 48 is not one of 32, 64"):
-        quantize_nf4(torch.ones(64), 48)
+        quantize_4bit(torch.ones(64), 48)
     with pytest.raises(ValueError, match=r"w is torch\.float64"):
-        quantize_nf4(torch.ones(64, dtype=torch.float64))
+        quantize_4bit(torch.ones(64, dtype=torch.float64))
+    with pytest.raises(ValueError, match="quant_type 'nf5' is not one of nf4, fp4, int4"):
+        quantize_4bit(torch.ones(64), quant_type="nf5")
 
 
 def test_dequantize_refuses():
-    packed, state = quantize_nf4(torch.ones(4, 64), 64)
-    nested_packed, nested = quantize_nf4(torch.ones(4, 64), 64, double_quant=True)
+    packed, state = quantize_4bit(torch.ones(4, 64), 64)
+    nested_packed, nested = quantize_4bit(torch.ones(4, 64), 64, double_quant=True)
 
     def change(state: QuantState, **fields) -> QuantState:
         return QuantState(**{name: getattr(state, name) for name in state.__dataclass_fields__} | fields)
@@ -284,6 +286,7 @@ def test_dequantize_refuses():
         (packed[:-1], state, "packed: 127 values"),
         (torch.stack([packed, packed], dim=1)[:, 0], state, "packed is not contiguous"),
         (packed, change(state, blocksize=16), "blocksize 16 is not one of"),
+        (packed, change(state, quant_type="fp8"), "quant_type 'fp8' is not one of nf4, fp4"),
         (packed, change(state, blocksize=32), r"absmax: 4 values .* needs 8 of torch.float32"),
         (packed, change(state, shape=torch.Size([5, 64])), r"shape \(5, 64\) .* needs 160 of torch.uint8"),
         (packed, change(state, absmax=state.absmax.double()), "absmax: 4 values of torch.float64"),
@@ -295,6 +298,6 @@ def test_dequantize_refuses():
     ]
     for codes, bad_state, message in cases:
         with pytest.raises(ValueError, match=message):
-            dequantize_nf4(codes, bad_state)
+            dequantize_4bit(codes, bad_state)
     with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
-        dequantize_nf4(packed, state, torch.float64)
+        dequantize_4bit(packed, state, torch.float64)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import nf4_linear, quantize_nf4
+from kernels import nf4_linear, quantize_4bit
 from tests.kernels.linear_cases import (
     DTYPES,
     assert_as_accurate,
@@ -64,7 +64,7 @@ def test_bitsandbytes_linear4bit():
     linear = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4")
     linear.load_state_dict({"weight": w, "bias": bias})
     linear = linear.to("cpu")  # quantizes
-    torch.testing.assert_close(nf4_linear(x, *quantize_nf4(w, 64, double_quant=True), bias), linear(x))
+    torch.testing.assert_close(nf4_linear(x, *quantize_4bit(w, 64, double_quant=True), bias), linear(x))
 
 
 def test_non_contiguous_input():

@@ -1,0 +1,159 @@
+"""The 4-bit data types beside NF4: FP4 byte for byte bitsandbytes', INT4 against numpy, any table; NormalFloats.
+
+As in test_nf4.py there is no tolerance where bytes are compared. bitsandbytes' FP4 has two codes for zero: 8 for what
+lies just above it, 0 for it and what lies just below; here too.
+"""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from kernels import QuantState, codebook, dequantize_4bit, quantize_4bit, use_backend
+from kernels.codebook import CODEBOOKS, NF4_LEVELS, code_table, decision_bounds, levels, normal_float
+from tests.kernels.nf4_cases import DTYPES, KINDS, assert_same, bnb_dequantize, bnb_quantize, needs_triton, weights
+from tests.kernels.nf4_cases import triton_device as device_of_kernels
+
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
+
+EVENLY_SPACED = tuple(-1 + 2 * i / 15 for i in range(16))
+
+
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)
+
+
+def on_both(w: torch.Tensor, blocksize: int, double_quant: bool, quant_type: str):
+    """(packed, state, w') of the twin, after the Triton kernels have given the same bytes."""
+    with use_backend("torch"):
+        packed, state = quantize_4bit(w, blocksize, double_quant, quant_type)
+        back = dequantize_4bit(packed, state)
+    with use_backend("triton"):
+        got, got_state = quantize_4bit(w.to(device_of_kernels()), blocksize, double_quant, quant_type)
+        assert_same(got, packed, "packed")
+        assert got_state.quant_type == quant_type
+        if device_of_kernels() == "cpu" or not double_quant:  # the mean of absmax is another sum on a GPU
+            assert_same(got_state.absmax, state.absmax, "absmax")
+            assert_same(dequantize_4bit(got, got_state), back, "dequantized")
+    return packed, state, back
+
+
+# -------------------------------------------------------------------------------------------- FP4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blocksize", [32, 64, 4096], ids="b{}".format)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_fp4_equals_bitsandbytes(dtype, blocksize, kind):
+    for n in (1, blocksize - 1, blocksize, 37 * blocksize + 17):
+        w = weights(n, kind, dtype, blocksize)
+        for double_quant in (False, True):
+            with use_backend("torch"):
+                packed, state = quantize_4bit(w, blocksize, double_quant, "fp4")
+                back = dequantize_4bit(packed, state, torch.float32)
+            bnb_packed, bnb_state = bnb_quantize(w, blocksize, double_quant, "fp4")
+            assert_same(packed, bnb_packed, f"n={n}: packed")
+            assert_same(state.absmax, bnb_state.absmax, f"n={n}: absmax")
+            theirs = bnb_dequantize(bnb_packed, bnb_state, torch.float32)
+            back, theirs = back + 0.0, theirs + 0.0  # 8 is -0 to it in even lengths and 0 in odd ones
+            assert_same(back, theirs, f"n={n}: dequantized")
+
+
+@needs_triton
+@pytest.mark.parametrize("quant_type", ["fp4", "int4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 4096], ids="b{}".format)
+@pytest.mark.parametrize("kind", ["normal", "nan"])
+def test_the_kernels_are_the_twin(quant_type, blocksize, kind):
+    for dtype in (torch.float32, torch.float16):
+        for n in (1, 4129, 16384 + 37):
+            on_both(weights(n, kind, dtype, blocksize), blocksize, n == 4129, quant_type)
+
+
+@needs_triton
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
+@pytest.mark.parametrize("absmax", [1.0, 0.0123, 7e-39], ids="absmax{}".format)
+def test_codes_at_the_decision_bounds(quant_type, absmax):
+    bounds = torch.cat([decision_bounds(quant_type)[0], levels(quant_type), torch.tensor([0.0, -0.0])]) * absmax
+    near = [bounds.nextafter(torch.tensor(towards)) for towards in (-torch.inf, torch.inf)]
+    values = torch.cat([bounds, *near]).clamp(-absmax, absmax)
+    w = torch.full((len(values), 32), absmax)  # each value in a block whose absmax is known
+    w[:, 5] = values
+    packed, _, _ = on_both(w, 32, False, quant_type)
+    if quant_type != "int4":
+        assert_same(packed, bnb_quantize(w, 32, False, quant_type)[0], "packed")
+
+
+# ------------------------------------------------------------------------------------------- INT4
+
+
+def test_int4_is_absmax_scaling_rounded_to_integers():
+    w = np.random.default_rng(0).standard_normal((100, 64)).astype(np.float32)
+    packed, state = quantize_4bit(torch.from_numpy(w), 64, quant_type="int4")
+    absmax = np.abs(w).max(axis=1, keepdims=True)
+    integers = np.rint(7 * w.astype(np.float64) / absmax)
+    assert (unpacked(packed).numpy().reshape(w.shape).astype(int) - 8 == integers).all()
+    np.testing.assert_allclose(dequantize_4bit(packed, state).numpy(), integers * absmax / 7, rtol=2e-7)
+
+
+# -------------------------------------------------------------------------------------- any table
+
+
+@needs_triton
+def test_a_new_data_type_is_one_table(monkeypatch):
+    """The textbook's: 0.2121 falls on the tenth of sixteen evenly spaced levels from -1 to 1, which is 0.2."""
+    shuffled = torch.tensor(EVENLY_SPACED)[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    monkeypatch.setitem(CODEBOOKS, "even", EVENLY_SPACED)
+    monkeypatch.setitem(CODEBOOKS, "shuffled", tuple(shuffled.tolist()))
+    try:
+        w = torch.ones(64)
+        w[0] = 0.2121
+        packed, _, back = on_both(w, 64, False, "even")
+        assert unpacked(packed)[0] == 9 and back[0] == pytest.approx(0.2)
+        w = weights(4096)
+        _, _, even = on_both(w, 64, False, "even")
+        _, _, same = on_both(w, 64, False, "shuffled")  # which takes the search, as it does not ascend
+        assert torch.equal(even, same)
+        assert code_table("even")[2] and not code_table("shuffled")[2]
+    finally:
+        for cached in (codebook.levels, codebook.decision_bounds, codebook.code_table, codebook.level_pairs):
+            cached.cache_clear()
+
+
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
+def test_every_level_comes_back_as_itself(quant_type):
+    w = levels(quant_type).clamp(-1, 1).repeat(4)
+    packed, state = quantize_4bit(w, 64, quant_type=quant_type)
+    assert torch.equal(dequantize_4bit(packed, state), w)
+    assert levels(quant_type).abs().max() >= 1 and (levels(quant_type) == 0).any()
+
+
+def test_the_state_says_which_data_type():
+    packed, state = quantize_4bit(weights(64), quant_type="fp4")
+    as_nf4 = QuantState(state.absmax, state.shape, state.dtype, state.blocksize)
+    assert as_nf4.quant_type == "nf4"
+    assert not torch.equal(dequantize_4bit(packed, state), dequantize_4bit(packed, as_nf4))
+
+
+# ---------------------------------------------------------------------------------- k-bit NormalFloat
+
+
+def test_the_recipe_gives_the_published_levels():
+    """All sixteen digits that QLoRA's appendix E prints."""
+    assert normal_float(4).tolist() == list(NF4_LEVELS)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_a_normal_float_has_its_levels(bits):
+    found = normal_float(bits)
+    assert found.shape == (2**bits,) and (found.diff() > 0).all()
+    assert (found < 0).sum() == 2 ** (bits - 1) - 1 and (found == 0).sum() == 1
+    assert found[0] == -1 and found[-1] == 1
+    outermost = 1 - (1 / 2 ** (bits + 1) + 1 / (2 ** (bits + 1) - 2)) / 2
+    quantiles = norm.ppf(np.linspace(0.5, outermost, 2 ** (bits - 1) + 1))
+    np.testing.assert_allclose(found[2 ** (bits - 1) - 1 :].numpy(), quantiles / quantiles[-1], atol=2e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 9])
+def test_a_normal_float_of_other_widths_is_refused(bits):
+    with pytest.raises(ValueError, match=f"a NormalFloat of {bits} bits: choose 2 to 8"):
+        normal_float(bits)
