@@ -139,7 +139,8 @@ def test_every_launch_of_nf4_is_compiled():
         for dtype in ("bf16", "fp16", "fp32")
     }
     assert {spec.config for spec in nf4_quantize.AOT_SPECS} == {
-        f"b{2**i}-{dtype}" for i in range(5, 13) for dtype in ("bf16", "fp16", "fp32")
+        *(f"b{2**i}-{dtype}" for i in range(5, 13) for dtype in ("bf16", "fp16", "fp32")),
+        *(f"search-b{blocksize}-{dtype}" for blocksize in (64, 4096) for dtype in ("bf16", "fp16", "fp32")),
     }
     specs = all_specs()
     assert len({(spec.kernel, spec.config) for spec in specs}) == len(specs)
