@@ -3,7 +3,8 @@
 Importing this module registers the schema with Hydra, so import it before `hydra.compose`.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -60,6 +61,10 @@ class TrainerConfig:
     max_grad_norm: float = 1.0  # 0: no clipping
     eval_every: int = 0  # steps between evaluations; 0: before and after only
     eval_batch_size: int = 16
+    early_stopping_patience: int = 0  # stop after so many evaluations without a better held-out loss; 0: never
+    keep_best: bool = False  # end with the weights that had the best held-out loss, not with the last ones
+    checkpoint_every: int = 0  # steps between checkpoints, and one at the end; 0: none
+    keep_checkpoints: int = 2  # so many of the newest stay
     log_every: int = 1
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: what matmuls run in
     device: str = "auto"  # auto | cpu | cuda
@@ -92,6 +97,7 @@ class Config:
     lr: float = MISSING
     seed: int = 0
     output_dir: str = MISSING
+    resume: str | None = None  # go on from a checkpoint: latest (of output_dir), a run's directory or a checkpoint's
 
 
 store = ConfigStore.instance()
@@ -105,6 +111,23 @@ for group, schema in {
     "tracking": TrackingConfig,
 }.items():
     store.store(group=group, name="schema", node=schema)
+
+
+# Where a run writes and who watches it; everything else says what it computes.
+BOOKKEEPING = ("output_dir", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+
+
+def flat(cfg: Config) -> dict[str, Any]:
+    """Every value by its full key, such as `trainer.steps`, bookkeeping left out."""
+
+    def walk(values: dict, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return {key: value for key, value in walk(asdict(cfg), "") if not key.startswith(BOOKKEEPING)}
 
 
 def resolve(cfg: DictConfig) -> Config:
@@ -132,9 +155,15 @@ def resolve(cfg: DictConfig) -> Config:
     if config.lr <= 0:
         raise UserError(f"lr={config.lr}: choose a number above 0")
     trainer = config.trainer
-    for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "log_every"):
+    for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "log_every", "keep_checkpoints"):
         if getattr(trainer, name) < 1:
             raise UserError(f"trainer.{name}={getattr(trainer, name)}: choose 1 or more")
+    for name in ("eval_every", "early_stopping_patience", "checkpoint_every"):
+        if getattr(trainer, name) < 0:
+            raise UserError(f"trainer.{name}={getattr(trainer, name)}: choose 0 or more")
+    for name in ("early_stopping_patience", "keep_best"):
+        if getattr(trainer, name) and not trainer.eval_every:
+            raise UserError(f"trainer.{name} compares evaluations: set trainer.eval_every too")
     if trainer.schedule not in ("cosine", "linear", "constant"):
         raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
     return config

@@ -8,10 +8,13 @@ is the same in every run and on every machine, whatever the order of the lines.
 number: a run can continue from (epoch, batch) without replaying what came before.
 """
 
+import functools
 import hashlib
 import itertools
 import json
+import math
 import random
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,6 +45,15 @@ class Data:
     train: list[Example]
     heldout: list[Example]
     note: str
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that the same samples in the same order share."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.heldout):
+            for example in part:
+                digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+        return digest.hexdigest()[:16]
 
 
 def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -208,12 +220,14 @@ def epoch_batches(examples: list[Example], batch_size: int, seed: int, epoch: in
     return batches
 
 
-def batches(examples: list[Example], batch_size: int, seed: int) -> Iterator[list[Example]]:
-    """Training batches without end, epoch after epoch (see `epoch_batches`)."""
+def batches(examples: list[Example], batch_size: int, seed: int, start: int = 0) -> Iterator[list[Example]]:
+    """Training batches without end, epoch after epoch (see `epoch_batches`), but for the first `start`."""
     if not examples:
         raise ValueError("no examples to make batches of")
-    for epoch in itertools.count():
-        yield from epoch_batches(examples, batch_size, seed, epoch)
+    first_epoch, served = divmod(start, math.ceil(len(examples) / batch_size))
+    for epoch in itertools.count(first_epoch):
+        yield from epoch_batches(examples, batch_size, seed, epoch)[served:]
+        served = 0
 
 
 def eval_batches(examples: list[Example], batch_size: int) -> list[list[Example]]:

@@ -1,6 +1,9 @@
 """Where files go, and how they get there whole."""
 
+import contextlib
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.errors import UserError
@@ -34,3 +37,25 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def directory_atomically(path: Path) -> Iterator[Path]:
+    """An empty directory to fill. When the block ends well it gets the name `path` and replaces what was there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            delete_directory(path)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def delete_directory(path: Path) -> None:
+    """Delete a directory; its name is gone first, so that nobody takes what is left of it for the whole."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.deleted.partial")
+    os.rename(path, gone)
+    shutil.rmtree(gone)

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer.
+"""Load a causal language model and its tokenizer; pack it and attach adapters as a run's configuration says.
 
     python -m experiments.models        unpacks the default model into the cache
 
@@ -34,9 +34,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments.config import ModelConfig
+from experiments.config import Config, ModelConfig
 from experiments.errors import UserError
 from experiments.files import cache_dir
+from experiments.progress import bar
+from modules import NF4Linear, attach, decoder_linears, quantize
 from modules.bnb_files import load_bnb4, quantization_of
 
 CHATML = (
@@ -61,6 +63,54 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
+
+
+def load_base(cfg: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The configured model on the CPU, packed if the configuration says so, without adapters, and its tokenizer.
+
+    Args:
+        dtype: of the weights that are not packed, and to compute in.
+    """
+    model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    _quantize(cfg, model)
+    return model, tokenizer
+
+
+def _quantize(cfg: Config, model: PreTrainedModel) -> None:
+    """Pack the decoder as `cfg.quant` says. What was packed on disk stays as it is, and must be as `cfg.quant` says."""
+    packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
+    if not packed:
+        if cfg.quant.name == "nf4":
+            quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
+        return
+    if cfg.quant.name == "none":
+        raise UserError(
+            f"model.path={cfg.model.path} is packed in NF4, and method={cfg.method.name} takes a dense model: "
+            "choose +method=qlora or +method=qdora"
+        )
+    for name, linear in packed.items():
+        blocksize, double = linear.blocksize, linear.quant_state.nested
+        if (blocksize, double) != (cfg.quant.blocksize, cfg.quant.double):
+            raise UserError(
+                f"model.path={cfg.model.path}: {name} is packed with blocksize {blocksize} and "
+                f"{'' if double else 'no '}double quantization: set quant.blocksize={blocksize} "
+                f"quant.double={str(double).lower()}"
+            )
+
+
+def prepare_model(
+    cfg: Config, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The configured model as training starts from it, with its adapters, on `device`, and its tokenizer."""
+    trains_base = cfg.method.adapter == "none"
+    # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
+    model, tokenizer = load_base(cfg, torch.float32 if trains_base else dtype)
+    if not trains_base:
+        try:
+            attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    return model.to(device), tokenizer
 
 
 def _required_path(cfg: ModelConfig, what: str) -> Path:

@@ -17,16 +17,16 @@ def bar(title: str) -> Callable[[Iterable], Iterable]:
 
 
 class Progress:
-    """Counts to `total`. In a terminal a bar with the time left; otherwise about ten lines.
+    """Counts from `done` to `total`. In a terminal a bar with the time left; otherwise about ten lines.
 
     Use as a context manager, `advance(loss=…, tokens_per_s=…)` once a step.
     """
 
-    def __init__(self, total: int, title: str):
-        self.total, self.title, self.done = total, title, 0
+    def __init__(self, total: int, title: str, done: int = 0):
+        self.total, self.title, self.done, self.done_before = total, title, done, done
         self.start = time.perf_counter()
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=title, leave=False, dynamic_ncols=True) if terminal else None
+        self.bar = tqdm(total=total, initial=done, desc=title, leave=False, dynamic_ncols=True) if terminal else None
 
     def __enter__(self) -> "Progress":
         return self
@@ -45,6 +45,7 @@ class Progress:
             return
         every = max(1, self.total // PLAIN_LINES)
         if self.done % every == 0 or self.done == self.total:
-            left = (time.perf_counter() - self.start) / self.done * (self.total - self.done)
+            seconds_a_step = (time.perf_counter() - self.start) / (self.done - self.done_before)
+            left = seconds_a_step * (self.total - self.done)
             speed = f"{tokens_per_s:,.0f} tokens/s"
             print(f"{self.title} {self.done}/{self.total}  loss {loss:.3f}  {speed}  {left:.0f} s left", flush=True)

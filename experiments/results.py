@@ -2,18 +2,19 @@
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from torch import nn
 
-from experiments.config import Config
+from experiments.config import Config, flat
+from experiments.errors import UserError
 from experiments.evaluate import Evaluation
 from experiments.files import write_atomically
+from experiments.runs import write_config
 from modules import NF4Linear, decoder_linears
 
+RESULT = "result.json"
 BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, distinct to colour-blind readers
 
 
@@ -25,9 +26,23 @@ class RunDirectory:
         self.metrics = path / "metrics.jsonl"
         self.records: list[dict] = []
 
-    def write_config(self, cfg: Config) -> None:
-        write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(cfg)))
+    def begin(self, cfg: Config) -> None:
+        """Start anew: write config.yaml, forget the metrics of an earlier run here."""
+        write_config(cfg, self.path)
         self.metrics.unlink(missing_ok=True)
+
+    def rewind(self, cfg: Config, step: int) -> None:
+        """Go on after `step`: keep what metrics.jsonl has up to there. What a killed run logged later comes again."""
+        write_config(cfg, self.path)
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                self.records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number < len(lines):  # the last one may be half written
+                    raise UserError(f"{self.metrics}:{number}: not JSON: {error.msg}") from error
+        self.records = [record for record in self.records if record["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in self.records))
 
     def log(self, record: dict) -> None:
         self.records.append(record)
@@ -35,7 +50,7 @@ class RunDirectory:
             file.write(json.dumps(record) + "\n")
 
     def write_result(self, result: dict) -> None:
-        write_atomically(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
 
     def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
         """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""
@@ -68,8 +83,7 @@ class RunDirectory:
 
 def config_hash(cfg: Config) -> str:
     """Twelve hex digits that runs of the same configuration share, wherever they write and whatever tracks them."""
-    identity = {key: value for key, value in asdict(cfg).items() if key not in ("output_dir", "tracking")}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(flat(cfg), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _bytes(tensors) -> int:

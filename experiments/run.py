@@ -5,180 +5,258 @@
 Methods: full, lora, qlora, dora, qdora. Every key of conf/ can be set on the command line; `-m` runs a sweep:
 
     python -m experiments.run -m +method=lora,dora rank=4,16
+
+A run that wrote checkpoints goes on from the newest, in its own directory and as if it had never stopped:
+
+    python -m experiments.run +method=qdora rank=16 trainer.checkpoint_every=10 output_dir=outputs/mine
+    python -m experiments.run resume=outputs/mine
 """
 
 import contextlib
-import os
+import random
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import hydra
+import numpy
 import torch
-import transformers
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tqdm import tqdm
 
-from experiments import machine, results
-from experiments.config import Config, resolve
-from experiments.data import Data, load_data
+from experiments import checkpoints, machine, results
+from experiments.checkpoints import Checkpoints
+from experiments.cli import run_command
+from experiments.config import Config, flat, resolve
+from experiments.data import load_data
 from experiments.errors import UserError
 from experiments.evaluate import Evaluation, answer, evaluate
 from experiments.files import PROJECT_ROOT, writable_dir
-from experiments.models import load_model, quiet
+from experiments.models import prepare_model
 from experiments.progress import bar
+from experiments.runs import read_config, save_weights
 from experiments.tracking import Tracker, tracker
-from experiments.train import Trained, heldout_record, train
-from modules import NF4Linear, attach, decoder_linears, quantize, save_adapter
+from experiments.train import Trainer, heldout_record
+
+# Keys that may change when a run is resumed: when it ends, and what the restored state is compared with anyway.
+MAY_CHANGE = {"trainer.steps", "trainer.early_stopping_patience", "trainer.dtype"}
 
 
 def run(cfg: Config) -> dict:
     """Train as `cfg` says, write everything to `cfg.output_dir`, return what result.json holds.
 
+    With `cfg.resume` training goes on from a checkpoint, in the directory of the run that wrote it.
+
     Raises:
         UserError: something in the configuration or the files it names is wrong; the message says what to do.
     """
-    directory = results.RunDirectory(writable_dir(Path(cfg.output_dir), "set output_dir to a folder"))
+    checkpoint = _checkpoint(cfg) if cfg.resume else None
+    path = Path(cfg.output_dir) if checkpoint is None else checkpoint.parent.parent
+    if checkpoint is None and (old := checkpoints.of_run(path)):
+        raise UserError(f"{old[-1]} is there: go on from it with resume=latest, or choose another output_dir")
+    directory = results.RunDirectory(writable_dir(path, "set output_dir to a folder"))
     try:
-        return _run(cfg, directory)
+        return _Run(cfg, directory, checkpoint).result()
     except BaseException:
         with contextlib.suppress(OSError):
             directory.path.rmdir()  # nothing was written yet: leave no empty directory behind
         raise
 
 
-def _run(cfg: Config, directory: results.RunDirectory) -> dict:
-    start = time.perf_counter()
-    if cfg.trainer.threads:
-        torch.set_num_threads(cfg.trainer.threads)
-    device = machine.pick_device(cfg.trainer)
-    dtype = machine.pick_dtype(cfg.trainer, device)
-    print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}: {machine.describe(device, dtype)}")
-
-    transformers.set_seed(cfg.seed)
-    model, tokenizer = prepare_model(cfg, device, dtype)
-    data = load_data(cfg.data, tokenizer)
-    print(data.note)
-    directory.write_config(cfg)
-    trained = Trained()
-    try:
-        with tracker(cfg, directory.path) as tracking:
-            result = _train_and_measure(cfg, model, tokenizer, data, dtype, trained, directory, tracking)
-    except BaseException:
-        if trained.steps:
-            _save_weights(cfg, model, tokenizer, directory.path)
-            print(
-                f"stopped after step {trained.steps}: its weights and metrics are in {directory.path}", file=sys.stderr
-            )
-        raise
-    result |= {
-        "tokens_per_s": trained.tokens / trained.seconds,
-        "peak_memory_bytes": machine.peak_memory_bytes(device),
-        "train_seconds": trained.seconds,
-        "total_seconds": time.perf_counter() - start,
-        "seed": cfg.seed,
-        "versions": machine.versions(),
-        "commit": machine.commit(),
-        "config_hash": results.config_hash(cfg),
-    }
-    directory.write_result(result)
-    return result
-
-
-def prepare_model(
-    cfg: Config, device: torch.device, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The configured model, quantized and with its adapters, on `device`, and its tokenizer."""
-    trains_base = cfg.method.adapter == "none"
-    # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
-    model, tokenizer = load_model(cfg.model, torch.float32 if trains_base else dtype, cfg.seed)
-    _quantize(cfg, model)
-    if not trains_base:
-        try:
-            attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return model.to(device), tokenizer
-
-
-def _quantize(cfg: Config, model: PreTrainedModel) -> None:
-    """Pack the decoder as `cfg.quant` says. What was packed on disk stays as it is, and must be as `cfg.quant` says."""
-    packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
-    if not packed:
-        if cfg.quant.name == "nf4":
-            quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
-        return
-    if cfg.quant.name == "none":
+def _checkpoint(cfg: Config) -> Path:
+    """The checkpoint to go on from. UserError: there is none, nothing is left to do, or it is of another `cfg`."""
+    checkpoint = checkpoints.find(cfg.resume, Path(cfg.output_dir))
+    was, now = flat(read_config(checkpoint)), flat(cfg)
+    different = {key for key in now if was[key] != now[key]}
+    if wrong := sorted(different - MAY_CHANGE):
+        values = ", ".join(f"{key} ({was[key]} there, {now[key]} here)" for key in wrong)
+        raise UserError(f"{checkpoint} is of another configuration: {values}")
+    trained, result = checkpoints.read_state(checkpoint)["trained"], checkpoint.parent.parent / results.RESULT
+    if trained.steps > cfg.trainer.steps or (trained.finished(cfg.trainer) and result.exists()):
         raise UserError(
-            f"model.path={cfg.model.path} is packed in NF4, and method={cfg.method.name} takes a dense model: "
-            "choose +method=qlora or +method=qdora"
+            f"{checkpoint}: nothing is left to do after its {trained.steps} steps: raise trainer.steps, or "
+            "trainer.early_stopping_patience if that ended it"
         )
-    for name, linear in packed.items():
-        blocksize, double = linear.blocksize, linear.quant_state.nested
-        if (blocksize, double) != (cfg.quant.blocksize, cfg.quant.double):
-            raise UserError(
-                f"model.path={cfg.model.path}: {name} is packed with blocksize {blocksize} and "
-                f"{'' if double else 'no '}double quantization: set quant.blocksize={blocksize} "
-                f"quant.double={str(double).lower()}"
+    if "trainer.steps" in different:
+        print(f"trainer.steps was {was['trainer.steps']}: the learning rate follows the new schedule from here on")
+    return checkpoint
+
+
+@dataclass
+class _Story:
+    """What cannot be measured again after a stop.
+
+    Attributes:
+        before: the evaluation before training.
+        texts_before: the answers to the sample prompts then.
+        seconds: the run took so far, all in all.
+        tracker_id: what the tracker knows the run by.
+    """
+
+    before: Evaluation | None = None
+    texts_before: list[str] | None = None
+    seconds: float = 0.0
+    tracker_id: str | None = None
+
+
+class _Run:
+    """A run from its beginning, or from a checkpoint, to its result."""
+
+    def __init__(self, cfg: Config, directory: results.RunDirectory, checkpoint: Path | None):
+        self.cfg, self.directory, self.checkpoint = cfg, directory, checkpoint
+        self.start = time.perf_counter()
+        if cfg.trainer.threads:
+            torch.set_num_threads(cfg.trainer.threads)
+        device = machine.pick_device(cfg.trainer)
+        dtype = machine.pick_dtype(cfg.trainer, device)
+        print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}: {machine.describe(device, dtype)}")
+
+        _seed(cfg.seed)
+        self.model, self.tokenizer = prepare_model(cfg, device, dtype)
+        self.data = load_data(cfg.data, self.tokenizer)
+        print(self.data.note)
+        self.samples = [example for example in self.data.heldout if example.prompt_ids][: cfg.trainer.samples]
+        self.trainer = Trainer(self.model, cfg, dtype, self.tokenizer.pad_token_id)
+        self.checkpoints = Checkpoints(directory.path, cfg, self.data)
+        self.story = _Story()
+
+    def result(self) -> dict:
+        """Train, write everything, return what result.json holds."""
+        cfg = self.cfg
+        if self.checkpoint is None:
+            self.directory.begin(cfg)
+        else:
+            story = self.checkpoints.restore(self.checkpoint, self.trainer)
+            self.story = _Story(**story | {"before": Evaluation(**story["before"])})
+            self.directory.rewind(cfg, self.trainer.trained.steps)
+            print(f"going on after step {self.trainer.trained.steps} of {self.directory.path}")
+        trained = self.trainer.trained
+        try:
+            with tracker(cfg, self.directory.path, self.story.tracker_id) as tracking:
+                result = self._train_and_measure(tracking)
+        except BaseException:
+            if trained.steps:
+                save_weights(cfg, self.model, self.tokenizer, self.directory.path)
+                where = f"its weights and metrics are in {self.directory.path}"
+                print(f"stopped after step {trained.steps}: {where}", file=sys.stderr)
+            raise
+        result |= {
+            "tokens_per_s": trained.tokens / trained.seconds,
+            "peak_memory_bytes": machine.peak_memory_bytes(self.model.device),
+            "train_seconds": trained.seconds,
+            "total_seconds": self._seconds(),
+            "seed": cfg.seed,
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "config_hash": results.config_hash(cfg),
+        }
+        self.directory.write_result(result)
+        return result
+
+    def _train_and_measure(self, tracking: Tracker) -> dict:
+        cfg, trainer, trained = self.cfg, self.trainer, self.trainer.trained
+
+        def log(record: dict) -> None:
+            self.directory.log(record)
+            tracking.log(record)
+
+        def measure() -> Evaluation:
+            evaluation = evaluate(
+                self.model,
+                self.data.heldout,
+                cfg.trainer.eval_batch_size,
+                self.tokenizer.pad_token_id,
+                bar("evaluating"),
             )
+            log({"step": trained.steps} | heldout_record(evaluation))
+            loss, accuracy = f"loss {evaluation.loss:.3f}", f"token accuracy {evaluation.token_accuracy:.1%}"
+            tqdm.write(f"held out, step {trained.steps}: {loss}, {accuracy}")
+            return evaluation
 
+        def save() -> None:
+            self.checkpoints.save(trainer, asdict(self.story) | {"seconds": self._seconds()})
 
-def _train_and_measure(
-    cfg: Config,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Data,
-    dtype: torch.dtype,
-    trained: Trained,
-    directory: results.RunDirectory,
-    tracking: Tracker,
-) -> dict:
-    def log(record: dict) -> None:
-        directory.log(record)
-        tracking.log(record)
+        if self.story.before is None:
+            self.story = _Story(measure(), self._answers(), tracker_id=tracking.run_id)
+        trainer.fit(self.data, log, measure, save, lambda: self.checkpoints.save_best(trainer))
+        kept = trained.evaluation
+        if cfg.trainer.keep_best:
+            kept = trained.best
+            self.checkpoints.restore_best(trainer)
 
-    def measure(step: int) -> tuple[Evaluation, list[str]]:
-        evaluation = evaluate(
-            model, data.heldout, cfg.trainer.eval_batch_size, tokenizer.pad_token_id, bar("evaluating")
+        save_weights(cfg, self.model, self.tokenizer, self.directory.path)
+        self._write_pictures()
+        result = {
+            "method": cfg.method.name,
+            "rank": cfg.rank,
+            "steps": trained.steps,
+            "best_step": trained.best_step,
+            **results.compare(self.story.before, kept),
+            **results.storage(self.model),
+        }
+        tracking.summarize(result)
+        return result
+
+    def _answers(self) -> list[str]:
+        """The model's texts for the sample prompts."""
+        prompts = [sample.prompt_ids for sample in self.samples]
+        return answer(self.model, self.tokenizer, prompts, self.cfg.trainer.sample_tokens) if prompts else []
+
+    def _write_pictures(self) -> None:
+        cfg = self.cfg
+        title = f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name} on {cfg.data.name}"
+        self.directory.plot_loss(title)
+        self.directory.write_samples(
+            title,
+            [
+                {
+                    "prompt": self.tokenizer.decode(sample.prompt_ids),
+                    "reference": sample.reference,
+                    "before": before,
+                    "after": after,
+                }
+                for sample, before, after in zip(self.samples, self.story.texts_before, self._answers())
+            ],
         )
-        log({"step": step} | heldout_record(evaluation))
-        print(f"held out, step {step}: loss {evaluation.loss:.3f}, token accuracy {evaluation.token_accuracy:.1%}")
-        prompts = [sample.prompt_ids for sample in samples]
-        return evaluation, answer(model, tokenizer, prompts, cfg.trainer.sample_tokens) if samples else []
 
-    samples = [example for example in data.heldout if example.prompt_ids][: cfg.trainer.samples]
-    before, texts_before = measure(0)
-    train(model, data, cfg, dtype, tokenizer.pad_token_id, log, trained)
-    after, texts_after = measure(trained.steps)
-
-    _save_weights(cfg, model, tokenizer, directory.path)
-    title = f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name} on {cfg.data.name}"
-    directory.plot_loss(title)
-    directory.write_samples(
-        title,
-        [
-            {"prompt": tokenizer.decode(sample.prompt_ids), "reference": sample.reference, "before": old, "after": new}
-            for sample, old, new in zip(samples, texts_before, texts_after)
-        ],
-    )
-    result = {"method": cfg.method.name, "rank": cfg.rank, **results.compare(before, after), **results.storage(model)}
-    tracking.summarize(result)
-    return result
+    def _seconds(self) -> float:
+        """What the run took until now, the time before a stop included."""
+        return self.story.seconds + time.perf_counter() - self.start
 
 
-def _save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """The adapter, or, where every weight trained, the whole model as a Hugging Face directory."""
-    if cfg.method.adapter == "none":
-        with quiet():
-            model.save_pretrained(directory / "model")
-        tokenizer.save_pretrained(directory / "model")
+def _seed(seed: int) -> None:
+    """As transformers.set_seed, which imports PEFT, bitsandbytes and inductor for it: seconds."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # of every device
+
+
+def _configured(cfg: DictConfig) -> Config:
+    """The configuration as composed; where resume comes without a method, the run's own with the changes given."""
+    given = list(HydraConfig.get().overrides.task)
+    output_dir = _job_directory(cfg.output_dir)
+    if cfg.resume:
+        has_directory = any(override.startswith("output_dir=") for override in given)
+        if cfg.resume == checkpoints.LATEST and not has_directory:
+            cfg.resume = str(checkpoints.newest_run(Path(output_dir).parent))
+        checkpoint = checkpoints.find(cfg.resume, Path(output_dir))
+        run_directory = checkpoint.parent.parent
+        if has_directory and Path(output_dir).absolute() != run_directory:
+            raise UserError(f"output_dir={output_dir}: the run goes on in {run_directory}: leave output_dir out")
+        output_dir = str(run_directory)
+    if not OmegaConf.is_missing(cfg, "method"):
+        config = resolve(cfg)
+    elif cfg.resume:
+        config = read_config(checkpoint, given)
     else:
-        save_adapter(model, directory / "adapter", cfg.model.path or cfg.model.name)
+        methods = GlobalHydra.instance().config_loader().get_group_options("method")
+        raise UserError(f"no method: add one of {', '.join(f'+method={name}' for name in methods)}")
+    config.output_dir, config.resume = output_dir, cfg.resume
+    return config
 
 
 def _job_directory(output_dir: str) -> str:
@@ -192,11 +270,7 @@ def _job_directory(output_dir: str) -> str:
 @hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> None:
     try:
-        if OmegaConf.is_missing(cfg, "method"):
-            methods = GlobalHydra.instance().config_loader().get_group_options("method")
-            raise UserError(f"no method: add one of {', '.join(f'+method={name}' for name in methods)}")
-        config = resolve(cfg)
-        config.output_dir = _job_directory(config.output_dir)
+        config = _configured(cfg)
         result = run(config)
     except UserError as error:  # here, not in cli: Hydra would print a second message around it
         sys.exit(f"error: {error}")
@@ -204,26 +278,8 @@ def main(cfg: DictConfig) -> None:
     print(f"\n{results.table(result)}\n\nWritten:", *files, sep="\n  ")
 
 
-def _one_line(error: Exception) -> str:
-    """What a configuration error says, without Hydra's indented details and its advice to add unknown keys."""
-    lines = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0].splitlines()
-    kept = [line.strip() for line in lines if line.strip() and not line.startswith((" ", "To append"))]
-    return " ".join(dict.fromkeys(kept))
-
-
 def cli() -> None:
-    """`main` with errors of the user's in one line on stderr; exit code 1, or 130 after Ctrl-C."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
-    try:
-        main()
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {_one_line(error)}")
-    except OSError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)
 
 
 if __name__ == "__main__":

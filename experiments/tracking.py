@@ -14,6 +14,8 @@ from experiments.errors import UserError
 
 
 class Tracker(Protocol):
+    run_id: str | None  # what the service knows the run by
+
     def log(self, record: dict) -> None:
         """Take one record of metrics.jsonl; its "step" is the x axis."""
 
@@ -22,6 +24,8 @@ class Tracker(Protocol):
 
 
 class NoTracker:
+    run_id = None
+
     def log(self, record: dict) -> None:
         pass
 
@@ -31,7 +35,7 @@ class NoTracker:
 
 class WandbTracker:
     def __init__(self, run):
-        self.run = run
+        self.run, self.run_id = run, run.id
 
     def log(self, record: dict) -> None:
         self.run.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
@@ -41,8 +45,12 @@ class WandbTracker:
 
 
 @contextlib.contextmanager
-def tracker(cfg: Config, directory: Path) -> Iterator[Tracker]:
-    """The configured tracker; whatever happens inside, it is finished properly (exit code 1 after an error)."""
+def tracker(cfg: Config, directory: Path, run_id: str | None = None) -> Iterator[Tracker]:
+    """The configured tracker; whatever happens inside, it is finished properly (exit code 1 after an error).
+
+    Args:
+        run_id: of the run to go on with.
+    """
     if cfg.tracking.name == "none":
         yield NoTracker()
         return
@@ -57,6 +65,8 @@ def tracker(cfg: Config, directory: Path) -> Iterator[Tracker]:
         name=directory.name,
         config=asdict(cfg),
         dir=str(directory),
+        id=run_id,
+        resume="allow" if run_id else None,
     )
     exit_code = 1
     try:

@@ -15,17 +15,44 @@ from experiments.config import Config, TrainerConfig
 from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
 from experiments.errors import UserError
-from experiments.evaluate import Evaluation, evaluate, label_logits, to_device
-from experiments.progress import Progress, bar
+from experiments.evaluate import Evaluation, label_logits, to_device
+from experiments.progress import Progress
 
 
 @dataclass
 class Trained:
-    """What training took: optimizer steps done, tokens seen (padding not counted), seconds without evaluations."""
+    """How far training has come.
+
+    Attributes:
+        steps: optimizer steps done.
+        tokens: seen, padding not counted.
+        seconds: without evaluations.
+        evaluation: the newest one on held-out data; None before the first step's.
+        best: the one with the lowest loss, made at step `best_step`.
+        stale: evaluations since then.
+    """
 
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    evaluation: Evaluation | None = None
+    best: Evaluation | None = None
+    best_step: int = 0
+    stale: int = 0
+
+    def finished(self, settings: TrainerConfig) -> bool:
+        """Whether all steps are done, or early stopping has ended training."""
+        patience = settings.early_stopping_patience
+        return self.steps >= settings.steps or (patience > 0 and self.stale >= patience)
+
+    def judge(self, evaluation: Evaluation) -> bool:
+        """Take the evaluation of the step just done; True if none before had as low a loss."""
+        self.evaluation = evaluation
+        if self.best is None or evaluation.loss < self.best.loss:
+            self.best, self.best_step, self.stale = evaluation, self.steps, 0
+            return True
+        self.stale += 1
+        return False
 
 
 def lr_factor(step: int, trainer: TrainerConfig) -> float:
@@ -37,60 +64,84 @@ def lr_factor(step: int, trainer: TrainerConfig) -> float:
     return {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[trainer.schedule]
 
 
-def train(
-    model: PreTrainedModel,
-    data: Data,
-    cfg: Config,
-    dtype: torch.dtype,
-    pad_id: int,
-    log: Callable[[dict], None],
-    trained: Trained,
-) -> None:
-    """Train `model` in place for `cfg.trainer.steps` steps.
+class Trainer:
+    """Trains a model in place. What it holds besides its arguments changes from step to step and is what a checkpoint
+    keeps (experiments/checkpoints.py).
 
     Args:
         dtype: to compute in. Weights that train are fp32; where all of them do, matmuls run under autocast.
-        log: takes one record a step: step, loss, lr, grad_norm, tokens, seconds; and one an evaluation: step,
-            heldout_loss, heldout_token_accuracy.
-        trained: kept up to date step by step, so that it is right also after an interruption.
-
-    Raises:
-        UserError: the loss is not a number. The weights are those before that step.
+        pad_id: token that fills short samples up.
     """
-    trainer = cfg.trainer
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=trainer.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: lr_factor(step, trainer))
-    scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
-    stream = batches(data.train, trainer.batch_size, cfg.seed)
-    model.train()
-    with Progress(trainer.steps, "training") as progress:
-        for step in range(1, trainer.steps + 1):
-            start = time.perf_counter()
-            group = list(itertools.islice(stream, trainer.grad_accum))
-            loss = _accumulate(model, group, pad_id, dtype, scaler)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the training loss became {loss} at step {step}: stopped with the weights of step {step - 1}; "
-                    f"try a lower lr than {cfg.lr:g}"
-                )
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, trainer.max_grad_norm or math.inf)
-            lr = schedule.get_last_lr()[0]
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            tokens = sum(len(example.input_ids) for batch in group for example in batch)
-            seconds = time.perf_counter() - start
-            trained.steps, trained.tokens, trained.seconds = step, trained.tokens + tokens, trained.seconds + seconds
-            record = {"step": step, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)}
-            if step % trainer.log_every == 0 or step == trainer.steps:
-                log(record | {"tokens": trained.tokens, "seconds": trained.seconds})
-            progress.advance(loss=loss, tokens_per_s=trained.tokens / trained.seconds)
-            if trainer.eval_every and step % trainer.eval_every == 0 and step < trainer.steps:
-                measured = evaluate(model, data.heldout, trainer.eval_batch_size, pad_id, bar("evaluating"))
-                log({"step": step} | heldout_record(measured))
+
+    def __init__(self, model: PreTrainedModel, cfg: Config, dtype: torch.dtype, pad_id: int):
+        self.model, self.cfg, self.dtype, self.pad_id = model, cfg, dtype, pad_id
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=cfg.lr, weight_decay=cfg.trainer.weight_decay, fused=True
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
+        self.trained = Trained()
+
+    def fit(
+        self,
+        data: Data,
+        log: Callable[[dict], None],
+        measure: Callable[[], Evaluation],
+        save: Callable[[], None],
+        save_best: Callable[[], None],
+    ) -> None:
+        """Train until `trained.finished`, from where `trained` says.
+
+        Args:
+            log: takes one record a step: step, loss, lr, grad_norm, tokens, seconds.
+            measure: evaluates the model; called every `eval_every` steps and after the last.
+            save: writes a checkpoint; called every `checkpoint_every` steps and after the last, evaluation included.
+            save_best: keeps the weights; called after an evaluation better than all before, if `keep_best` is set.
+
+        Raises:
+            UserError: the loss is not a number. The weights are those before that step.
+        """
+        settings, trained = self.cfg.trainer, self.trained
+        served = trained.steps * settings.grad_accum
+        stream = batches(data.train, settings.batch_size, self.cfg.seed, start=served)
+        self.model.train()
+        with Progress(settings.steps, "training", trained.steps) as progress:
+            while not trained.finished(settings):
+                record = self.step(list(itertools.islice(stream, settings.grad_accum)))
+                last = trained.steps == settings.steps
+                if last or trained.steps % settings.log_every == 0:
+                    log(record)
+                progress.advance(loss=record["loss"], tokens_per_s=trained.tokens / trained.seconds)
+                due = last or (settings.eval_every and trained.steps % settings.eval_every == 0)
+                if due and trained.judge(measure()) and settings.keep_best:
+                    save_best()
+                every = settings.checkpoint_every
+                if every and (trained.steps % every == 0 or trained.finished(settings)):
+                    save()
+
+    def step(self, group: list[list[Example]]) -> dict[str, float]:
+        """One optimizer step on the mean loss of a group of batches; returns its record."""
+        start = time.perf_counter()
+        step = self.trained.steps + 1
+        loss = _accumulate(self.model, group, self.pad_id, self.dtype, self.scaler)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss} at step {step}: stopped with the weights of step {step - 1}; "
+                f"try a lower lr than {self.cfg.lr:g}"
+            )
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.trainer.max_grad_norm or math.inf)
+        lr = self.schedule.get_last_lr()[0]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.trained.steps = step
+        self.trained.tokens += sum(len(example.input_ids) for batch in group for example in batch)
+        self.trained.seconds += time.perf_counter() - start
+        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)}
+        return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
 
 
 def heldout_record(evaluation: Evaluation) -> dict[str, float]:

@@ -3,13 +3,17 @@
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 
 from experiments import run
 from experiments.config import ModelConfig
+from experiments.files import PROJECT_ROOT
 from experiments.models import load_model
 from modules import quantize
 from modules.bnb_files import save_bnb4
@@ -17,33 +21,53 @@ from modules.bnb_files import save_bnb4
 TINY = ["model=tiny", "trainer=debug", "rank=4"]
 
 
-@pytest.fixture
-def chats(tmp_path) -> Path:
+def composed(*overrides: str) -> DictConfig:
+    """The configuration of a command line."""
+    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def write_chats(folder: Path) -> Path:
     """A JSON Lines file of forty short prompts and completions."""
-    path = tmp_path / "chats.jsonl"
+    path = folder / "chats.jsonl"
     lines = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys, chats):
-    """command(*overrides) runs experiments.run on the tiny model; returns (exit code, what it printed)."""
+def chats(tmp_path) -> Path:
+    return write_chats(tmp_path)
 
-    def start(*overrides: str) -> tuple[int, str]:
+
+@pytest.fixture
+def terminal(monkeypatch, capsys):
+    """terminal(command, *arguments) calls a module's `cli`; returns (exit code, what it printed)."""
+
+    def start(command: ModuleType, *arguments: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
-        given = [f"data.path={chats}", "data=jsonl"] if not any(o.startswith("data=") for o in overrides) else []
-        where = [] if any(o.startswith("output_dir=") for o in overrides) else [f"output_dir={tmp_path / 'out'}"]
-        arguments = sorted([*TINY, *given, *where, *overrides], key=lambda a: a.startswith("-"))  # flags come last
-        monkeypatch.setattr(sys, "argv", ["experiments.run", *arguments])
+        monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
         code = 0
         try:
-            run.cli()
+            command.cli()
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()
         text = printed.out + printed.err
         return (1, text + code) if isinstance(code, str) else (code, text)  # sys.exit("…") prints and means 1
+
+    return start
+
+
+@pytest.fixture
+def command(terminal, tmp_path, chats):
+    """command(*overrides) runs experiments.run on the tiny model; returns (exit code, what it printed)."""
+
+    def start(*overrides: str) -> tuple[int, str]:
+        given = [f"data.path={chats}", "data=jsonl"] if not any(o.startswith("data=") for o in overrides) else []
+        where = [] if any(o.startswith("output_dir=") for o in overrides) else [f"output_dir={tmp_path / 'out'}"]
+        arguments = sorted([*TINY, *given, *where, *overrides], key=lambda a: a.startswith("-"))  # flags come last
+        return terminal(run, *arguments)
 
     return start
 

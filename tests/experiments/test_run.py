@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from peft import PeftModel
 
 from experiments.config import resolve
@@ -20,19 +19,16 @@ from experiments.errors import UserError
 from experiments.evaluate import evaluate
 from experiments.files import PROJECT_ROOT
 from experiments.models import load_model
+from tests.experiments.conftest import composed
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
 RESULT_KEYS = {
     *("method", "rank", "seed", "versions", "commit", "config_hash", "bits_per_weight", "base_bytes", "adapter_bytes"),
+    *("steps", "best_step"),
     *("loss_before", "loss_after", "perplexity_before", "perplexity_after"),
     *("token_accuracy_before", "token_accuracy_after", "trainable_params", "total_params"),
     *("tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds"),
 }
-
-
-def composed(*overrides):
-    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 def records(directory: Path) -> list[dict]:

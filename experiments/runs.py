@@ -1,0 +1,129 @@
+"""A run's configuration and model, written to its directory and read back from it.
+
+A run's directory holds config.yaml and adapter/ in PEFT's format or, where every weight trained, model/, a Hugging Face
+directory. A checkpoint's holds config.yaml, weights.safetensors with the parameters that train, and adapter/ too.
+"""
+
+from pathlib import Path
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments.config import Config, ModelConfig, resolve
+from experiments.errors import UserError
+from experiments.files import directory_atomically, write_atomically
+from experiments.models import load_base, load_model, quiet
+from modules import load_adapter, save_adapter
+
+CONFIG, ADAPTER, MODEL, WEIGHTS = "config.yaml", "adapter", "model", "weights.safetensors"
+
+
+def write_config(cfg: Config, directory: Path) -> None:
+    """Write config.yaml. `resume` is left out: it is how a run was started, not what it is."""
+    values = OmegaConf.structured(cfg)
+    values.resume = None
+    write_atomically(directory / CONFIG, OmegaConf.to_yaml(values))
+
+
+def read_config(directory: Path, changes: list[str] = ()) -> Config:
+    """What config.yaml says, with `changes` ("key=value") made; keys that it lacks have the schema's defaults.
+
+    Raises:
+        UserError: no such file, or not one that this program can have written.
+    """
+    path = directory / CONFIG
+    try:
+        values = OmegaConf.load(path)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), values, OmegaConf.from_dotlist(list(changes)))
+        return resolve(merged)
+    except FileNotFoundError as error:
+        what = "no config.yaml there, so this is no run's directory" if directory.is_dir() else "no such directory"
+        raise UserError(f"{directory}: {what}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """Write the adapter, or, where every weight trained, the whole model, in place of what was there."""
+    if cfg.method.adapter == "none":
+        with directory_atomically(run / MODEL) as directory, quiet():
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+    else:
+        with directory_atomically(run / ADAPTER) as directory:
+            save_adapter(model, directory, cfg.model.path or cfg.model.name)
+
+
+def load_run(
+    directory: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Config, PreTrainedModel, PreTrainedTokenizerBase]:
+    """The configuration, the trained model (in evaluation mode) and the tokenizer of a run or of a checkpoint.
+
+    Args:
+        dtype: to compute in; that of the weights that are not packed.
+
+    Raises:
+        UserError: no run there, no weights, or weights that do not fit the base model.
+    """
+    cfg = read_config(directory)
+    if (directory / MODEL).is_dir():
+        model, tokenizer = load_model(
+            ModelConfig(name=MODEL, source="hf", path=str(directory / MODEL)), dtype, cfg.seed
+        )
+        return cfg, model.to(device), tokenizer
+    if not (directory / ADAPTER).is_dir() and not (directory / WEIGHTS).is_file():
+        raise UserError(f"{directory}: neither adapter/ nor model/ there: the run has not saved weights yet")
+    model, tokenizer = load_base(cfg, dtype)
+    if (directory / ADAPTER).is_dir():
+        try:
+            load_adapter(model, directory / ADAPTER)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+    else:
+        load_trained(model, directory)
+    return cfg, model.to(device).eval(), tokenizer
+
+
+def save_trained(model: nn.Module, directory: Path) -> None:
+    """Write the parameters that train to weights.safetensors, by name."""
+    save_file({name: p.detach().contiguous() for name, p in _trained(model).items()}, directory / WEIGHTS)
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, directory: Path) -> None:
+    """Give the parameters of `model` that train the values in weights.safetensors.
+
+    Raises:
+        UserError: the file is missing or damaged, or has other names or shapes.
+    """
+    path = directory / WEIGHTS
+    tensors, parameters = read_tensors(path), _trained(model)
+    wrong = sorted(tensors.keys() ^ parameters.keys()) or [
+        name for name in parameters if tensors[name].shape != parameters[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{path} was written for another model; it differs in {', '.join(wrong[:3])}")
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
