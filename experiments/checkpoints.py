@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from experiments.config import Config
 from experiments.data import Data
 from experiments.errors import UserError
-from experiments.evaluate import Evaluation
+from experiments.evaluation import Evaluation
 from experiments.files import delete_directory, directory_atomically
 from experiments.runs import load_trained, read_tensors, save_trained, write_config
 from experiments.train import Trained, Trainer

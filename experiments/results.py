@@ -9,7 +9,7 @@ from torch import nn
 
 from experiments.config import Config, flat
 from experiments.errors import UserError
-from experiments.evaluate import Evaluation
+from experiments.evaluation import Evaluation
 from experiments.files import write_atomically
 from experiments.runs import write_config
 from modules import NF4Linear, decoder_linears

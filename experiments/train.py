@@ -15,7 +15,7 @@ from experiments.config import Config, TrainerConfig
 from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
 from experiments.errors import UserError
-from experiments.evaluate import Evaluation, label_logits, to_device
+from experiments.evaluation import Evaluation, label_logits, to_device
 from experiments.progress import Progress
 
 

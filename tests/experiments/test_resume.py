@@ -10,7 +10,7 @@ import torch
 from experiments import checkpoints, run
 from experiments.config import resolve
 from experiments.data import load_data
-from experiments.evaluate import evaluate
+from experiments.evaluation import evaluate
 from experiments.runs import load_run
 from tests.experiments.conftest import TINY, composed, write_chats
 from tests.experiments.killed import kill

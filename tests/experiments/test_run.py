@@ -16,7 +16,7 @@ from peft import PeftModel
 from experiments.config import resolve
 from experiments.data import load_data
 from experiments.errors import UserError
-from experiments.evaluate import evaluate
+from experiments.evaluation import evaluate
 from experiments.files import PROJECT_ROOT
 from experiments.models import load_model
 from tests.experiments.conftest import composed
