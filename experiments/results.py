@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,7 +13,8 @@ from experiments.errors import UserError
 from experiments.evaluation import Evaluation
 from experiments.files import write_atomically
 from experiments.runs import write_config
-from modules import NF4Linear, decoder_linears
+from modules import NF4Linear, adapters, decoder_linears
+from modules.linear import weight_shape
 
 RESULT = "result.json"
 BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, distinct to colour-blind readers
@@ -93,8 +95,9 @@ def _bytes(tensors) -> int:
 def storage(model: nn.Module) -> dict[str, float | int]:
     """What the model occupies: parameters, bytes of base and adapter, bits a weight of the decoder's linears."""
     parameters = dict(model.named_parameters())  # a tied weight counts once
-    base = [p for name, p in parameters.items() if not _is_adapter(name)]
-    adapter = [p for name, p in parameters.items() if _is_adapter(name)]
+    names = _adapter_names(parameters) if adapters(model) else set()
+    base = [p for name, p in parameters.items() if name not in names]
+    adapter = [p for name, p in parameters.items() if name in names]
     linears = decoder_linears(model).values()
     packed = [linear for linear in linears if isinstance(linear, NF4Linear)]
     constants_and_codes = sum(_bytes(linear.buffers()) for linear in packed)
@@ -109,11 +112,12 @@ def storage(model: nn.Module) -> dict[str, float | int]:
 
 
 def _weights(linears) -> int:
-    return sum(linear.in_features * linear.out_features for linear in linears)
+    return sum(math.prod(weight_shape(linear)) for linear in linears)
 
 
-def _is_adapter(name: str) -> bool:
-    return name.rpartition(".")[2] in ("lora_A", "lora_B", "magnitude")
+def _adapter_names(parameters: dict[str, nn.Parameter]) -> set[str]:
+    """Those of a model with adapters that are not the base's: what trains, and an A that is frozen."""
+    return {name for name, p in parameters.items() if p.requires_grad or name.endswith(".lora_A")}
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, float]:

@@ -1,8 +1,12 @@
 """Linears with adapters over dense or NF4 weights, and how to put them into a model and on disk."""
 
-from modules.adapter import adapted_linears, attach, decoder_linears, quantize
+from modules.adapter import adapters, attach, detach, set_adapter, trainable_parameters
 from modules.checkpoint import load_adapter, save_adapter
+from modules.config import AdapterConfig
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
+from modules.merge import add_weighted_adapter, merge, unmerge
+from modules.quantization import dequantize, quantize
+from modules.targets import adapted_linears, decoder_linears
 
 __all__ = [
     "NF4Linear",
@@ -10,8 +14,17 @@ __all__ = [
     "DoRALinear",
     "decoder_linears",
     "quantize",
+    "dequantize",
+    "AdapterConfig",
     "attach",
     "adapted_linears",
+    "adapters",
+    "set_adapter",
+    "add_weighted_adapter",
+    "merge",
+    "unmerge",
+    "detach",
+    "trainable_parameters",
     "save_adapter",
     "load_adapter",
 ]

@@ -1,11 +1,17 @@
 """Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors in one directory.
 
-Keys: base_model.model.<path>.lora_A.weight [rank, in], .lora_B.weight [out, rank] and, for DoRA,
-.lora_magnitude_vector [out]. Written under a temporary name and renamed, so that no half file is ever left.
+    base_model.model.<path>.lora_A.weight           [rank, in]
+    base_model.model.<path>.lora_B.weight           [out, rank]
+    base_model.model.<path>.lora_magnitude_vector   [out], DoRA
+    base_model.model.<path>.base_layer.bias         [out], an adapted linear's bias that trained
+    base_model.model.<path>.<tensor>                a tensor of another module that trained whole
+
+Files are written under a temporary name and renamed, so that no half file is ever left.
 """
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -13,64 +19,57 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.adapter import adapted_linears, attach
-from modules.linear import DoRALinear, NF4Linear
+from modules.adapter import DEFAULT, adapters, add_adapter, detach, hide, named_adapter, set_adapter
+from modules.init import initialise
+from modules.linear import DoRALinear, LoRALinear
+from modules.own import own_tensor
+from modules.peft_config import read_config, targets_in_file, write_config
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 
 
-def adapter_state(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters under PEFT's names."""
+def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The tensors of the adapter `name` (None: of the shown one) under PEFT's names.
+
+    PiSSA and OLoRA appear as the plain LoRA of twice the rank that they amount to.
+    """
+    adapter = named_adapter(model, name)
     state = {}
-    for name, linear in adapted_linears(model).items():
-        state[f"{PREFIX}{name}.lora_A.weight"] = linear.lora_A
-        state[f"{PREFIX}{name}.lora_B.weight"] = linear.lora_B
-        if isinstance(linear, DoRALinear):
-            state[f"{PREFIX}{name}.lora_magnitude_vector"] = linear.magnitude
+    for path, module in adapter.modules.items():
+        if not isinstance(module, LoRALinear):
+            state |= {f"{PREFIX}{path}.{tensor}": own_tensor(module, tensor) for tensor in adapter.own[path]}
+            continue
+        lora_A, lora_B = module.factors()
+        state |= {f"{PREFIX}{path}.lora_A.weight": lora_A, f"{PREFIX}{path}.lora_B.weight": lora_B}
+        if isinstance(module, DoRALinear):
+            state[f"{PREFIX}{path}.lora_magnitude_vector"] = module.magnitude
+        if module.bias is not None:
+            state[f"{PREFIX}{path}.base_layer.bias"] = module.bias
     return state
 
 
-def _target_modules(model: nn.Module, adapted: list[str]) -> list[str]:
-    """Suffixes that mean exactly the adapted linears; their full names where no suffixes do."""
-    suffixes = sorted({name.rpartition(".")[2] for name in adapted})
-    # PEFT matches suffixes against every linear, lm_head and those without an adapter included.
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | NF4Linear)}
-    others = linears - {f"{name}.base" for name in adapted}
-    return adapted if any(name.rpartition(".")[2] in suffixes for name in others) else suffixes
-
-
-def save_adapter(model: nn.Module, directory: str | Path, base_model_name: str | None = None) -> None:
-    """Write the adapters of `model` so that `peft.PeftModel.from_pretrained(base_model, directory)` reads them.
+def save_adapter(
+    model: nn.Module, directory: str | Path, base_model_name: str | None = None, name: str | None = None
+) -> None:
+    """Write an adapter of `model` so that `peft.PeftModel.from_pretrained(base_model, directory)` reads it.
 
     Args:
         base_model_name: what the config names as the base model (PEFT's `base_model_name_or_path`).
+        name: which adapter; None: the shown one.
 
     Raises:
-        ValueError: the model has no adapter.
+        ValueError: the model has no adapter, or none of this name.
     """
-    linears = adapted_linears(model)
-    if not linears:
+    if not adapters(model):
         raise ValueError("the model has no adapter to save")
-    first = next(iter(linears.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model_name,
-        "r": first.rank,
-        "lora_alpha": first.lora_alpha,
-        "lora_dropout": first.dropout,
-        "target_modules": _target_modules(model, list(linears)),
-        "use_dora": isinstance(first, DoRALinear),
-        "use_rslora": False,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+    adapter = named_adapter(model, name)
+    adapted = [path for path, module in adapter.modules.items() if isinstance(module, LoRALinear)]
+    config = write_config(model, adapter.config, adapted, base_model_name)
+    state = {key: tensor.detach().contiguous() for key, tensor in adapter_state(model, name).items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    state = {name: parameter.detach().contiguous() for name, parameter in adapter_state(model).items()}
     partial = directory / f".{WEIGHTS_FILE}.partial"
     save_file(state, partial, metadata={"format": "pt"})
     os.replace(partial, directory / WEIGHTS_FILE)
@@ -79,37 +78,109 @@ def save_adapter(model: nn.Module, directory: str | Path, base_model_name: str |
     os.replace(partial, directory / CONFIG_FILE)
 
 
-def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (directory / name).is_file():
-            raise ValueError(f"{directory} holds no adapter: {name} is missing")
-    try:
-        return json.loads((directory / CONFIG_FILE).read_text()), load_file(directory / WEIGHTS_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"{directory} holds no readable adapter: {error}") from error
-
-
 @torch.no_grad()
-def load_adapter(model: nn.Module, directory: str | Path) -> list[str]:
-    """Attach to `model` the adapter that `save_adapter` or PEFT wrote to `directory`.
+def load_adapter(model: nn.Module, directory: str | Path, name: str | None = None) -> list[str]:
+    """Put on `model` the adapter that `save_adapter` or PEFT wrote to `directory`, and show it.
+
+    Args:
+        directory: of the adapter, or one with several in folders of their names.
+        name: of the adapter on the model, "default" unless given; and which one, if the directory has several.
 
     Returns:
         The full names of the adapted linears.
 
     Raises:
-        ValueError: no adapter there, an unreadable one, or one that does not fit the model.
+        ValueError: no adapter there, several and no name, an unreadable one, one that cannot be represented, or that
+            does not fit the model; the model is unchanged.
     """
-    config, tensors = _read(Path(directory))
-    if config.get("peft_type") != "LORA" or config.get("use_rslora") or config.get("rank_pattern"):
-        raise ValueError(f"{directory}: only plain LoRA and DoRA adapters of one rank can be loaded")
-    adapter = "dora" if config.get("use_dora") else "lora"
-    names = attach(model, adapter, config["r"], config["lora_alpha"], config["target_modules"], config["lora_dropout"])
-    state = adapter_state(model)
-    wrong = sorted(state.keys() ^ tensors.keys()) or [
-        name for name in state if state[name].shape != tensors[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{directory} is an adapter for another model; it differs in {', '.join(wrong[:3])}, …")
-    for name, parameter in state.items():
-        parameter.copy_(tensors[name])
+    directory = _find(Path(directory), name)
+    name = name or DEFAULT
+    raw, tensors = _read(directory)
+    shown = hide(model, name)
+    try:
+        config = read_config(raw)
+        names = targets_in_file(model, raw, config)
+        own, unknown = _own_tensors(model, names, tensors)
+    except ValueError as error:
+        set_adapter(model, shown)
+        raise ValueError(f"{directory}: {error}") from error
+    add_adapter(model, name, config, names, own)
+    state = adapter_state(model, name)
+    if wrong := unknown | _differences(state, tensors):
+        detach(model, name)
+        set_adapter(model, shown)
+        first = "; ".join(f"{key.removeprefix(PREFIX)} {what}" for key, what in list(wrong.items())[:3])
+        more = f"; … {len(wrong)} in all" if len(wrong) > 3 else ""
+        raise ValueError(f"{directory} is an adapter for another model: {first}{more}")
+    for path in names:
+        initialise(model.get_submodule(path), config.init)
+    for key, tensor in state.items():
+        tensor.copy_(tensors[key])
+    if not config.modules_to_save and config.bias != "all":  # PEFT saves embeddings that were resized, not trained
+        for path in own:
+            model.get_submodule(path).requires_grad_(False)
     return names
+
+
+def _find(directory: Path, name: str | None) -> Path:
+    """The directory of the adapter `name` in `directory`: itself, or a folder in it."""
+    folders = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    if name in folders:
+        return directory / name
+    here = (directory / CONFIG_FILE).is_file()
+    if not folders or (here and name == DEFAULT):
+        return directory
+    if not here and name is None and len(folders) == 1:
+        return directory / folders[0]
+    there = ", ".join([DEFAULT] * here + folders)
+    raise ValueError(f"{directory} holds several adapters: give name=, one of {there}")
+
+
+def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            pickled = (directory / "adapter_model.bin").is_file()
+            instead = ": adapter_model.bin is a pickle, which can run code; save it as safetensors" if pickled else ""
+            raise ValueError(f"{directory} holds no adapter: {name} is missing{instead}")
+    name = CONFIG_FILE
+    try:
+        raw = dict(json.loads((directory / name).read_text()))
+        name = WEIGHTS_FILE
+        return raw, load_file(directory / name)
+    except (ValueError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
+
+
+def _own_tensors(
+    model: nn.Module, adapted: list[str], tensors: dict[str, Tensor]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Of the tensors in a file that are no adapter's: where they belong, by module, and those that belong nowhere."""
+    own, unknown = {}, {}
+    modules = dict(model.named_modules())
+    for key in tensors:
+        if "lora_embedding" in key:
+            raise ValueError(f"LoRA on an embedding cannot be represented: {key}")
+        if layer := _LAYER.match(key):
+            if layer[1] not in modules:
+                unknown[key] = "is not in the model"
+            continue
+        path, _, tensor = key.removeprefix(PREFIX).rpartition(".")
+        module = modules.get(path)
+        if not key.startswith(PREFIX) or path in adapted or getattr(module, tensor, None) is None:
+            unknown[key] = "is not in the model"
+        else:
+            own.setdefault(path, []).append(tensor)
+    return own, unknown
+
+
+def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What keeps the file's `tensors` from being the adapter's `state`, by key."""
+    wrong = {}
+    for key in [*state, *(key for key in tensors if key not in state)]:
+        if key not in tensors:
+            wrong[key] = "is not in the file"
+        elif key not in state:
+            wrong[key] = "is in the file, but adapter_config.json puts no adapter there"
+        elif state[key].shape != tensors[key].shape:
+            wrong[key] = f"is {list(tensors[key].shape)} in the file, {list(state[key].shape)} in the model"
+    return wrong

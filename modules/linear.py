@@ -1,12 +1,17 @@
 """The linears: a frozen base, dense or NF4, with or without an adapter.
 
+A dense base is nn.Linear or GPT-2's Conv1D, a linear of transformers' whose weight is [in, out]. Each adapted linear
+carries one adapter; several named ones are the business of `modules/adapter.py`.
+
 state_dict keys
     NF4Linear    weight (uint8 codes), absmax, nested_absmax, nested_offset (with double quantization), bias
-    LoRALinear   base.*, lora_A [rank, in], lora_B [out, rank]
+    LoRALinear   base.*, lora_A [rank, in], lora_B [out, rank]; init_A, init_B where PiSSA or OLoRA began there;
+                 bias [out] where it trains
     DoRALinear   the same and magnitude [out]
 """
 
 import math
+import sys
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +20,58 @@ import kernels
 from kernels import QuantState
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """True for transformers' Conv1D."""
+    source = sys.modules.get("transformers.pytorch_utils")  # whoever has a Conv1D has imported it; others need not
+    return source is not None and isinstance(module, source.Conv1D)
+
+
+def weight_shape(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear: nn.Linear, NF4Linear or Conv1D."""
+    if is_conv1d(linear):
+        return linear.weight.shape[1], linear.weight.shape[0]
+    return linear.out_features, linear.in_features
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight [out, in] of a linear, in the dtype it computes in; a view unless it is packed."""
+    if isinstance(linear, NF4Linear):
+        return linear.dense_weight()
+    return linear.weight.t() if is_conv1d(linear) else linear.weight
+
+
+def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A frozen dense linear of `weight` [out, in]: Conv1D if `like` is one or was packed from one, else nn.Linear."""
+    if is_conv1d(like) or (isinstance(like, NF4Linear) and like.conv1d):
+        from transformers.pytorch_utils import (
+            Conv1D,
+        )  # here, because importing it takes seconds and GPT-2 alone has one
+
+        with torch.device("meta"):
+            linear = Conv1D(*weight.shape)
+        weight = weight.t()
+    else:
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().contiguous(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return linear
+
+
 class NF4Linear(nn.Module):
     """A frozen linear whose weight [out, in] is packed in NF4.
 
     Args:
         packed: uint8 codes and `quant_state`, as `kernels.quantize_4bit` returns them.
         bias: [out] or None; kept as it is.
+        conv1d: what was packed is a Conv1D, which is what `dequantize` then gives back.
     """
 
-    def __init__(self, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None):
+    def __init__(self, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None, conv1d: bool = False):
         super().__init__()
         self.out_features, self.in_features = quant_state.shape
         self.dtype, self.blocksize = quant_state.dtype, quant_state.blocksize
+        self.conv1d = conv1d
         self.register_buffer("weight", packed)
         self.register_buffer("absmax", quant_state.absmax)
         self.register_buffer("nested_absmax", quant_state.nested_absmax)
@@ -34,9 +79,10 @@ class NF4Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
-        packed, quant_state = kernels.quantize_4bit(linear.weight, blocksize, double_quant)
-        return cls(packed, quant_state, linear.bias)
+    def from_linear(cls, linear: nn.Module, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
+        """Pack nn.Linear or Conv1D."""
+        packed, quant_state = kernels.quantize_4bit(dense_weight(linear), blocksize, double_quant)
+        return cls(packed, quant_state, linear.bias, is_conv1d(linear))
 
     @property
     def quant_state(self) -> QuantState:
@@ -49,6 +95,10 @@ class NF4Linear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight [out, in] that the codes stand for, in the dtype it had."""
         return kernels.dequantize_4bit(self.weight, self.quant_state)
+
+    def dequantize(self) -> nn.Module:
+        """The dense nn.Linear or Conv1D that computes the same, frozen."""
+        return dense_linear(self, self.dense_weight(), self.bias)
 
     def _apply(self, fn, recurse=True):
         # .to(dtype) changes the dtype to compute in. The constants stay fp32, or the codes would mean other weights.
@@ -71,64 +121,102 @@ class LoRALinear(nn.Module):
     """y = xWᵀ + s·(drop(x)Aᵀ)Bᵀ + bias over a frozen base. LoRA, Hu et al. 2021.
 
     Args:
-        base: nn.Linear or NF4Linear; it is frozen.
-        rank: 1 … min(in, out).
-        lora_alpha: s = lora_alpha / rank.
+        base: nn.Linear, Conv1D or NF4Linear; it is frozen.
+        rank: 1 or more.
+        lora_alpha: s = lora_alpha / rank, or lora_alpha / √rank with `rslora` (Kalajdzievski 2023).
         dropout: on the adapter's input, in training mode.
 
-    A starts as Kaiming-uniform(√5), B at zero; both are fp32 whatever the base computes in.
+    A starts as Kaiming-uniform(√5), B at zero; both are fp32 whatever the base computes in. `modules/init.py` has the
+    other initialisations. Those that begin at a part A₀, B₀ of the weight itself leave W as it is and keep that part:
+    the layer then computes with BA − B₀A₀ in place of BA, which is a LoRA of twice the rank.
 
     Raises:
-        ValueError: a rank out of range.
+        ValueError: a rank below 1, a base that is no such linear.
     """
 
-    def __init__(self, base: nn.Linear | NF4Linear, rank: int, lora_alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__()
-        if not 1 <= rank <= min(base.in_features, base.out_features):
+        if rank < 1:
+            raise ValueError(f"rank {rank} is out of range: choose 1 or more")
+        if not isinstance(base, NF4Linear) and not base.weight.is_floating_point():
             raise ValueError(
-                f"rank {rank} is out of range for a layer of {base.in_features} × {base.out_features}: "
-                f"choose 1 to {min(base.in_features, base.out_features)}"
+                f"the base is a {type(base).__name__} of {base.weight.dtype}: only NF4Linear may be packed"
             )
         self.base = base.requires_grad_(False)
-        self.rank, self.lora_alpha, self.dropout = rank, lora_alpha, dropout
-        self.scaling = lora_alpha / rank
+        self.rank, self.lora_alpha, self.dropout, self.rslora = rank, lora_alpha, dropout, rslora
+        self.scaling = lora_alpha / (math.sqrt(rank) if rslora else rank)
+        out_features, in_features = weight_shape(base)
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=torch.float32, device=device))
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.register_buffer("init_A", None)
+        self.register_buffer("init_B", None)
+        self.register_parameter("bias", None)
 
     @property
     def quant_state(self) -> QuantState | None:
         return self.base.quant_state if isinstance(self.base, NF4Linear) else None
 
+    @property
+    def weight_operand(self) -> Tensor:
+        """The base weight as ops take it: NF4 codes, or dense [out, in]."""
+        return self.base.weight if isinstance(self.base, NF4Linear) else dense_weight(self.base)
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """The layer's own bias if it trains one, else the base's."""
+        return self.base.bias if self.bias is None else self.bias
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r] of the update s·BA, r = rank, or 2 · rank where the layer began at A₀ and B₀."""
+        if self.init_A is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         return kernels.lora_linear(
-            x, self.base.weight, self.lora_A, self.lora_B, self.scaling, self.base.bias, self.quant_state, dropout
+            x, self.weight_operand, *self.factors(), self.scaling, self.output_bias, self.quant_state, dropout
         )
+
+    @torch.no_grad()
+    def start_at(self, lora_A: Tensor, lora_B: Tensor, part_of_weight: bool = False) -> None:
+        """Set A [rank, in] and B [out, rank]; with `part_of_weight` the update is what they differ by from these."""
+        self.lora_A.copy_(lora_A)
+        self.lora_B.copy_(lora_B)
+        if part_of_weight:
+            self.init_A, self.init_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+
+    def train_bias(self) -> None:
+        """Give the layer a bias of its own, fp32, that trains in place of the base's, if that has one."""
+        if self.base.bias is not None:
+            self.bias = nn.Parameter(self.base.bias.detach().to(torch.float32, copy=True))
+
+    def set_base(self, base: nn.Module) -> None:
+        """Put another base of the same shape under the adapter."""
+        self.base = base.requires_grad_(False)
 
     def base_weight(self) -> Tensor:
         """The base weight [out, in], dense, in the dtype it computes in."""
-        return self.base.dense_weight() if isinstance(self.base, NF4Linear) else self.base.weight
+        return dense_weight(self.base)
 
     def merged_weight(self) -> Tensor:
         """W + s·BA [out, in], added in fp32 and rounded once to the base's dtype."""
         w = self.base_weight()
-        return (w.float() + self.scaling * self.lora_B @ self.lora_A).to(w.dtype)
+        lora_A, lora_B = self.factors()
+        return (w.float() + self.scaling * lora_B @ lora_A).to(w.dtype)
 
     @torch.no_grad()
-    def merge(self) -> nn.Linear:
-        """A dense nn.Linear that computes what this layer does in evaluation mode."""
+    def merge(self) -> nn.Module:
+        """A frozen dense nn.Linear (Conv1D over a Conv1D) that computes what this layer does in evaluation mode."""
         weight = self.merged_weight()
-        bias = self.base.bias
-        merged = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
-        merged.weight.copy_(weight)
-        if bias is not None:
-            merged.bias.copy_(bias)
-        return merged.requires_grad_(False)
+        bias = self.output_bias
+        return dense_linear(self.base, weight, None if bias is None else bias.to(weight.dtype))
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank}, lora_alpha={self.lora_alpha}, dropout={self.dropout}"
+        rslora = ", rslora" if self.rslora else ""
+        return f"rank={self.rank}, lora_alpha={self.lora_alpha}, dropout={self.dropout}{rslora}"
 
 
 class DoRALinear(LoRALinear):
@@ -140,9 +228,9 @@ class DoRALinear(LoRALinear):
     forward: an optimizer that writes through `.data`, or FSDP's gathering, changes A without changing its version.
     """
 
-    def __init__(self, base: nn.Linear | NF4Linear, rank: int, lora_alpha: float, dropout: float = 0.0):
-        super().__init__(base, rank, lora_alpha, dropout)
-        norm_sq = kernels.weight_norm_sq(base.weight.detach(), self.quant_state)
+    def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__(base, rank, lora_alpha, dropout, rslora)
+        norm_sq = kernels.weight_norm_sq(self.weight_operand.detach(), self.quant_state)
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
         self._cached_norm: tuple[tuple, Tensor] | None = None  # what it was computed from, and the norm
@@ -151,6 +239,10 @@ class DoRALinear(LoRALinear):
         self._cached_norm = None
         return super().train(mode)
 
+    def set_base(self, base: nn.Module) -> None:
+        super().set_base(base)
+        self.norm_sq = kernels.weight_norm_sq(self.weight_operand, self.quant_state)
+
     def _norm(self) -> Tensor | None:
         """‖W + sBA‖ [out] if it may be taken from an earlier forward."""
         if self.training or torch.compiler.is_compiling():
@@ -158,20 +250,19 @@ class DoRALinear(LoRALinear):
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
-            args = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B, self.scaling, self.quant_state)
+            args = (self.weight_operand, self.norm_sq, *self.factors(), self.scaling, self.quant_state)
             self._cached_norm = key, kernels.dora_norm(*args)
         return self._cached_norm[1]
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.dora_linear(
             x,
-            self.base.weight,
+            self.weight_operand,
             self.norm_sq,
-            self.lora_A,
-            self.lora_B,
+            *self.factors(),
             self.magnitude,
             self.scaling,
-            self.base.bias,
+            self.output_bias,
             self.quant_state,
             self.dropout if self.training else 0.0,
             norm=self._norm(),
@@ -180,6 +271,7 @@ class DoRALinear(LoRALinear):
     def merged_weight(self) -> Tensor:
         """m/‖W + sBA‖ ⊙ (W + sBA) [out, in], computed in fp32 and rounded once to the base's dtype."""
         w = self.base_weight()
-        v = w.float() + self.scaling * self.lora_B @ self.lora_A
+        lora_A, lora_B = self.factors()
+        v = w.float() + self.scaling * lora_B @ lora_A
         norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         return (self.magnitude.unsqueeze(1) / norm * v).to(w.dtype)

@@ -89,8 +89,6 @@ def _damage(directory, how):
         config.write_text(json.dumps(json.loads(config.read_text()) | {"r": 3}))
     elif how == "other layers":
         config.write_text(json.dumps(json.loads(config.read_text()) | {"target_modules": ["q_proj"]}))
-    elif how == "rsLoRA":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"use_rslora": True}))
 
 
 @pytest.mark.parametrize(
@@ -100,9 +98,15 @@ def _damage(directory, how):
         ("no weights", "adapter_model.safetensors is missing"),
         ("no config", "adapter_config.json is missing"),
         ("not JSON", "holds no readable adapter"),
-        ("another rank", "is an adapter for another model; it differs in base_model.model"),
-        ("other layers", "is an adapter for another model; it differs in base_model.model"),
-        ("rsLoRA", "only plain LoRA and DoRA adapters of one rank can be loaded"),
+        (
+            "another rank",
+            r"is an adapter for another model: model.layers.0.self_attn.q_proj.lora_A.weight is \[4, 64\] in the file, "
+            r"\[3, 64\] in the model; .*lora_B.*; .*; … 28 in all",
+        ),
+        (
+            "other layers",
+            r"another model: model.layers.0.self_attn.k_proj.lora_A.weight is not in the model; .*; … 24 in",
+        ),
     ],
 )
 def test_damaged_adapters_are_refused(base, tmp_path, how, message):

@@ -1,0 +1,93 @@
+"""What an adapter is made of: AdapterConfig, and how its patterns are read."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+ALL_LINEAR = "all-linear"
+ADAPTER_NAMES = ("lora", "dora")
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
+_PISSA_NITER = re.compile(r"pissa_niter_\d+")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of one adapter, under the names of the field.
+
+    Attributes:
+        adapter: "lora" or "dora".
+        rank: of every layer that `rank_pattern` does not name.
+        lora_alpha: of every layer that `alpha_pattern` does not name; by default 2 · rank.
+        target_modules: "all-linear" (all but the output embeddings), a list of suffixes (`q_proj` means every
+            `….q_proj`), or a regular expression that must match the full name.
+        dropout: on the adapters' input, in training mode.
+        exclude_modules: linears to leave out, a list of suffixes or a regular expression as above.
+        rank_pattern, alpha_pattern: the rank and lora_alpha of single layers, by the end of their names: a key is a
+            regular expression that must match the name or a part of it after a dot. The first that matches counts.
+        modules_to_save: suffixes of modules that train whole, beside the adapters: `[lm_head]`.
+        bias: "none", "lora_only" (the biases of the adapted linears train) or "all".
+        rslora: scale by lora_alpha / √rank.
+        init: what the adapters begin with, see `modules/init.py`: one of INITS, or pissa_niter_N.
+        freeze_A: only B (and the magnitude) train: LoRA-FA, Zhang et al. 2023.
+
+    Raises:
+        ValueError: a value that no adapter can have.
+    """
+
+    adapter: str = "lora"
+    rank: int = 16
+    lora_alpha: float | None = None
+    target_modules: str | list[str] = ALL_LINEAR
+    dropout: float = 0.0
+    exclude_modules: str | list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: list[str] = field(default_factory=list)
+    bias: str = "none"
+    rslora: bool = False
+    init: str = "default"
+    freeze_A: bool = False
+
+    def __post_init__(self):
+        if self.lora_alpha is None:
+            object.__setattr__(self, "lora_alpha", 2 * self.rank)
+        if self.adapter not in ADAPTER_NAMES:
+            raise ValueError(f"adapter {self.adapter!r} is not one of {', '.join(ADAPTER_NAMES)}")
+        if self.init not in INITS and not _PISSA_NITER.fullmatch(self.init):
+            raise ValueError(f"init={self.init!r} is not one of {', '.join(INITS)} or pissa_niter_N")
+        if self.bias not in ("none", "lora_only", "all"):
+            raise ValueError(f"bias={self.bias!r} is not one of none, lora_only, all")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: choose a number from 0 to below 1")
+        for where, rank in (("rank", self.rank), *((f"rank_pattern, {k}", r) for k, r in self.rank_pattern.items())):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ValueError(f"{where}: {rank} is no rank: choose a whole number, 1 or more")
+            if self.init == "orthogonal" and rank % 2:
+                raise ValueError(f"{where}: init=orthogonal splits the rank in two halves: {rank} is odd")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            compile_patterns(name, [value] if isinstance(value, str) and value != ALL_LINEAR else [])
+        for name in ("rank_pattern", "alpha_pattern"):
+            compile_patterns(name, getattr(self, name))
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the layer `name`."""
+        return self.rank_pattern.get(matching_key(self.rank_pattern, name), self.rank)
+
+    def lora_alpha_of(self, name: str) -> float:
+        """lora_alpha of the layer `name`."""
+        return self.alpha_pattern.get(matching_key(self.alpha_pattern, name), self.lora_alpha)
+
+
+def compile_patterns(what: str, patterns: Iterable[str]) -> None:
+    """Raise ValueError if one of `patterns`, the values of `what`, is no regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{what}={pattern!r} is not a regular expression: {error}") from error
+
+
+def matching_key(patterns: Iterable[str], name: str) -> str | None:
+    """The first key of a rank or alpha pattern that means the layer `name`, as PEFT reads them."""
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)

@@ -1,0 +1,134 @@
+"""Merge the adapter of a model into dense layers, take that back, add adapters up."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from modules.adapter import add_adapter, hide, named_adapter, replace_module, set_adapter, state_of
+from modules.config import AdapterConfig
+from modules.linear import LoRALinear, NF4Linear, dense_weight
+from modules.own import settled
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """What packing a merged layer in NF4 again would do to it, as shares of ‖W′‖ (Frobenius), W′ the merged weight.
+
+    Attributes:
+        error: ‖NF4(W′) − W′‖ / ‖W′‖, at the block size the layer had.
+        update: ‖W′ − W‖ / ‖W′‖, what the adapter had changed. Where `error` is larger, packing drowns the adapter.
+    """
+
+    error: float
+    update: float
+
+
+@torch.no_grad()
+def merge(model: nn.Module, unload: bool = False) -> dict[str, Requantized]:
+    """Put dense layers that compute what the shown adapter does in its place; NF4 bases are merged in their dtype.
+
+    Args:
+        unload: keep nothing: base and adapters are dropped layer by layer, and the model is a plain one afterwards.
+            Without it `unmerge` brings them back, and they stay in memory.
+
+    Returns:
+        Of every layer over NF4, by full name, what packing it again would lose.
+
+    Raises:
+        ValueError: no adapter is shown, or it is merged already.
+    """
+    adapter, state = named_adapter(model), state_of(model)
+    if state.merged:
+        raise ValueError(f"the adapter {state.active!r} is merged already")
+    if unload:
+        state.named = {state.active: adapter}
+    requantized = {}
+    for path in sorted(adapter.modules):
+        module = adapter.modules[path]
+        if isinstance(module, LoRALinear):
+            dense = module.merge()
+            if isinstance(module.base, NF4Linear):
+                requantized[path] = _requantized(module, dense)
+        else:
+            dense = settled(state.base[path], module, adapter.own[path])
+        replace_module(model, path, dense.train(module.training))
+        if unload:
+            del adapter.modules[path], state.base[path], module
+    state.merged, state.untied = True, _untie(model)
+    if unload:
+        del model._adapters
+    return requantized
+
+
+def _requantized(layer: LoRALinear, dense: nn.Module) -> Requantized:
+    packed = NF4Linear.from_linear(dense, layer.base.blocksize, layer.base.nested_absmax is not None)
+    merged = dense_weight(dense).float()
+    size = merged.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    error = (packed.dense_weight().float() - merged).norm() / size
+    return Requantized(error.item(), ((merged - layer.base_weight().float()).norm() / size).item())
+
+
+def _untie(model: nn.Module) -> bool:
+    """Let the config say so if input and output embeddings are no longer the same; True if it had to."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied or not hasattr(model, "get_output_embeddings"):
+        return False
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is tokens.weight:
+        return False
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def unmerge(model: nn.Module) -> None:
+    """Bring back the adapter that `merge` put dense layers in the place of.
+
+    Raises:
+        ValueError: nothing is merged.
+    """
+    state = state_of(model)
+    if state is None or not state.merged:
+        raise ValueError("no adapter of the model is merged")
+    set_adapter(model, state.active)
+
+
+@torch.no_grad()
+def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str) -> list[str]:
+    """Show a new adapter `name` whose update is Σ weight · update of the LoRA adapters `weights` names, exactly.
+
+    Its rank in a layer is the sum of theirs.
+
+    Returns:
+        The full names of the adapted linears.
+
+    Raises:
+        ValueError: an adapter that is not there, or one whose effect is no sum: DoRA, own biases or modules.
+    """
+    parts = {part: named_adapter(model, part) for part in weights}
+    if not parts:
+        raise ValueError("no adapter to add: name one or more")
+    for part, adapter in parts.items():
+        for what, found in (
+            ("DoRA", adapter.config.adapter != "lora"),
+            ("modules_to_save", adapter.config.modules_to_save),
+            ("bias", adapter.config.bias != "none"),
+        ):
+            if found:
+                raise ValueError(f"the adapter {part!r} has {what}, which has no weighted sum: only LoRA layers add up")
+    factors: dict[str, list[tuple]] = {}
+    for part, adapter in parts.items():
+        for path, layer in adapter.modules.items():
+            lora_A, lora_B = layer.factors()
+            factors.setdefault(path, []).append((lora_A, weights[part] * layer.scaling * lora_B))
+    ranks = {path: sum(lora_A.shape[0] for lora_A, _ in pairs) for path, pairs in factors.items()}
+    rank = max(ranks.values())
+    patterns = {f"^{re.escape(path)}": smaller for path, smaller in ranks.items() if smaller != rank}
+    hide(model, name)
+    config = AdapterConfig("lora", rank, rank, list(ranks), rank_pattern=patterns, alpha_pattern=patterns)
+    add_adapter(model, name, config, list(ranks), {})
+    for path, pairs in factors.items():
+        lora_A, lora_B = (torch.cat(matrices, dim) for matrices, dim in zip(zip(*pairs), (0, 1)))
+        model.get_submodule(path).start_at(lora_A, lora_B)
+    return list(ranks)

@@ -1,0 +1,59 @@
+"""Modules with parameters of their own in place of the base's: what `modules_to_save` and `bias` train.
+
+An own copy of a module shares everything with it but the parameters named. Those are fp32, because small updates of
+bf16 weights round to nothing; the module computes with them in the dtype its base has.
+"""
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class _InDtype(nn.Module):
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    clone = copy.copy(module)
+    for store in ("_parameters", "_buffers", "_modules"):
+        clone.__dict__[store] = dict(module.__dict__[store])
+    return clone
+
+
+def own_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A copy of `module` whose tensors `names`, direct parameters or buffers, are its own; parameters train in fp32."""
+    clone = _shallow(module)
+    for name in names:
+        tensor = getattr(module, name).detach()
+        if name in module._buffers:
+            clone._buffers[name] = tensor.clone()
+            continue
+        clone._parameters[name] = nn.Parameter(tensor.to(torch.float32, copy=True))
+        if tensor.dtype != torch.float32:
+            parametrize.register_parametrization(clone, name, _InDtype(tensor.dtype), unsafe=True)
+    return clone
+
+
+def own_tensor(clone: nn.Module, name: str) -> Tensor:
+    """The tensor `name` that an own copy has of its own: what trains and what is saved."""
+    return clone.parametrizations[name].original if parametrize.is_parametrized(clone, name) else getattr(clone, name)
+
+
+def settled(base: nn.Module, clone: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A plain module that computes as `clone`, the own copy of `base`, does, frozen and in the base's dtype."""
+    module = _shallow(base)
+    for name in names:
+        tensor = getattr(clone, name).detach().clone()
+        if name in base._buffers:
+            module._buffers[name] = tensor
+        else:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+    return module
