@@ -32,8 +32,9 @@ from kernels import QuantState
 from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.double_quant import nested_blocks
 from kernels.quant_state import FLOATS, packed_sizes
-from modules.adapter import adapted_linears, replace_module
+from modules.adapter import replace_module
 from modules.linear import NF4Linear
+from modules.targets import adapted_linears
 from modules.tensor_files import TensorFiles, describe
 
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
@@ -90,7 +91,7 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
     for name, module in packed.items():
         shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         codes, quant_state = _read_packed(files, f"{name}.weight", shape)
-        linear = NF4Linear(codes, quant_state, module.bias)
+        linear = NF4Linear(codes, quant_state, module.bias, conv1d=isinstance(module, Conv1D))
         replace_module(model, name, linear if dtype is None else linear.to(dtype))
     expected_leftovers = [*(model._keys_to_ignore_on_load_unexpected or ()), ROTARY]
     for name in sorted(files.unread()):
