@@ -1,5 +1,6 @@
 """What the machine can do: device, compute dtype, peak memory, versions."""
 
+import ctypes
 import importlib.metadata
 import platform
 import resource
@@ -39,6 +40,15 @@ def pick_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
     if trainer.dtype not in DTYPES:
         raise UserError(f"trainer.dtype={trainer.dtype}: choose auto, {', '.join(DTYPES)}")
     return DTYPES[trainer.dtype]
+
+
+def keep_freed_memory() -> None:
+    """Have glibc reuse freed memory instead of returning it to the system. A training step allocates the same
+    activations again and again; getting each of their pages anew took 10-20% of a QDoRA step on a CPU."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not given back
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
