@@ -11,6 +11,7 @@ kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), fr
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -82,6 +83,7 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
     if not packed:
         if cfg.quant.name == "nf4":
             quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
+            release_file(model)
         return
     if cfg.quant.name == "none":
         raise UserError(
@@ -96,6 +98,14 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
                 f"{'' if double else 'no '}double quantization: set quant.blocksize={blocksize} "
                 f"quant.double={str(double).lower()}"
             )
+
+
+def release_file(model: PreTrainedModel) -> None:
+    """Copy the weights that `model` still has in its file. As long as one is in use the whole file stays mapped, the
+    dense weights that were packed included, and counts as this process's memory."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor.data = tensor.data.clone()
 
 
 def prepare_model(

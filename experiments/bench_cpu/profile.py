@@ -71,17 +71,16 @@ def main(argv: list[str]) -> int:
     with _labelled("dequantize_nf4"), _labelled("dora_norm"):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
             _, seconds = worker.step(batch)
-    spent = Counter()
+    spent: Counter[str] = Counter()
     for event in trace.events():
         spent[_category(event, options.rank)] += event.self_cpu_time_total / 1e6
-    print(
-        f"{options.method}, rank {options.rank}, {options.batch}×{options.length} tokens, {machine.describe(cpu, getattr(torch, dtype))}"
-    )
+    what = f"{options.method}, rank {options.rank}, {options.batch}×{options.length} tokens"
+    print(f"{what}: {machine.describe(cpu, getattr(torch, dtype))}")
     for category, time in spent.most_common():
         print(f"{category:<64} {time:6.2f} s {time / seconds:6.1%}")
     print(f"{'the step, profiled':<64} {seconds:6.2f} s")
     print(
-        f"{'its products with frozen weights, timed alone':<64} {floor:6.2f} s; the step takes {seconds / floor:.2f} times as long"
+        f"{'its products with frozen weights, timed alone':<64} {floor:6.2f} s: the step takes {seconds / floor:.2f} ×"
     )
     return 0
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments import machine
+from experiments.config import TrainerConfig
 from experiments.loss import has_plain_head, label_loss
-from experiments.models import quiet
+from experiments.models import quiet, release_file
 from modules import attach, quantize
 from modules.adapter import decoder_linears
 
@@ -111,10 +112,11 @@ class Worker:
 
 
 def _ours(job: Job, dtype: torch.dtype) -> tuple[PreTrainedModel, Callable[[Tensor], Tensor]]:
-    machine.keep_freed_memory()
+    machine.set_up_cpu(TrainerConfig(threads=job.threads))
     model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=dtype, local_files_only=True)
     if job.quantized:
         quantize(model)
+        release_file(model)
     attach(model, job.adapter, job.rank, 2 * job.rank)
     plain_head = has_plain_head(model)
 
