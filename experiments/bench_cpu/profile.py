@@ -19,7 +19,7 @@ from experiments.models import wheel_directory
 from kernels import reference
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
-LABELLED = {"dequantize_nf4": "dequantize", "dora_norm": "DoRA norm"}  # of kernels.reference
+LABELLED = {"dequantize_4bit": "dequantize", "dora_norm": "DoRA norm"}  # of kernels.reference
 BY_NAME = {
     "_LinearCrossEntropy": "loss",
     "scaled_dot_product": "attention",
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
     for _ in range(2):
         worker.step(batch)
     floor = worker.products(count)
-    with _labelled("dequantize_nf4"), _labelled("dora_norm"):
+    with _labelled("dequantize_4bit"), _labelled("dora_norm"):
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
             _, seconds = worker.step(batch)
     spent: Counter[str] = Counter()
