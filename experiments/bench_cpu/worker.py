@@ -20,8 +20,7 @@ from experiments import machine
 from experiments.config import TrainerConfig
 from experiments.loss import has_plain_head, label_loss
 from experiments.models import quiet, release_file
-from modules import attach, quantize
-from modules.adapter import decoder_linears
+from modules import attach, decoder_linears, quantize
 
 
 @dataclass(frozen=True)
