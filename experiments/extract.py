@@ -1,0 +1,212 @@
+"""Turn a fully fine-tuned model into a LoRA or DoRA adapter, and say what was lost.
+
+    python -m experiments.run +method=full output_dir=outputs/full
+    python -m experiments.extract base=smollm2 tuned=outputs/full rank=16
+    python -m experiments.extract base=DIR tuned=DIR rank=16 adapter=dora
+
+Each target linear's change W′ − W is cut to rank r (modules/extract.py). What changed elsewhere, in norms, embeddings
+or other linears, cannot be in such an adapter and is listed. Written to output_dir: adapter/ in PEFT's format, and
+extract.json with every layer's error and the held-out loss of base, tuned and extracted model.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments import machine
+from experiments.cli import run_command
+from experiments.config import DataConfig, ModelConfig, TrainerConfig
+from experiments.data import load_data
+from experiments.errors import UserError
+from experiments.evaluation import Evaluation, evaluate
+from experiments.files import PROJECT_ROOT, directory_atomically, writable_dir, write_atomically
+from experiments.models import load_model
+from experiments.progress import bar
+from experiments.runs import ADAPTER, MODEL
+from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_linears, save_adapter
+from modules.decompose import METHODS
+from modules.extract import extract_dora, extract_lora
+
+
+@dataclass
+class ExtractConfig:
+    base: str = MISSING  # a name in conf/model, a Hugging Face directory or a GGUF file
+    tuned: str = MISSING  # a run's directory or a Hugging Face directory of the same architecture
+    adapter: str = MISSING  # lora | dora
+    rank: int = MISSING
+    lora_alpha: float | None = None  # rank, so that BA itself is the change
+    target_modules: Any = "all-linear"
+    decomposition: str = MISSING  # see modules/decompose.py
+    data: DataConfig = field(default_factory=DataConfig)  # whose held-out part is measured on
+    batch_size: int = 16
+    output_dir: str = MISSING
+
+
+ConfigStore.instance().store(name="extract_schema", node=ExtractConfig)
+
+
+def model_config(where: str) -> ModelConfig:
+    """The model that `where` names: a name in conf/model, a Hugging Face directory or a GGUF file.
+
+    Raises:
+        UserError: nothing of that name.
+    """
+    named = {file.stem: file for file in (PROJECT_ROOT / "conf" / "model").glob("*.yaml")}
+    if where in named:
+        return ModelConfig(**{key: value for key, value in OmegaConf.load(named[where]).items() if key != "defaults"})
+    path = Path(where).expanduser()
+    if not path.exists():
+        names = ", ".join(sorted(named))
+        raise UserError(f"{where}: no such directory or file, and no model of that name; there are {names}")
+    if path.is_dir() and (path / MODEL).is_dir():  # a run's directory
+        path = path / MODEL
+    return ModelConfig(name=path.name, source="hf" if path.is_dir() else "gguf", path=str(path))
+
+
+def load_pair(base: str, tuned: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
+    """Two models of one architecture, dense in fp32 on the CPU, and the tokenizer of the first.
+
+    Raises:
+        UserError: one is not there, or they differ in names or shapes of parameters.
+    """
+    first, tokenizer = load_model(model_config(base), torch.float32, seed=0)
+    second, _ = load_model(model_config(tuned), torch.float32, seed=0)
+    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (first, second)]
+    if wrong := sorted(dict(shapes[0].items() ^ shapes[1].items())):
+        name = wrong[0]
+        raise UserError(
+            f"{tuned} is no fine-tuned {base}: {name} is {shapes[1].get(name, 'missing')} there, "
+            f"not {shapes[0].get(name, 'missing')}"
+        )
+    return first, second, tokenizer
+
+
+@torch.no_grad()
+def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
+    """Set a new adapter of `layer` to what comes nearest to the weight `tuned` [out, in].
+
+    Returns:
+        What it lacks as a share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
+    """
+    w = layer.base_weight().float()
+    if isinstance(layer, DoRALinear):
+        lora_A, lora_B, magnitude = extract_dora(w, tuned, layer.rank, method)
+        layer.magnitude.copy_(magnitude)
+    else:
+        lora_A, lora_B = extract_lora(w, tuned, layer.rank, method)
+    layer.lora_A.copy_(lora_A / layer.scaling**0.5)
+    layer.lora_B.copy_(lora_B / layer.scaling**0.5)
+    change = (tuned - w).norm()
+    return ((tuned - layer.merged_weight()).norm() / change).item() if change else 0.0
+
+
+def extract(cfg: ExtractConfig) -> dict:
+    """Do as `cfg` says, write everything to `cfg.output_dir`, return what extract.json holds.
+
+    Raises:
+        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+    """
+    if cfg.adapter not in ("lora", "dora"):
+        raise UserError(f"adapter={cfg.adapter}: choose lora or dora")
+    if cfg.decomposition not in METHODS:
+        raise UserError(f"decomposition={cfg.decomposition}: choose {', '.join(METHODS)}")
+    if cfg.batch_size < 1:
+        raise UserError(f"batch_size={cfg.batch_size}: choose 1 or more")
+    base, tuned, tokenizer = load_pair(cfg.base, cfg.tuned)
+    heldout = load_data(cfg.data, tokenizer).heldout
+    device = machine.pick_device(TrainerConfig())
+    changed = dict(tuned.named_parameters())
+    weights = {name: linear.weight.detach() for name, linear in decoder_linears(tuned).items()}
+    lora_alpha = cfg.rank if cfg.lora_alpha is None else cfg.lora_alpha
+    before = {name: p.detach() for name, p in base.named_parameters()}
+    try:
+        names = attach(base, cfg.adapter, cfg.rank, lora_alpha, cfg.target_modules)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
+
+    def measure(model: PreTrainedModel, title: str) -> Evaluation:
+        return evaluate(model.to(device), heldout, cfg.batch_size, tokenizer.pad_token_id, bar(title))
+
+    evaluations = {"base": None, "tuned": measure(tuned, "evaluating the tuned model")}
+    # B starts at zero and m at ‖W‖: the model with its new adapter still is the base.
+    evaluations["base"] = measure(base, "evaluating the base")
+    layers, lost, total = {}, 0.0, 0.0
+    for name, layer in bar("extracting")(list(adapted_linears(base).items())):
+        weight = weights[name].to(device)
+        layers[name] = set_extracted(layer, weight, cfg.decomposition)
+        change = (weight - layer.base_weight().float()).square().sum().item()
+        lost, total = lost + layers[name] ** 2 * change, total + change
+    evaluations["extracted"] = measure(base, "evaluating the adapter")
+
+    adapted = {f"{name}.weight" for name in names}
+    elsewhere = {
+        name: ((changed[name].cpu() - old.cpu()).norm() / old.cpu().norm().clamp(min=1e-30)).item()
+        for name, old in before.items()
+        if name not in adapted and not torch.equal(changed[name].cpu(), old.cpu())
+    }
+    result = {
+        **{key: getattr(cfg, key) for key in ("base", "tuned", "adapter", "rank", "decomposition")},
+        "lora_alpha": lora_alpha,
+        "kept_share": 1 - lost / total if total else 1.0,
+        "evaluations": {name: asdict(e) | {"perplexity": e.perplexity} for name, e in evaluations.items()},
+        "layer_errors": layers,
+        "changed_elsewhere": elsewhere,
+    }
+    with directory_atomically(directory / ADAPTER) as folder:
+        save_adapter(base, folder, model_config(cfg.base).path or cfg.base)
+    write_atomically(directory / "extract.json", json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def table(result: dict) -> str:
+    """The result as the terminal shows it."""
+    rows = [f"{'held out':<22}{'loss':>8}{'perplexity':>12}{'token accuracy':>16}"]
+    titles = {"extracted": f"{result['adapter']}, rank {result['rank']}"}
+    for name in ("base", "tuned", "extracted"):
+        e = result["evaluations"][name]
+        rows.append(
+            f"{titles.get(name, name):<22}{e['loss']:>8.3f}{e['perplexity']:>12.2f}{e['token_accuracy']:>16.1%}"
+        )
+    errors = result["layer_errors"]
+    worst = max(errors, key=errors.get)
+    rows += [
+        "",
+        f"{result['kept_share']:.1%} of ‖W′ − W‖² kept in {len(errors)} linears; least in {worst}, "
+        f"{1 - errors[worst] ** 2:.1%}",
+    ]
+    if elsewhere := result["changed_elsewhere"]:
+        most = max(elsewhere, key=elsewhere.get)
+        largest = f"the largest in {most}, {elsewhere[most]:.2%} of it"
+        rows.append(f"not in the adapter: changes of {len(elsewhere)} other tensors, {largest}")
+    return "\n".join(rows)
+
+
+@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="extract")
+def main(cfg: DictConfig) -> None:
+    try:
+        for key in ("base", "tuned"):
+            if OmegaConf.is_missing(cfg, key):
+                raise UserError(f"no {key}: add {key}=DIR")
+        config: ExtractConfig = OmegaConf.to_object(cfg)
+        result = extract(config)
+    except UserError as error:  # here, not in cli: Hydra would print a second message around it
+        sys.exit(f"error: {error}")
+    print(f"{table(result)}\n\nWritten:", config.output_dir, sep="\n  ")
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
