@@ -1,5 +1,7 @@
 """The ops. Each takes and returns tensors; importing this package never touches a GPU."""
 
+from kernels.adamw import adamw
+from kernels.adamw8bit import adamw8bit
 from kernels.dispatch import use_backend
 from kernels.dora import dora_linear
 from kernels.dora_norm import dora_norm, weight_norm_sq
@@ -24,5 +26,7 @@ __all__ = [
     "dora_linear",
     "dora_norm",
     "weight_norm_sq",
+    "adamw",
+    "adamw8bit",
     "use_backend",
 ]

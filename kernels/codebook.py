@@ -7,8 +7,9 @@ NF4 (QLoRA, Dettmers et al. 2023, appendix E): levels at quantiles of N(0, 1), n
 zero; `normal_float` is the recipe. FP4: bitsandbytes' floats of a sign, two exponent bits and one mantissa bit.
 INT4: code - 8 is the integer, -7 … 7 under absmax scaling.
 
-Signed dynamic map (Dettmers 2016, "8-bit approximations for parallelism in deep learning"): 256 values, seven
-decades, ever more mantissa bits towards 1. It is the data type of the second quantization in double quantization.
+Dynamic maps (Dettmers 2016, "8-bit approximations for parallelism in deep learning"): 256 values, seven decades, ever
+more mantissa bits towards 1. The signed one is the data type of the second quantization in double quantization and of
+8-bit AdamW's first moment, the unsigned one that of its second moment.
 """
 
 from functools import cache
@@ -117,14 +118,35 @@ def normal_float(bits: int) -> torch.Tensor:
 
 
 @cache
-def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
-    """bitsandbytes' signed dynamic map, fp32 [256], ascending; has an exact 0 and a 1 but no -1."""
+def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> torch.Tensor:
+    """bitsandbytes' dynamic map, fp32 [256], ascending; has an exact 0 and a 1 but no -1."""
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
         for value in (_midpoints(edges) * 10.0 ** (exponent - 6)).tolist():
-            values += [value, -value]
+            values += [value, -value] if signed else [value]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@cache
+def dynamic_bounds(device: torch.device | str = "cpu", signed: bool = True) -> torch.Tensor:
+    """Decision bounds of `dynamic_map`, fp32 [256]: the code nearest to x is the number of bounds below x. The last
+    one is inf."""
+    bounds = _midpoints(dynamic_map("cpu", signed))
+    return torch.cat([bounds, torch.tensor([torch.inf])]).to(device)
+
+
+@cache
+def dynamic_bins(device: torch.device | str = "cpu", signed: bool = True) -> torch.Tensor:
+    """Code of the least x in each bin, uint8 [65536]; the code of any x in that bin is c or c + 1.
+
+    The upper half of x's bits, sign, exponent and seven bits of the mantissa, is the bin of x in [-1, 1]. Neighbouring
+    bounds are never less than a 1/128 of their size apart, so a bin holds at most one.
+    """
+    bins = torch.arange(-32768, 32768, dtype=torch.int32).roll(32768)  # as signed numbers, whose upper half they are
+    least = (bins << 16 | (bins < 0).int() * 0xFFFF).view(torch.float32)  # of negative numbers the largest in size
+    codes = torch.bucketize(least.nan_to_num(nan=0.0), dynamic_bounds("cpu", signed))
+    return codes.clamp(max=254).to(torch.uint8).to(device)
 
 
 @cache

@@ -112,3 +112,11 @@ def embedded(tensor: Tensor, before: int) -> Tensor:
     buffer = buffer.to(tensor.device).view(tensor.dtype)
     buffer[before : before + tensor.numel()] = tensor.reshape(-1)
     return buffer[before : before + tensor.numel()].view(tensor.shape)
+
+
+def assert_nothing_beside(tensor: Tensor, before: int) -> None:
+    """The buffer that `embedded` made still holds 0xFF around the tensor, into which a kernel has written."""
+    buffer = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    first, n = before * tensor.itemsize, tensor.numel() * tensor.itemsize
+    assert (buffer[:first] == 0xFF).all(), "wrote before a tensor"
+    assert (buffer[first + n :] == 0xFF).all(), "wrote after a tensor"

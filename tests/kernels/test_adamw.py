@@ -1,0 +1,112 @@
+"""adamw against float64 and torch.optim.AdamW; the kernel is the twin bit for bit; cuts, memory, bad input."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import adamw, use_backend
+from tests.kernels.nf4_cases import assert_nothing_beside, assert_same, embedded, needs_triton, triton_device
+
+SIZES = (0, 1, 5, 1023, 1024, 1025, 3000)
+HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+
+
+def state(sizes: tuple[int, ...] = SIZES, device: str = "cpu") -> list[list[Tensor]]:
+    """params, grads, exp_avgs and exp_avg_sqs as they are in the middle of a run."""
+    generator = torch.Generator().manual_seed(0)
+    scales = (1.0, 0.01, 0.01, 1e-4)
+    lists = [[torch.randn(n, generator=generator, device="cpu") * scale for n in sizes] for scale in scales]
+    lists[3] = [v.abs() for v in lists[3]]
+    return [[tensor.to(device) for tensor in tensors] for tensors in lists]
+
+
+@pytest.mark.usefixtures("backend")
+def test_steps_against_float64_and_torch():
+    generator = torch.Generator().manual_seed(1)
+    grads = [[torch.randn(n, generator=generator, device="cpu") for n in SIZES] for _ in range(5)]
+
+    def by_torch(dtype: torch.dtype) -> dict[str, list[Tensor]]:
+        params = [p.to(dtype).requires_grad_() for p in state()[0]]
+        optimizer = torch.optim.AdamW(params, **HYPER)
+        for step in grads:
+            for p, g in zip(params, step):
+                p.grad = g.to(dtype)
+            optimizer.step()
+        moments = ([optimizer.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
+        return dict(zip(("params", "exp_avgs", "exp_avg_sqs"), ([p.detach() for p in params], *moments)))
+
+    device = torch.get_default_device()
+    params = [p.to(device) for p in state()[0]]
+    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    for i, step in enumerate(grads, start=1):
+        adamw(params, [g.to(device) for g in step], *moments, **HYPER, step=i)
+    got, torchs, exact = (
+        dict(zip(NAMES[:1] + NAMES[2:], (params, *moments))),
+        by_torch(torch.float32),
+        by_torch(torch.float64),
+    )
+    for name, tensors in exact.items():
+        for mine, theirs, want in zip(got[name], torchs[name], tensors):
+            if want.numel():
+                error, torch_error = ((x.cpu() - want).abs().max() for x in (mine, theirs))
+                assert error <= 2 * torch_error + 4 * torch.finfo(torch.float32).eps * want.abs().max(), name
+
+
+@needs_triton
+@pytest.mark.parametrize("before", [1, 16], ids=["unaligned", "aligned"])
+def test_the_kernel_is_the_twin_bit_for_bit_and_writes_its_own_memory_only(before):
+    want = state(device=triton_device())
+    got = [[embedded(tensor, before) for tensor in tensors] for tensors in want]
+    for step in (1, 2, 1000):
+        with use_backend("torch"):
+            adamw(*want, **HYPER, step=step)
+        with use_backend("triton"):
+            adamw(*got, **HYPER, step=step)
+    for name, mine, theirs in zip(NAMES, got, want):
+        for a, b in zip(mine, theirs):
+            assert_same(a, b, name)
+            assert_nothing_beside(a, before)
+
+
+@pytest.mark.usefixtures("backend")
+def test_where_a_tensor_is_cut_changes_nothing(monkeypatch):
+    """Pages cut it, and a CPU goes through it in chunks."""
+    monkeypatch.setattr("kernels.reference_adamw.CHUNK", 1000)
+    whole, parts = state((3001,), torch.get_default_device()), state((3001,), torch.get_default_device())
+    adamw(*whole, **HYPER, step=3)
+    views = [[tensors[0][a:b] for a, b in ((0, 256), (256, 1792), (1792, 3001))] for tensors in parts]
+    adamw(*views, **HYPER, step=3)
+    for name, one, other in zip(NAMES, whole, parts):
+        assert torch.equal(one[0], other[0]), name
+
+
+@pytest.mark.usefixtures("backend")
+def test_opcheck():
+    args = (*state((5, 300), torch.get_default_device()), 1e-3, 0.9, 0.99, 1e-8, 0.1, 3)
+    torch.library.opcheck(torch.ops.qdora.adamw.default, args)
+
+
+def test_meta_device_and_nothing_to_do():
+    adamw(*[[torch.empty(5, device="meta")] for _ in NAMES], step=1, lr=1e-3)
+    adamw([], [], [], [], step=1, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name, bad, message",
+    [
+        ("grads", [], "2 params but 0 grads"),
+        (
+            "params",
+            [torch.zeros(4, dtype=torch.float16), torch.zeros(4)],
+            r"params\[0\] must be contiguous torch.float32",
+        ),
+        ("exp_avgs", [torch.zeros(4), torch.zeros(5)], r"exp_avgs\[1\] must be .* of 4 values .* \[5\]"),
+        ("grads", [torch.zeros(4), torch.zeros(8)[::2]], r"grads\[1\] must be contiguous .* strides \(2,\)"),
+        ("exp_avg_sqs", [torch.zeros(4), torch.zeros(4, device="meta")], "must be .* on cpu, not .* on meta"),
+    ],
+)
+def test_refuses(name, bad, message):
+    lists = {name: [torch.zeros(4), torch.zeros(4)] for name in NAMES} | {name: bad}
+    with pytest.raises(ValueError, match=message):
+        adamw(*lists.values(), lr=1e-3, step=1)
