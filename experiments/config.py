@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments.errors import UserError
 from kernels.codebook import BLOCKSIZES
+from modules.paging import PAGE_BYTES
 
 
 @dataclass
@@ -74,6 +75,14 @@ class TrainerConfig:
 
 
 @dataclass
+class OptimConfig:
+    name: str = MISSING  # adamw | adamw8bit
+    paged: bool = False  # keep the state in pages that leave the device when they are not worked on
+    budget_mb: int | None = None  # MiB of the device that pages may occupy; from two pages on transfers overlap
+    host_mb: int | None = None  # MiB of pinned host memory for the others, the rest in a file; all of them unless set
+
+
+@dataclass
 class TrackingConfig:
     name: str = MISSING  # none | wandb
     project: str = "qdora"
@@ -88,6 +97,7 @@ class Config:
     method: MethodConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     rank: int = 16
@@ -108,6 +118,7 @@ for group, schema in {
     "quant": QuantConfig,
     "data": DataConfig,
     "trainer": TrainerConfig,
+    "optim": OptimConfig,
     "tracking": TrackingConfig,
 }.items():
     store.store(group=group, name="schema", node=schema)
@@ -166,4 +177,21 @@ def resolve(cfg: DictConfig) -> Config:
             raise UserError(f"trainer.{name} compares evaluations: set trainer.eval_every too")
     if trainer.schedule not in ("cosine", "linear", "constant"):
         raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
+    _check_optim(config.optim)
     return config
+
+
+def _check_optim(optim: OptimConfig) -> None:
+    if optim.name not in ("adamw", "adamw8bit"):
+        raise UserError(f"optim.name={optim.name}: choose adamw or adamw8bit")
+    page_mb = PAGE_BYTES // 2**20
+    if not optim.paged:
+        for name in ("budget_mb", "host_mb"):
+            if getattr(optim, name) is not None:
+                raise UserError(f"optim.{name}={getattr(optim, name)} is for pages: add optim.paged=true")
+    elif optim.budget_mb is None:
+        raise UserError("optim.paged=true needs optim.budget_mb=N, the MiB of the device that the state may occupy")
+    elif optim.budget_mb < page_mb:
+        raise UserError(f"optim.budget_mb={optim.budget_mb} is smaller than a page: choose {page_mb} or more")
+    elif optim.host_mb is not None and optim.host_mb < 0:
+        raise UserError(f"optim.host_mb={optim.host_mb}: choose 0 or more")

@@ -1,6 +1,7 @@
 """The training loop: AdamW on fp32 weights, a learning-rate schedule, accumulation, clipping, evaluation on the way."""
 
 import contextlib
+import functools
 import itertools
 import math
 import time
@@ -16,6 +17,7 @@ from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation, label_logits, to_device
+from experiments.optim import make_optimizer, with_room
 from experiments.progress import Progress
 
 
@@ -76,9 +78,7 @@ class Trainer:
     def __init__(self, model: PreTrainedModel, cfg: Config, dtype: torch.dtype, pad_id: int):
         self.model, self.cfg, self.dtype, self.pad_id = model, cfg, dtype, pad_id
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=cfg.lr, weight_decay=cfg.trainer.weight_decay, fused=True
-        )
+        self.optimizer = make_optimizer(cfg, self.parameters)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.trained = Trained()
@@ -124,7 +124,8 @@ class Trainer:
         """One optimizer step on the mean loss of a group of batches; returns its record."""
         start = time.perf_counter()
         step = self.trained.steps + 1
-        loss = _accumulate(self.model, group, self.pad_id, self.dtype, self.scaler)
+        compute = functools.partial(_accumulate, self.model, group, self.pad_id, self.dtype, self.scaler)
+        loss = with_room(self.optimizer, self.model.device, compute)
         if not math.isfinite(loss):
             raise UserError(
                 f"the training loss became {loss} at step {step}: stopped with the weights of step {step - 1}; "

@@ -5,6 +5,8 @@ from modules.checkpoint import load_adapter, save_adapter
 from modules.config import AdapterConfig
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 from modules.merge import add_weighted_adapter, merge, unmerge
+from modules.optim import AdamW, AdamW8bit
+from modules.paging import Paging
 from modules.quantization import dequantize, quantize
 from modules.targets import adapted_linears, decoder_linears
 
@@ -27,4 +29,7 @@ __all__ = [
     "trainable_parameters",
     "save_adapter",
     "load_adapter",
+    "AdamW",
+    "AdamW8bit",
+    "Paging",
 ]

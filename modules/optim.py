@@ -1,0 +1,263 @@
+"""AdamW with fp32 or 8-bit state, in memory or in pages; every tensor is updated in one launch of a kernel.
+
+state_dict()["state"] holds of each parameter, by its index,
+    step                                 fp32 []
+    exp_avg, exp_avg_sq                  fp32, the parameter's shape: these three are torch.optim.AdamW's
+or, with 8-bit state,
+    step
+    exp_avg, exp_avg_sq                  uint8 codes, the parameter's shape
+    exp_avg_absmax, exp_avg_sq_absmax    fp32 [ceil(elements / 256)]
+whether in pages or not, so that a run may go on with another budget.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels.adamw8bit import BLOCKSIZE, state_blocks
+from modules.paging import PageStore, Paging
+
+MIN_8BIT_SIZE = 4096  # smaller tensors keep fp32 state, as bitsandbytes' do
+_ALIGNMENT = 16  # bytes, of state in a page: what the kernels' widest loads need
+
+
+class Piece(NamedTuple):
+    """Consecutive elements of a parameter, from `start` to below `stop` of it flat, and their state.
+
+    Attributes:
+        start: a multiple of 256.
+        state: the tensors; in the plan of a page, of each its (dtype, first byte in the page, length).
+    """
+
+    param: Tensor
+    start: int
+    stop: int
+    state: dict[str, Any]
+
+    def part(self, name: str) -> slice:
+        """Where in the flat state tensor `name` of the whole parameter this piece's is."""
+        if name.endswith("absmax"):
+            return slice(self.start // BLOCKSIZE, state_blocks(self.stop))
+        return slice(self.start, self.stop)
+
+    def in_page(self, page: Tensor) -> "Piece":
+        """This piece with its state as views of the bytes of its page."""
+        views = {k: page[at : at + n * dtype.itemsize].view(dtype) for k, (dtype, at, n) in self.state.items()}
+        return self._replace(state=views)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) with the arguments and, to rounding, the results of torch.optim.AdamW.
+
+    Args:
+        params: fp32 and contiguous, all on one device; or groups of them.
+        lr, betas, eps, weight_decay: see torch.optim.AdamW.
+        paging: keep the state in pages. The results are the same bit for bit.
+
+    Attributes:
+        pages: the PageStore, None without paging.
+
+    Raises:
+        ValueError: parameters that cannot be had, a number out of range, a budget smaller than a page.
+        OSError: no room for the file that pages go to.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        paging: Paging | None = None,
+    ):
+        self.pages: PageStore | None = None
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if paging is not None:
+            self._plan, sizes = self._fill_pages(paging.page_bytes)
+            self.pages = PageStore(sizes, self._params()[0].device, paging)
+
+    def add_param_group(self, param_group: dict) -> None:
+        if self.pages is not None:
+            raise ValueError("the pages are laid out already: give every parameter to the constructor")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for name in ("lr", "eps", "weight_decay"):
+            if not group[name] >= 0:
+                raise ValueError(f"{name}={group[name]}: must be 0 or more")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']}: must be at least 0 and below 1")
+        device = self._params()[0].device
+        for param in group["params"]:
+            if param.dtype != torch.float32 or not param.is_contiguous() or param.device != device:
+                raise ValueError(
+                    f"{type(self).__name__} takes contiguous float32 parameters, all on one device; one is "
+                    f"{param.dtype} {list(param.shape)} with strides {param.stride()} on {param.device}"
+                )
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def state_layout(self, param: Tensor, elements: int) -> dict[str, tuple[torch.dtype, int]]:
+        """(dtype, length) of each state tensor of so many elements of `param`, in the order the kernel takes them."""
+        return {"exp_avg": (torch.float32, elements), "exp_avg_sq": (torch.float32, elements)}
+
+    def _fill_pages(self, page_bytes: int) -> tuple[list[list[Piece]], list[int]]:
+        """(the pieces of each page, the bytes of each page); a parameter may reach over several."""
+        pages: list[list[Piece]] = []
+        sizes: list[int] = []
+        for param in self._params():
+            block_bytes = sum(n * dtype.itemsize for dtype, n in self.state_layout(param, BLOCKSIZE).values())
+            start = 0
+            while start < param.numel():
+                room = page_bytes - sizes[-1] - 4 * _ALIGNMENT if pages else 0
+                if room < block_bytes:
+                    pages.append([])
+                    sizes.append(0)
+                    continue
+                stop = min(param.numel(), start + room // block_bytes * BLOCKSIZE)
+                state = {}
+                for name, (dtype, n) in self.state_layout(param, stop - start).items():
+                    state[name] = (dtype, sizes[-1], n)
+                    sizes[-1] += -(-n * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+                pages[-1].append(Piece(param, start, stop, state))
+                start = stop
+        return pages, sizes
+
+    # ------------------------------------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient.
+
+        Returns:
+            What `closure`, which computes the loss and the gradients anew, returns; None without one.
+        """
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for param in self._params():
+            if param.grad is not None:
+                if param not in self.state:
+                    self.state[param] = self._new_state(param)
+                self.state[param]["step"] += 1
+        for pieces in self._batches():
+            self._update(pieces)
+        return loss
+
+    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
+        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+        return state if self.pages is not None else state | self._empty_state(param)
+
+    def _empty_state(self, param: Tensor) -> dict[str, Tensor]:
+        layout = self.state_layout(param, param.numel()).items()
+        state = {name: torch.zeros(n, dtype=dtype, device=param.device) for name, (dtype, n) in layout}
+        return {name: t if name.endswith("absmax") else t.view(param.shape) for name, t in state.items()}
+
+    def _batches(self) -> Iterator[list[Piece]]:
+        """Everything that has a gradient; with paging a page at a time."""
+        if self.pages is None:
+            params = (param for param in self._params() if param.grad is not None)
+            yield [Piece(param, 0, param.numel(), _without_step(self.state[param])) for param in params]
+            return
+        used = [i for i, pieces in enumerate(self._plan) if any(piece.param.grad is not None for piece in pieces)]
+        for i, page in self.pages.sweep(used):
+            yield [piece.in_page(page) for piece in self._plan[i] if piece.param.grad is not None]
+
+    def _update(self, pieces: list[Piece]) -> None:
+        """One launch for all that share a group, a step and a kind of state."""
+        groups = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
+        launches = defaultdict(list)
+        for piece in pieces:
+            step = int(self.state[piece.param]["step"])
+            launches[groups[piece.param], step, tuple(piece.state)].append(piece)
+        for (i, step, names), members in launches.items():
+            group = self.param_groups[i]
+            update = kernels.adamw8bit if "exp_avg_absmax" in names else kernels.adamw
+            update(
+                [piece.param.view(-1)[piece.start : piece.stop] for piece in members],
+                [piece.param.grad.contiguous().view(-1)[piece.start : piece.stop] for piece in members],
+                *([piece.state[name] for piece in members] for name in names),
+                lr=group["lr"],
+                betas=tuple(group["betas"]),
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=step,
+            )
+
+    def evict(self) -> int:
+        """Give back the device memory that paged state occupies; the bytes freed. Nothing is lost."""
+        return 0 if self.pages is None else self.pages.evict()
+
+    # ------------------------------------------------------------------------------------------ saving and loading
+
+    def state_dict(self) -> dict:
+        """As torch.optim.Optimizer's; tensors only but for the groups' numbers. Paged state is copied."""
+        saved = super().state_dict()
+        if self.pages is not None:
+            self.pages.flush()
+            index = {param: i for i, param in enumerate(self._params())}
+            for param in self.state:
+                saved["state"][index[param]] |= self._empty_state(param)
+            for param, name, part, home in self._homes():
+                if param in self.state:
+                    saved["state"][index[param]][name].view(-1)[part] = home
+        return saved
+
+    def _homes(self) -> Iterator[tuple[Tensor, str, slice, Tensor]]:
+        """(parameter, name of a state tensor, part of it, that part in host memory) of all pages."""
+        for i, pieces in enumerate(self._plan):
+            for piece in pieces:
+                for name, home in piece.in_page(self.pages.home(i)).state.items():
+                    yield piece.param, name, piece.part(name), home
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Go on from a `state_dict` of the same class, paged or not; fp32 state may be torch.optim.AdamW's.
+
+        Raises:
+            ValueError: it belongs to other parameters or to another kind of optimizer; nothing is changed.
+        """
+        params, saved = self._params(), state_dict["state"]
+        if [len(g["params"]) for g in state_dict["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("the saved state is of an optimizer with other parameters")
+        for i, state in saved.items():
+            wanted = {"step": (torch.float32, 1)} | self.state_layout(params[i], params[i].numel())
+            found = {name: (tensor.dtype, tensor.numel()) for name, tensor in state.items()}
+            if found != wanted:
+                raise ValueError(f"parameter {i}: the saved state has {_listed(found)}; needed is {_listed(wanted)}")
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for i, state in saved.items():
+            self.state[params[i]] = self._new_state(params[i])
+            for name, tensor in self.state[params[i]].items():
+                tensor.copy_(state[name])
+        if self.pages is not None:
+            self.pages.evict()
+            index = {param: i for i, param in enumerate(params)}
+            for param, name, part, home in self._homes():
+                home.copy_(saved[index[param]][name].view(-1)[part]) if param in self.state else home.zero_()
+
+
+class AdamW8bit(AdamW):
+    """AdamW with 8-bit state, 2.03 bytes a parameter instead of 8: bitsandbytes' AdamW8bit.
+
+    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"; arguments as AdamW's. Parameters of less than
+    4096 elements have fp32 state.
+    """
+
+    def state_layout(self, param: Tensor, elements: int) -> dict[str, tuple[torch.dtype, int]]:
+        if param.numel() < MIN_8BIT_SIZE:
+            return super().state_layout(param, elements)
+        codes, absmax = (torch.uint8, elements), (torch.float32, state_blocks(elements))
+        return {"exp_avg": codes, "exp_avg_sq": codes, "exp_avg_absmax": absmax, "exp_avg_sq_absmax": absmax}
+
+
+def _without_step(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name != "step"}
+
+
+def _listed(tensors: dict[str, tuple[torch.dtype, int]]) -> str:
+    return ", ".join(f"{name} {dtype} of {n}" for name, (dtype, n) in tensors.items())
