@@ -2,55 +2,63 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import train as training
 from experiments.config import resolve
-from experiments.data import Data
 from experiments.data_chat import Example
 from experiments.models import load_model
-from experiments.optim import with_room
+from experiments.optim import make_optimizer, with_room
+from experiments.train import Trainer
 from modules import attach
 from tests.experiments.test_run import composed, records
 
 
-def test_eight_bits_in_pages_train_as_32_do(command, tmp_path):
-    losses = []
-    for name, *overrides in ("fp32",), ("8-bit", "optim=adamw8bit", "optim.paged=true", "optim.budget_mb=4"):
-        code, text = command("+method=full", "trainer.samples=0", f"output_dir={tmp_path / name}", *overrides)
+def losses(directory: Path) -> list[float]:
+    return [record["loss"] for record in records(directory) if "loss" in record]
+
+
+def test_eight_bits_train_as_32_do_and_a_resumed_run_may_page(command, tmp_path):
+    every = ["+method=full", "trainer.samples=0"]
+    runs = {"fp32": ["optim=adamw"], "8-bit": ["optim=adamw8bit", "trainer.checkpoint_every=2"]}
+    for name, own in runs.items():
+        code, text = command(*every, *own, f"output_dir={tmp_path / name}")
         assert code == 0, text
-        losses.append([record["loss"] for record in records(tmp_path / name) if "loss" in record])
-        assert not [path for path in (tmp_path / name).iterdir() if "page" in path.name]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3) and losses[1] != losses[0]
+    fp32, eight = (losses(tmp_path / name) for name in runs)
+    assert eight == pytest.approx(fp32, rel=1e-3) and eight != fp32
+
+    out = tmp_path / "8-bit"
+    resume = [f"output_dir={out}", f"resume={out}/checkpoints/step-00000002"]
+    code, text = command(*every, *runs["8-bit"], *resume, "optim.paged=true", "optim.budget_mb=4")
+    assert code == 0, text
+    assert losses(out) == eight
+    assert not [path for path in out.iterdir() if "page" in path.name]
 
 
-def test_a_spike_of_memory_evicts_and_changes_nothing(monkeypatch, tmp_path):
+def test_a_spike_of_memory_evicts_and_changes_nothing(tmp_path):
     """From the third step on a forward pass has no room beside a single page. Dropout is on."""
-    overrides = ["model=tiny", "trainer=debug", "trainer.grad_accum=2", "trainer.eval_every=0", "lr=1e-2"]
-    examples = [Example(ids, [-100] * 4 + ids[4:]) for ids in torch.randint(3, 200, (16, 24)).tolist()]
-    optimizers, evictions = [], []
-    make = training.make_optimizer
-    monkeypatch.setattr(training, "make_optimizer", lambda *args: optimizers.append(make(*args)) or optimizers[-1])
+    examples = [Example(ids, [-100] * 4 + ids[4:]) for ids in torch.randint(3, 200, (4, 24)).tolist()]
+    evictions = []
 
-    def losses(*more: str) -> list[float]:
-        def out_of_memory(*_):
-            pages = optimizers[-1].pages
-            if len(log) >= 2 and pages is not None and pages.resident_bytes:
-                evictions.append(len(log))
-                raise torch.OutOfMemoryError("no room for activations")
-
-        cfg = resolve(composed("+method=lora", *overrides, f"output_dir={tmp_path}", *more))
+    def run(*more: str) -> list[float]:
+        cfg = resolve(composed("+method=lora", "model=tiny", "trainer=debug", f"output_dir={tmp_path}", *more))
         torch.manual_seed(0)
         model, _ = load_model(cfg.model, torch.float32, seed=0)
         attach(model, "lora", 4, dropout=0.3)
-        model.model.layers[1].register_forward_hook(out_of_memory)
-        log: list[dict] = []
-        training.train(model, Data(examples, [], ""), cfg, torch.float32, 0, log.append, training.Trained())
-        return [record["loss"] for record in log]
+        trainer = Trainer(model.train(), cfg, torch.float32, pad_id=0)
+        pages = trainer.optimizer.pages
 
-    assert losses() == losses("optim.paged=true", "optim.budget_mb=4")
+        def out_of_memory(*_):
+            if trainer.trained.steps >= 2 and pages is not None and pages.resident_bytes:
+                evictions.append(trainer.trained.steps)
+                raise torch.OutOfMemoryError("no room for activations")
+
+        model.model.layers[1].register_forward_hook(out_of_memory)
+        return [trainer.step([examples[:2], examples[2:]])["loss"] for _ in range(4)]
+
+    assert run() == run("optim.paged=true", "optim.budget_mb=4")
     assert evictions == [2, 3]
 
 
@@ -59,7 +67,7 @@ def test_without_pages_there_is_nothing_to_evict(tmp_path):
         raise torch.OutOfMemoryError("no room")
 
     cfg = resolve(composed("+method=lora", "model=tiny", f"output_dir={tmp_path}"))
-    optimizer = training.make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(3))])
+    optimizer = make_optimizer(cfg, [torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(torch.OutOfMemoryError, match="no room"):
         with_room(optimizer, torch.device("cpu"), compute)
 
@@ -76,7 +84,7 @@ def test_without_pages_there_is_nothing_to_evict(tmp_path):
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(command, monkeypatch, overrides, message):
-    monkeypatch.setattr("experiments.run.load_model", None)
+    monkeypatch.setattr("experiments.run.prepare_model", None)
     code, text = command("+method=lora", *overrides)
     assert code == 1 and message in text
     assert len(text.strip().splitlines()) == 1
