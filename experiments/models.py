@@ -24,11 +24,13 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -58,6 +60,8 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
         model, tokenizer = _tiny(dtype, seed)
     elif cfg.source in sources:
         model, tokenizer = sources[cfg.source](cfg, dtype)
+    elif cfg.source == "preset":
+        raise UserError(f"model={cfg.name} has shapes for experiments.plan but no weights: use model=hf model.path=DIR")
     else:
         raise UserError(f"model.source={cfg.source}: choose {', '.join(sources)} or tiny")
     if tokenizer.pad_token_id is None:
@@ -111,6 +115,32 @@ def prepare_model(
         except ValueError as error:
             raise UserError(str(error)) from error
     return model.to(device), tokenizer
+
+
+def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
+    """The configured model's config.json: its shapes, without weights. `model.path` may also be that file itself.
+
+    Raises:
+        UserError: nothing there to read, or of no kind that transformers has.
+    """
+    if cfg.source == "tiny":
+        return _tiny(torch.float32, 0)[0].config
+    try:
+        if cfg.source == "preset":
+            return AutoConfig.for_model(**cfg.architecture)
+        path = {
+            "wheel": lambda: _gguf_as_directory(wheel_gguf(cfg.package)),
+            "gguf": lambda: _gguf_as_directory(_required_path(cfg, "FILE")),
+            "hf": lambda: _required_path(cfg, "DIR"),
+        }[cfg.source]()
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"model={cfg.name}: {' '.join(str(error).split())}") from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # how the weights are packed is for `quant` to say
+    return config
 
 
 def _required_path(cfg: ModelConfig, what: str) -> Path:

@@ -1,0 +1,169 @@
+"""The table of trainable parameters in the LoRA paper, counted here and as it was printed.
+
+    python -m experiments.params model=gpt3-175b
+
+Hu et al. 2021 (https://arxiv.org/abs/2106.09685), table 15 and section 5.1, whose formulas the table's headings give:
+L is the number of layers, d the width of the model, r the rank. LoRA is counted on the model itself, with its adapters,
+on the meta device, so without weights; the other methods by their formula. The paper's figures are for GPT-3 175B;
+another model= has its own beside its formulas, and none of the paper's.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from experiments.cli import run_command
+from experiments.config import ModelConfig
+from experiments.errors import UserError
+from experiments.files import PROJECT_ROOT
+from experiments.models import load_architecture, quiet
+from modules import LoRALinear, adapted_linears, attach, detach, trainable_parameters
+from modules.linear import weight_shape
+
+PAPERS_MODEL = "gpt3-175b"
+PROJECTIONS = {"q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "o": ["o_proj", "out_proj"]}  # as models name them
+
+# What the paper printed, in millions, by what it was printed for.
+LORA = {  # (adapted projections, rank)
+    ("v", 2): "4.7",
+    ("qv", 1): "4.7",
+    ("qv", 2): "9.4",
+    ("qkvo", 1): "9.4",
+    ("qv", 4): "18.8",
+    ("qkvo", 2): "18.8",
+    ("qv", 8): "37.7",
+    ("qkvo", 4): "37.7",
+    ("qv", 64): "301.9",
+    ("qkvo", 64): "603.8",
+}
+ADAPTER_H = {1: "7.1", 4: "21.2", 8: "40.1", 16: "77.9", 64: "304.4"}  # r
+PREFIX_EMBED = {(32, 8): "0.4", (64, 8): "0.9", (128, 8): "1.7", (256, 8): "3.2", (512, 8): "6.4"}  # (l_p, l_i)
+PREFIX_LAYER = {(2, 2): "5.1", (8, 0): "10.1", (8, 8): "20.2", (32, 4): "44.1", (64, 0): "76.1"}  # (l_p, l_i)
+
+
+@dataclass
+class ParamsConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+
+
+ConfigStore.instance().store(name="params_schema", node=ParamsConfig)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's setting.
+
+    Attributes:
+        formula: of the number of parameters.
+        parameters: that train.
+        published: the paper's number of them in millions, as printed.
+    """
+
+    method: str
+    formula: str
+    setting: str
+    parameters: int
+    published: str
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the paper's number is ours, rounded to its one decimal."""
+        return f"{self.parameters / 1e6:.1f}" == self.published
+
+
+def count_all(cfg: ModelConfig) -> list[Row]:
+    """Every row of the table for the configured model.
+
+    Raises:
+        UserError: no such model, or one without separate projections to q, k and v.
+    """
+    config = load_architecture(cfg)
+    text = config.get_text_config()
+    d, layers = text.hidden_size, text.num_hidden_layers
+    with torch.device("meta"), quiet():
+        try:
+            model = AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise UserError(f"model={cfg.name} is no causal language model: {str(error).splitlines()[0]}") from error
+    return [*_lora_rows(cfg, model), *_formula_rows(d, layers)]
+
+
+def _lora_rows(cfg: ModelConfig, model: PreTrainedModel) -> Iterator[Row]:
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for (projections, rank), published in LORA.items():
+        targets = [name for projection in projections for name in PROJECTIONS[projection] if name in there]
+        if len(targets) < len(projections):
+            raise UserError(
+                f"model={cfg.name}: the table is of attention with the linears q_proj, k_proj, v_proj and o_proj or "
+                f"out_proj; this model has {', '.join(sorted(targets)) or 'none of them'}"
+            )
+        try:
+            attach(model, "lora", rank, target_modules=targets)
+        except ValueError as error:
+            raise UserError(f"model={cfg.name}: {error}") from error
+        setting = " = ".join(f"r_{projection}" for projection in projections) + f" = {rank}"
+        parameters = sum(p.numel() for p in trainable_parameters(model).values())
+        shapes = {weight_shape(layer.base) for layer in adapted_linears(model).values()}
+        square = shapes == {(model.config.get_text_config().hidden_size,) * 2}
+        detach(model)
+        yield Row("LoRA", "2 d r a matrix" if square else "(in + out) r a matrix", setting, parameters, published)
+
+
+def _formula_rows(d: int, layers: int) -> Iterator[Row]:
+    for r, published in ADAPTER_H.items():
+        yield Row("Adapter-H", "2 L (2 d r + r + d)", f"r = {r}", 2 * layers * (2 * d * r + r + d), published)
+    for (l_p, l_i), published in PREFIX_EMBED.items():
+        yield Row("PrefixEmbed", "d (l_p + l_i)", f"l_p = {l_p}, l_i = {l_i}", d * (l_p + l_i), published)
+    for (l_p, l_i), published in PREFIX_LAYER.items():
+        yield Row("PrefixLayer", "L d (l_p + l_i)", f"l_p = {l_p}, l_i = {l_i}", layers * d * (l_p + l_i), published)
+
+
+def of_one_matrix(out_features: int, in_features: int, rank: int) -> int:
+    """Parameters that LoRA trains on one linear."""
+    layer = LoRALinear(nn.Linear(in_features, out_features, bias=False, device="meta"), rank, lora_alpha=rank)
+    return sum(p.numel() for p in layer.parameters() if p.requires_grad)
+
+
+def table(name: str, rows: list[Row]) -> str:
+    """The rows as the terminal shows them; the paper's numbers beside them if `name` is its model."""
+    beside = name == PAPERS_MODEL
+    lines = [f"{name}: trainable parameters", ""]
+    lines.append(f"{'':<34}{'counted':>14}{'millions':>10}" + (f"{'paper':>8}" if beside else ""))
+    heading = None
+    for row in rows:
+        if heading != (heading := f"{row.method}: {row.formula}"):
+            lines.append(heading)
+        line = f"  {row.setting:<32}{row.parameters:>14,}{row.parameters / 1e6:>10.1f}"
+        lines.append(line + f"{row.published:>8}{'' if row.agrees else '  ≠'}" if beside else line)
+    if beside:
+        different = sum(not row.agrees for row in rows)
+        lines += ["", f"≠: {different} of {len(rows)} are not what the formula in their heading gives"]
+    lines += ["", "LoRA on one matrix: (in + out) r"]
+    for out_features, in_features, rank in ((512, 512, 2), (8000, 2000, 10)):
+        count = of_one_matrix(out_features, in_features, rank)
+        lines.append(f"  {f'{out_features} × {in_features}, r = {rank}':<32}{count:>14,}")
+    return "\n".join(lines)
+
+
+@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="params")
+def main(cfg: DictConfig) -> None:
+    try:
+        config: ParamsConfig = OmegaConf.to_object(cfg)
+        print(table(config.model.name, count_all(config.model)))
+    except UserError as error:  # here, not in cli: Hydra would print a second message around it
+        sys.exit(f"error: {error}")
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
