@@ -57,6 +57,7 @@ class TrainerConfig:
     steps: int = MISSING  # optimizer steps
     batch_size: int = MISSING  # samples a forward pass
     grad_accum: int = 1  # forward passes an optimizer step
+    gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
     schedule: str = "cosine"  # cosine | linear | constant
     weight_decay: float = 0.0

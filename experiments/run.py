@@ -42,10 +42,10 @@ from experiments.runs import read_config, save_weights
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
 
-# Keys that may change when a run is resumed: when it ends, where the optimizer's state lives, which changes no result,
-# and what the restored state is compared with anyway.
+# Keys that may change when a run is resumed: when it ends, what changes the use of memory but no result, and what the
+# restored state is compared with anyway.
 MAY_CHANGE = {"trainer.steps", "trainer.early_stopping_patience", "trainer.dtype"}
-MAY_CHANGE |= {"optim.paged", "optim.budget_mb", "optim.host_mb"}
+MAY_CHANGE |= {"trainer.gradient_checkpointing", "optim.paged", "optim.budget_mb", "optim.host_mb"}
 
 
 def run(cfg: Config) -> dict:

@@ -73,6 +73,9 @@ class Trainer:
     Args:
         dtype: to compute in. Weights that train are fp32; where all of them do, matmuls run under autocast.
         pad_id: token that fills short samples up.
+
+    Raises:
+        UserError: gradient checkpointing of a model that cannot; no room for the optimizer's pages.
     """
 
     def __init__(self, model: PreTrainedModel, cfg: Config, dtype: torch.dtype, pad_id: int):
@@ -82,6 +85,8 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.trained = Trained()
+        if cfg.trainer.gradient_checkpointing:
+            _checkpoint_blocks(model)
 
     def fit(
         self,
@@ -143,6 +148,18 @@ class Trainer:
         self.trained.seconds += time.perf_counter() - start
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)}
         return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
+
+
+def _checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Have each block compute its activations again in backward, with the random numbers of the first time.
+
+    Raises:
+        UserError: the model is not made for it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} cannot do trainer.gradient_checkpointing=true: leave it out")
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
+    model.disable_input_require_grads()  # only the reentrant kind needs gradients of the embeddings' output
 
 
 def heldout_record(evaluation: Evaluation) -> dict[str, float]:
