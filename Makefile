@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 ARGS ?=
 
-.PHONY: help setup run test lint bench cubins notebooks clean
+.PHONY: help setup run test lint bench bench-cpu profile-cpu cubins notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,12 @@ lint: $(READY) ## ruff: style and format
 
 bench: $(READY) ## kernel microbenchmarks beside bitsandbytes: a table and a CSV
 	$(BIN)/python -m kernels.bench $(ARGS)
+
+bench-cpu: $(READY) ## training, memory and generation beside PEFT + bitsandbytes on a CPU: a quarter of an hour
+	$(BIN)/python -m experiments.bench_cpu $(ARGS)
+
+profile-cpu: $(READY) ## where the time of a training step on a CPU goes
+	$(BIN)/python -m experiments.bench_cpu.profile $(ARGS)
 
 cubins: $(READY) ## compile every kernel for every GPU, without one, and hold it to its budgets
 	$(BIN)/python -m kernels.aot $(ARGS)

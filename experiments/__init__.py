@@ -1,7 +1,11 @@
 """Experiments on the modules: configuration, models, data, training, evaluation, results."""
 
 import importlib.metadata
+import os
 import sys
+
+# torch reads it at its first allocation: large CPU tensors in huge pages, 512 times fewer page faults
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def _refuse_a_clash_of_names() -> None:

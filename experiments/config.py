@@ -71,7 +71,7 @@ class TrainerConfig:
     log_every: int = 1
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: what matmuls run in
     device: str = "auto"  # auto | cpu | cuda
-    threads: int | None = None  # CPU threads; by default torch's choice
+    threads: int | None = None  # CPU threads; by default as many as the process has cores
     samples: int = 3  # held-out prompts answered before and after, for samples.md
     sample_tokens: int = 48  # longest answer
 

@@ -33,11 +33,17 @@ def label_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
     The output embeddings run at those positions only: most of a prompt's tokens carry no label, and the product with
     the vocabulary is the largest of a small model.
     """
-    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
-    labelled = targets != IGNORED
+    targets, labelled = label_positions(batch)
     with _head_sees_only(model, labelled):
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return output.logits, targets[labelled]
+    return output.logits, targets
+
+
+def label_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(the n labelled tokens of a batch [n], the positions [B, T] whose hidden states predict them)"""
+    targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
+    labelled = targets != IGNORED
+    return targets[labelled], labelled
 
 
 @contextlib.contextmanager

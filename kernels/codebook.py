@@ -86,6 +86,23 @@ def code_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[tor
 
 
 @cache
+def bin_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, int]:
+    """What the torch twin looks the code of x in [-1, 1] up with: (codes int32, bounds fp32, scale).
+
+    As `code_table` by bin, but with bins as narrow as any codebook needs to have one bound a bin at most: x is in bin
+    k = round(scale · x) + scale; the low byte of codes[k] is its code if x ≤ bounds[k], the next byte otherwise.
+    """
+    limits, in_order = decision_bounds(quant_type)
+    scale = 16
+    while limits.diff().min() <= 1 / scale:
+        scale *= 2
+    lower_edge = (torch.arange(2 * scale + 1) - scale - 0.5) / scale
+    below = torch.bucketize(lower_edge, limits)
+    codes = in_order[below].int() | in_order[(below + 1).clamp(max=15)].int() << 8
+    return codes.to(device), torch.cat([limits, torch.tensor([torch.inf])])[below].to(device), scale
+
+
+@cache
 def level_pairs(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The two levels of every packed byte, fp32 [256, 2] seen as int64 [256], the even element (high nibble) first.
 

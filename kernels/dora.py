@@ -124,6 +124,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed)
     ctx.blocksize, ctx.scaling, ctx.dropout = blocksize, scaling, dropout
     ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.set_materialize_grads(False)  # or zeros are made for the outputs that have no gradient
     ctx.mark_non_differentiable(xa, norm, gain, z)
 
 

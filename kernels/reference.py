@@ -6,29 +6,45 @@ Each twin takes and returns what the op of the same name does (see that op's fil
 import torch
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, decision_bounds, dynamic_codes, dynamic_map, level_pairs
+from kernels.codebook import NESTED_BLOCKSIZE, bin_table, dynamic_codes, dynamic_map, level_pairs
 from kernels.dropout import dropout
 
 # ---------------------------------------------------------------------------------------- 4 bits
 
 
+_CHUNK = 2**18  # values, whole blocks of any size: what is computed between w and its codes stays in a CPU's cache
+
+
 def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
-    x = w.reshape(-1).float()
-    full = x.numel() // blocksize * blocksize
-    blocks, tail = x[:full].view(-1, blocksize), x[full:]
-    absmax = blocks.abs().amax(dim=1)
+    x = w.reshape(-1)
+    n, full = x.numel(), x.numel() // blocksize * blocksize
+    absmax = torch.empty(-(-n // blocksize), dtype=torch.float32, device=w.device)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     # bitsandbytes multiplies full blocks by 1/absmax but divides the partial last one, and there alone stores
     # 1e-38 for an all-zero block. Codes on a decision bound depend on it, so we do the same.
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(1)).view(-1)
-    if tail.numel():
-        tail_absmax = tail.abs().amax().clamp(min=1e-38)
-        absmax = torch.cat([absmax, tail_absmax.view(1)])
-        scaled = torch.cat([scaled, tail / tail_absmax])
-    if scaled.numel() % 2:
-        scaled = torch.nn.functional.pad(scaled, (0, 1))
-    bounds, codes_in_order = decision_bounds(quant_type, w.device)
-    codes = codes_in_order.index_select(0, torch.bucketize(scaled, bounds, out_int32=True))
-    return codes[::2] << 4 | codes[1::2], absmax
+    for start in range(0, full, _CHUNK):
+        end = min(start + _CHUNK, full)
+        blocks = x[start:end].float().view(-1, blocksize)
+        largest = absmax[start // blocksize : end // blocksize]
+        torch.amax(blocks.abs(), dim=1, out=largest)
+        scaled = blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)
+        packed[start // 2 : end // 2] = _packed_codes(scaled.view(-1), quant_type)
+    if full < n:
+        tail = x[full:].float()
+        absmax[-1] = tail.abs().amax().clamp(min=1e-38)
+        scaled = torch.nn.functional.pad(tail / absmax[-1], (0, tail.numel() % 2))
+        packed[full // 2 :] = _packed_codes(scaled, quant_type)
+    return packed, absmax
+
+
+def _packed_codes(scaled: Tensor, quant_type: str) -> Tensor:
+    """Codes of the levels nearest to fp32 values in [-1, 1] or NaN, which gets the last; two in a byte; overwrites."""
+    table, bounds, scale = bin_table(quant_type, scaled.device)
+    scaled.nan_to_num_(nan=1.0)
+    bins = (scaled * scale).add_(scale + 0.5).int()  # rounds to the nearest, all being positive
+    shift = bounds.index_select(0, bins).sub_(scaled).view(torch.int32) >> 31 & 8  # 8 where x > bound: the sign
+    codes = (table.index_select(0, bins) >> shift).to(torch.uint8).view(torch.int16)  # the even one in the low byte
+    return (codes << 4 | codes >> 8).to(torch.uint8)
 
 
 def dequantize_4bit(

@@ -57,7 +57,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tiny):
 
     def gradients(group):
         model.zero_grad()
-        loss = _accumulate(model, group, tokenizer.pad_token_id, torch.float32, scaler)
+        loss = _accumulate(model, group, tokenizer.pad_token_id, torch.float32, scaler, plain_head=True)
         return loss, [p.grad.clone() for p in parameters]
 
     loss, grads = gradients([EXAMPLES])

