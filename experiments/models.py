@@ -11,7 +11,6 @@ kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), fr
 import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
 import logging
 import os
@@ -105,11 +104,10 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
 
 
 def release_file(model: PreTrainedModel) -> None:
-    """Copy the weights that `model` still has in its file. As long as one is in use the whole file stays mapped, the
-    dense weights that were packed included, and counts as this process's memory."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.untyped_storage().nbytes() > tensor.nbytes:
-            tensor.data = tensor.data.clone()
+    """Copy the parameters that `model` still has in its memory-mapped file. As long as one is in use the whole file
+    stays mapped, the dense weights that were packed included, and counts as this process's memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
 
 
 def prepare_model(
