@@ -15,7 +15,8 @@ state_dict() see; what is not rests in
     modules.detach(model)                                  the model as it was
 """
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -101,9 +102,8 @@ def _show(model: nn.Module, state: AdapterState, modules: dict[str, nn.Module]) 
     for name in sorted(state.base):
         old, new = model.get_submodule(name), modules.get(name, state.base[name])
         if new is not old:
-            tensor = next((t for store in (old.parameters(), old.buffers()) for t in store), None)
-            replace_module(model, name, new if tensor is None else new.to(tensor.device))
-            new.train(old.training)
+            tensor = next(itertools.chain(old.parameters(), old.buffers()))
+            replace_module(model, name, new.to(tensor.device).train(old.training))
     if state.untied:
         model.config.tie_word_embeddings, state.untied = True, False
     state.merged = False
@@ -119,6 +119,7 @@ def attach(
     *,
     name: str = DEFAULT,
     calibration: Iterable[dict] | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     **more,
 ) -> list[str]:
     """Freeze `model` and put a new adapter on its target linears, in place.
@@ -128,6 +129,7 @@ def attach(
             alpha_pattern, modules_to_save, bias, rslora, init and freeze_A: see `AdapterConfig`.
         name: of the adapter. It is shown; others on the model stay there.
         calibration: batches for init="eva": keyword arguments of the model, on its device.
+        progress: wraps the iteration over the layers' names in which A and B are initialised.
 
     Returns:
         The full names of the adapted linears.
@@ -148,7 +150,7 @@ def attach(
         set_adapter(model, shown)
         raise
     add_adapter(model, name, config, names, own)
-    for target in names:
+    for target in progress(names):
         layer = model.get_submodule(target)
         initialise(layer, config.init)
         if target in eva:

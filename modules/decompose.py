@@ -21,7 +21,9 @@ ALS_TOLERANCE, ALS_SWEEPS = 1e-5, 100  # stop when a sweep lowers the error by l
 
 
 @torch.no_grad()
-def decompose(w: Tensor, rank: int, method: str = "svd", seed: int = 0) -> tuple[Tensor, Tensor]:
+def decompose(
+    w: Tensor, rank: int, method: str = "svd", seed: int = 0, niter: int = POWER_ITERATIONS
+) -> tuple[Tensor, Tensor]:
     """A [rank, in] and B [out, rank] with BA ≈ `w`.
 
     Args:
@@ -29,6 +31,7 @@ def decompose(w: Tensor, rank: int, method: str = "svd", seed: int = 0) -> tuple
         rank: 1 … min(out, in).
         method: one of METHODS.
         seed: of the random start of randomized and als; the same seed gives the same result.
+        niter: subspace iterations of randomized.
 
     Raises:
         ValueError: not a matrix, values that are not finite, a rank it cannot have or an unknown method.
@@ -49,7 +52,7 @@ def decompose(w: Tensor, rank: int, method: str = "svd", seed: int = 0) -> tuple
     elif method == "randomized":
         with torch.random.fork_rng(devices=[w.device] if w.is_cuda else []):
             torch.manual_seed(seed)
-            u, s, v = torch.svd_lowrank(w, min(rank + OVERSAMPLING, *w.shape), niter=POWER_ITERATIONS)
+            u, s, v = torch.svd_lowrank(w, min(rank + OVERSAMPLING, *w.shape), niter=niter)
     else:
         u, s, vt = torch.linalg.svd(w, full_matrices=False)
         v = vt.t()

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from modules.decompose import OVERSAMPLING, decompose
 from modules.linear import LoRALinear, NF4Linear
 
 
@@ -34,7 +35,8 @@ def initialise(layer: LoRALinear, init: str) -> None:
         layer.start_at(*_orthogonal(layer))
     elif init.startswith("pissa"):
         _, _, niter = init.partition("_niter_")
-        lora_A, lora_B = principal(layer.base_weight().float(), layer.rank, int(niter) if niter else None)
+        how = {"method": "randomized", "niter": int(niter)} if niter else {}
+        lora_A, lora_B = decompose(layer.base_weight(), layer.rank, **how)
         layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5, part_of_weight=True)
     elif init == "olora":
         q, r = torch.linalg.qr(layer.base_weight().float())
@@ -50,21 +52,10 @@ def _orthogonal(layer: LoRALinear) -> tuple[Tensor, Tensor]:
     return lora_A / 10, lora_B / 10
 
 
-def principal(w: Tensor, rank: int, niter: int | None = None) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank] with BA the best approximation of `w` [out, in], each with half of its weight."""
-    if niter is None:
-        u, s, vt = torch.linalg.svd(w, full_matrices=False)
-    else:
-        u, s, v = torch.svd_lowrank(w, rank, niter=niter)
-        vt = v.t()
-    root = s[:rank].sqrt()
-    return root[:, None] * vt[:rank], u[:, :rank] * root
-
-
 @torch.no_grad()
 def loftq(layer: LoRALinear, dense: Tensor) -> None:
     """Make up, as far as rank r can, for what packing `dense` [out, in] into the layer's NF4 base lost."""
-    lora_A, lora_B = principal(dense.float() - layer.base_weight().float(), layer.rank)
+    lora_A, lora_B = decompose(dense.float() - layer.base_weight().float(), layer.rank)
     layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5)
 
 
@@ -77,16 +68,22 @@ def principal_inputs(model: nn.Module, ranks: dict[str, int], batches: Iterable[
         batches: keyword arguments of the model; tokens whose `attention_mask` is 0 do not count.
 
     Raises:
-        ValueError: no batch, or fewer tokens than components in the first.
+        ValueError: fewer tokens than components.
     """
-    inputs: dict[str, _Components] = {name: _Components(rank) for name, rank in ranks.items()}
+    inputs = {name: _Components(rank) for name, rank in ranks.items()}
     mask: Tensor | None = None
+    last: tuple[Tensor, str] | None = None
 
     def see(name: str):
         def hook(_, args):
+            nonlocal last
             x = args[0]
-            x = x[mask] if mask is not None and x.shape[:2] == mask.shape else x.flatten(0, -2)
-            inputs[name].add(x.float())
+            if last is not None and x is last[0] and ranks[name] == ranks[last[1]]:  # as k_proj's is q_proj's
+                inputs[name] = inputs[last[1]]
+                return
+            last = x, name
+            x = x.flatten(0, -2).float()
+            inputs[name].add(x[mask.flatten()] if mask is not None and len(x) == mask.numel() else x)
 
         return hook
 
@@ -105,12 +102,12 @@ def principal_inputs(model: nn.Module, ranks: dict[str, int], batches: Iterable[
 
 
 class _Components:
-    """Incremental principal component analysis, Ross et al. 2008: of the rows seen, `rank` directions are kept."""
+    """Incremental principal component analysis, Ross et al. 2008: of the rows seen, a few directions are kept."""
 
     def __init__(self, rank: int):
         self.rank, self.rows = rank, 0
         self.mean: Tensor | None = None
-        self.scaled: Tensor | None = None  # [rank, in]: directions times singular values
+        self.scaled: Tensor | None = None  # [rank + OVERSAMPLING, in]: directions times singular values
 
     def add(self, x: Tensor) -> None:
         """Count in x [rows, in]."""
@@ -120,16 +117,14 @@ class _Components:
             shift = (self.mean - mean) * (self.rows * rows / (self.rows + rows)) ** 0.5
             x = torch.cat([self.scaled, x, shift[None]])
             mean = (self.rows * self.mean + rows * mean) / (self.rows + rows)
-        _, s, vt = torch.linalg.svd(x, full_matrices=False)
-        self.scaled = s[: self.rank, None] * vt[: self.rank]
+        root, _ = decompose(x, min(self.rank + OVERSAMPLING, *x.shape), "randomized")
+        self.scaled = root * root.norm(dim=1, keepdim=True)
         self.mean, self.rows = mean, self.rows + rows
 
     def result(self, name: str) -> Tensor:
         if self.scaled is None or self.scaled.shape[0] < self.rank:
-            raise ValueError(
-                f"init=eva needs calibration batches of {self.rank} tokens or more each: {name} saw {self.rows}"
-            )
-        return nn.functional.normalize(self.scaled, dim=1)
+            raise ValueError(f"init=eva needs {self.rank} calibration tokens or more; {name} saw {self.rows}")
+        return nn.functional.normalize(self.scaled[: self.rank], dim=1)
 
 
 def check_init(init: str, bases: Iterable[nn.Module], calibration: Iterable[dict] | None) -> None:
