@@ -12,6 +12,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments.errors import UserError
 from kernels.codebook import BLOCKSIZES
+from modules import AdapterConfig
 from modules.paging import PAGE_BYTES
 
 
@@ -61,6 +62,7 @@ class TrainerConfig:
     warmup: float = 0.1  # share of the steps in which lr rises from 0
     schedule: str = "cosine"  # cosine | linear | constant
     weight_decay: float = 0.0
+    loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A (LoRA+)
     max_grad_norm: float = 1.0  # 0: no clipping
     eval_every: int = 0  # steps between evaluations; 0: before and after only
     eval_batch_size: int = 16
@@ -106,6 +108,14 @@ class Config:
     lora_alpha: float | None = None  # 2 · rank
     dropout: float = 0.0  # on the adapter's input
     target_modules: Any = "all-linear"  # all-linear | list of suffixes | regex
+    exclude_modules: Any = None  # list of suffixes | regex
+    rank_pattern: Any = None  # {end of a layer's name, or a regex for it: its rank}
+    alpha_pattern: Any = None  # the same for lora_alpha
+    modules_to_save: list[str] = field(default_factory=list)  # suffixes of modules that train whole
+    bias: str = "none"  # none | lora_only | all: which biases train
+    rslora: bool = False  # scale by lora_alpha / √rank
+    init: str = "default"  # default | gaussian | orthogonal | pissa | pissa_niter_N | olora | loftq | eva
+    freeze_A: bool = False  # only B trains (LoRA-FA)
     lr: float = MISSING
     seed: int = 0
     output_dir: str = MISSING
@@ -143,6 +153,35 @@ def flat(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in walk(asdict(cfg), "") if not key.startswith(BOOKKEEPING)}
 
 
+# Of Config and of AdapterConfig alike, beside rank, lora_alpha, dropout and target_modules, which always have a value.
+ADAPTER_KEYS = (
+    *("exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "rslora", "init", "freeze_A"),
+)
+
+
+def adapter_config(cfg: Config) -> AdapterConfig:
+    """What `cfg` says about the adapter.
+
+    Raises:
+        UserError: a value that no adapter can have.
+    """
+    more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
+    try:
+        return AdapterConfig(cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_adapter(cfg: Config) -> None:
+    if cfg.method.adapter == "none":
+        if given := [key for key in ADAPTER_KEYS if getattr(cfg, key) != getattr(Config(), key)]:
+            raise UserError(f"{given[0]} is about adapters, and method={cfg.method.name} has none")
+        return
+    adapter_config(cfg)
+    if cfg.init == "loftq" and cfg.quant.name == "none":
+        raise UserError("init=loftq makes up for what quantizing loses: choose +method=qlora or +method=qdora")
+
+
 def resolve(cfg: DictConfig) -> Config:
     """The configuration with every interpolation and default filled in.
 
@@ -163,8 +202,7 @@ def resolve(cfg: DictConfig) -> Config:
         raise UserError(f"quant.blocksize={config.quant.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")
-    if not 0 <= config.dropout < 1:
-        raise UserError(f"dropout={config.dropout}: choose a number from 0 to below 1")
+    _check_adapter(config)
     if config.lr <= 0:
         raise UserError(f"lr={config.lr}: choose a number above 0")
     trainer = config.trainer
@@ -177,6 +215,8 @@ def resolve(cfg: DictConfig) -> Config:
     for name in ("early_stopping_patience", "keep_best"):
         if getattr(trainer, name) and not trainer.eval_every:
             raise UserError(f"trainer.{name} compares evaluations: set trainer.eval_every too")
+    if trainer.loraplus_lr_ratio <= 0:
+        raise UserError(f"trainer.loraplus_lr_ratio={trainer.loraplus_lr_ratio}: choose a number above 0")
     if trainer.schedule not in ("cosine", "linear", "constant"):
         raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
     _check_optim(config.optim)

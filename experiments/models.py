@@ -11,6 +11,7 @@ kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), fr
 import contextlib
 import hashlib
 import importlib.util
+import itertools
 import json
 import logging
 import os
@@ -36,13 +37,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments.config import Config, ModelConfig
+from experiments.config import ADAPTER_KEYS, Config, ModelConfig
+from experiments.data import batches, collate, load_data
 from experiments.errors import UserError
 from experiments.files import cache_dir
 from experiments.progress import bar
 from modules import NF4Linear, attach, decoder_linears, quantize
 from modules.bnb_files import load_bnb4, quantization_of
 
+CALIBRATION_BATCHES = 8  # that init=eva looks at
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -116,13 +119,38 @@ def prepare_model(
     """The configured model as training starts from it, with its adapters, on `device`, and its tokenizer."""
     trains_base = cfg.method.adapter == "none"
     # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
-    model, tokenizer = load_base(cfg, torch.float32 if trains_base else dtype)
+    model, tokenizer = load_model(cfg.model, torch.float32 if trains_base else dtype, cfg.seed)
+    if cfg.init == "loftq":  # it begins with what packing loses
+        _attach(cfg, model, tokenizer)
+        _quantize(cfg, model)
+        return model.to(device), tokenizer
+    _quantize(cfg, model)
+    model.to(device)
     if not trains_base:
-        try:
-            attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return model.to(device), tokenizer
+        _attach(cfg, model, tokenizer)
+    return model, tokenizer
+
+
+def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
+    if cfg.init == "eva":
+        more["calibration"] = _calibration(cfg, model, tokenizer)
+    if cfg.init.startswith(("pissa", "olora")):
+        more["progress"] = bar("initialising")
+    try:
+        attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """The first training batches, as the model takes them."""
+    stream = batches(load_data(cfg.data, tokenizer).train, cfg.trainer.batch_size, cfg.seed)
+    collated = [collate(batch, tokenizer.pad_token_id) for batch in itertools.islice(stream, CALIBRATION_BATCHES)]
+    return [
+        {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+        for batch in collated
+    ]
 
 
 def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:

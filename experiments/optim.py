@@ -1,6 +1,6 @@
 """The optimizer that a configuration names, and what happens when memory runs out beside it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -13,8 +13,8 @@ OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit}
 T = TypeVar("T")
 
 
-def make_optimizer(cfg: Config, parameters: Iterable[torch.nn.Parameter]) -> AdamW:
-    """`cfg.optim` over `parameters`. Pages that fit neither budget go to a file in `cfg.output_dir`, which has no name
+def make_optimizer(cfg: Config, groups: list[dict]) -> AdamW:
+    """`cfg.optim` over the parameter `groups`. Pages that fit neither budget go to a file in `cfg.output_dir`, which has no name
     there and vanishes with the process.
 
     Raises:
@@ -25,7 +25,7 @@ def make_optimizer(cfg: Config, parameters: Iterable[torch.nn.Parameter]) -> Ada
         host_bytes = None if cfg.optim.host_mb is None else cfg.optim.host_mb * 2**20
         paging = Paging(cfg.optim.budget_mb * 2**20, cfg.output_dir, host_bytes)
     try:
-        return OPTIMIZERS[cfg.optim.name](parameters, cfg.lr, weight_decay=cfg.trainer.weight_decay, paging=paging)
+        return OPTIMIZERS[cfg.optim.name](groups, cfg.lr, weight_decay=cfg.trainer.weight_decay, paging=paging)
     except OSError as error:
         raise UserError(
             f"no room for the optimizer's pages in {cfg.output_dir} ({error.strerror}): set output_dir to a folder "

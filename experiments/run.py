@@ -73,9 +73,9 @@ def _checkpoint(cfg: Config) -> Path:
     """The checkpoint to go on from. UserError: there is none, nothing is left to do, or it is of another `cfg`."""
     checkpoint = checkpoints.find(cfg.resume, Path(cfg.output_dir))
     was, now = flat(read_config(checkpoint)), flat(cfg)
-    different = {key for key in now if was[key] != now[key]}
+    different = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     if wrong := sorted(different - MAY_CHANGE):
-        values = ", ".join(f"{key} ({was[key]} there, {now[key]} here)" for key in wrong)
+        values = ", ".join(f"{key} ({was.get(key)} there, {now.get(key)} here)" for key in wrong)
         raise UserError(f"{checkpoint} is of another configuration: {values}")
     trained, result = checkpoints.read_state(checkpoint)["trained"], checkpoint.parent.parent / results.RESULT
     if trained.steps > cfg.trainer.steps or (trained.finished(cfg.trainer) and result.exists()):

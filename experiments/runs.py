@@ -4,6 +4,7 @@ A run's directory holds config.yaml and adapter/ in PEFT's format or, where ever
 directory. A checkpoint's holds config.yaml, weights.safetensors with the parameters that train, and adapter/ too.
 """
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -91,13 +92,13 @@ def load_run(
 
 
 def save_trained(model: nn.Module, directory: Path) -> None:
-    """Write the parameters that train to weights.safetensors, by name."""
+    """Write the parameters that train, and what else of an adapter they depend on, to weights.safetensors, by name."""
     save_file({name: p.detach().contiguous() for name, p in _trained(model).items()}, directory / WEIGHTS)
 
 
 @torch.no_grad()
 def load_trained(model: nn.Module, directory: Path) -> None:
-    """Give the parameters of `model` that train the values in weights.safetensors.
+    """Give `model` the values in weights.safetensors.
 
     Raises:
         UserError: the file is missing or damaged, or has other names or shapes.
@@ -125,5 +126,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    frozen = (".lora_A", ".init_A", ".init_B")  # a frozen A, and where PiSSA and OLoRA began
+    return {name: tensor for name, tensor in tensors if tensor.requires_grad or name.endswith(frozen)}

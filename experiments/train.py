@@ -19,6 +19,7 @@ from experiments.evaluation import Evaluation, to_device
 from experiments.loss import has_plain_head, label_loss
 from experiments.optim import make_optimizer, with_room
 from experiments.progress import Progress
+from modules import parameter_groups
 
 
 @dataclass
@@ -81,7 +82,8 @@ class Trainer:
     def __init__(self, model: PreTrainedModel, cfg: Config, dtype: torch.dtype, pad_id: int):
         self.model, self.cfg, self.dtype, self.pad_id = model, cfg, dtype, pad_id
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(cfg, self.parameters)
+        groups = parameter_groups(model, cfg.lr, cfg.trainer.loraplus_lr_ratio)
+        self.optimizer = make_optimizer(cfg, groups)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
         self.plain_head = has_plain_head(model)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)

@@ -1,6 +1,6 @@
 """Linears with adapters over dense or NF4 weights, and how to put them into a model and on disk."""
 
-from modules.adapter import adapters, attach, detach, set_adapter, trainable_parameters
+from modules.adapter import adapters, attach, detach, parameter_groups, set_adapter, trainable_parameters
 from modules.checkpoint import load_adapter, save_adapter
 from modules.config import AdapterConfig
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
@@ -27,6 +27,7 @@ __all__ = [
     "unmerge",
     "detach",
     "trainable_parameters",
+    "parameter_groups",
     "save_adapter",
     "load_adapter",
     "AdamW",

@@ -264,3 +264,17 @@ def detach(model: nn.Module, name: str | None = None) -> None:
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """What trains, by full name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def parameter_groups(model: nn.Module, lr: float, loraplus_lr_ratio: float = 1.0) -> list[dict]:
+    """What trains, as the groups of a torch optimizer: B, magnitudes and biases learn at `lr` · `loraplus_lr_ratio`.
+
+    LoRA+, Hayou et al. 2024; what counts to B is PEFT's choice: every parameter of one dimension does.
+    """
+    if loraplus_lr_ratio == 1.0:
+        return [{"params": list(trainable_parameters(model).values()), "lr": lr}]
+    slow, fast = [], []
+    for name, parameter in trainable_parameters(model).items():
+        (fast if name.endswith(".lora_B") or parameter.dim() == 1 else slow).append(parameter)
+    groups = {"params": slow, "lr": lr}, {"params": fast, "lr": lr * loraplus_lr_ratio}
+    return [group for group in groups if group["params"]]

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 ALL_LINEAR = "all-linear"
 ADAPTER_NAMES = ("lora", "dora")
@@ -40,35 +40,61 @@ class AdapterConfig:
     target_modules: str | list[str] = ALL_LINEAR
     dropout: float = 0.0
     exclude_modules: str | list[str] | None = None
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    modules_to_save: list[str] = field(default_factory=list)
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
     bias: str = "none"
     rslora: bool = False
     init: str = "default"
     freeze_A: bool = False
 
     def __post_init__(self):
-        if self.lora_alpha is None:
-            object.__setattr__(self, "lora_alpha", 2 * self.rank)
+        for name, default in (
+            ("lora_alpha", 2 * self.rank),
+            ("exclude_modules", []),
+            ("rank_pattern", {}),
+            ("alpha_pattern", {}),
+            ("modules_to_save", []),
+        ):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+        self._check_choices()
+        self._check_modules()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
         if self.adapter not in ADAPTER_NAMES:
             raise ValueError(f"adapter {self.adapter!r} is not one of {', '.join(ADAPTER_NAMES)}")
         if self.init not in INITS and not _PISSA_NITER.fullmatch(self.init):
             raise ValueError(f"init={self.init!r} is not one of {', '.join(INITS)} or pissa_niter_N")
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias={self.bias!r} is not one of none, lora_only, all")
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "modules_to_save":
+                compile_patterns(name, [] if value == ALL_LINEAR else [value])
+            elif not isinstance(value, list | tuple | set) or not all(isinstance(suffix, str) for suffix in value):
+                regex = "" if name == "modules_to_save" else " and no regular expression"
+                raise ValueError(f"{name}={value!r} is no list of suffixes{regex}")
+        for name in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, name)
+            if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+                raise ValueError(f"{name}={value!r} is no mapping of names: give it as {{q_proj: 8}}")
+            compile_patterns(name, value)
+
+    def _check_numbers(self) -> None:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: choose a number from 0 to below 1")
-        for where, rank in (("rank", self.rank), *((f"rank_pattern, {k}", r) for k, r in self.rank_pattern.items())):
+        for where, rank in _entries("rank", self.rank, self.rank_pattern):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{where}: {rank} is no rank: choose a whole number, 1 or more")
+                raise ValueError(f"{where}={rank} is no rank: choose a whole number, 1 or more")
             if self.init == "orthogonal" and rank % 2:
-                raise ValueError(f"{where}: init=orthogonal splits the rank in two halves: {rank} is odd")
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            compile_patterns(name, [value] if isinstance(value, str) and value != ALL_LINEAR else [])
-        for name in ("rank_pattern", "alpha_pattern"):
-            compile_patterns(name, getattr(self, name))
+                raise ValueError(f"{where}={rank} is odd, and init=orthogonal splits the rank in two halves")
+        for where, alpha in _entries("lora_alpha", self.lora_alpha, self.alpha_pattern):
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
+                raise ValueError(f"{where}={alpha}: choose a number above 0")
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer `name`."""
@@ -77,6 +103,11 @@ class AdapterConfig:
     def lora_alpha_of(self, name: str) -> float:
         """lora_alpha of the layer `name`."""
         return self.alpha_pattern.get(matching_key(self.alpha_pattern, name), self.lora_alpha)
+
+
+def _entries(name: str, value, pattern: dict) -> list[tuple[str, object]]:
+    """A setting and the values its pattern has for single layers, each with words for where it stands."""
+    return [(name, value), *((f"{name} of {key}", number) for key, number in pattern.items())]
 
 
 def compile_patterns(what: str, patterns: Iterable[str]) -> None:

@@ -8,7 +8,8 @@
                   iterations from a random start, which is faster and nearly as exact
     olora         B, A = the first columns of Q and rows of R, QR = W. Büyükakyüz 2024
     loftq         s·BA = the r principal components of what `quantize` loses of W. Li et al. 2023 with one iteration,
-                  so that the base is the plain NF4 of W. Attach first, then quantize
+                  so that the base is the plain NF4 of W (`modules/quantized_init.py` has more, which change it).
+                  Attach first, then quantize
     eva           A = the r principal components of the layer's input on calibration batches, B = 0.
                   Paischer et al. 2024, every layer at its own rank (ρ = 1)
 
@@ -130,7 +131,7 @@ class _Components:
 def check_init(init: str, bases: Iterable[nn.Module], calibration: Iterable[dict] | None) -> None:
     """Raise ValueError where `init` asks for what is not there."""
     if init == "loftq" and any(isinstance(base, NF4Linear) for base in bases):
-        raise ValueError("init=loftq makes up for what quantizing loses: attach the adapter before quantize(model)")
+        raise ValueError("init=loftq needs the weights that packing loses: attach the adapter before quantize(model)")
     if init == "eva" and calibration is None:
         raise ValueError("init=eva needs calibration batches: attach(…, calibration=[{'input_ids': …}, …])")
     if init != "eva" and calibration is not None:

@@ -181,7 +181,7 @@ def test_frozen_a(adapter):
     "settings, message",
     [
         ({"init": "lora_ga"}, r"init='lora_ga' is not one of default, gaussian, .* or pissa_niter_N"),
-        ({"init": "orthogonal", "rank": 3}, "rank: init=orthogonal splits the rank in two halves: 3 is odd"),
+        ({"init": "orthogonal", "rank": 3}, "rank=3 is odd, and init=orthogonal splits the rank in two halves"),
         ({"init": "eva"}, "init=eva needs calibration batches"),
         ({"init": "eva", "calibration": []}, "init=eva needs 4 calibration tokens or more; .* saw 0"),
         ({"init": "eva", "calibration": [{"input_ids": IDS[:1, :2]}]}, "init=eva needs 4 calibration tokens or more"),

@@ -1,0 +1,117 @@
+"""The adapter's settings on the command line: what a run trains and writes, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from experiments.config import resolve
+from experiments.data import load_data
+from experiments.evaluation import evaluate
+from experiments.models import load_model, prepare_model
+from modules import adapted_linears, decoder_linears, quantize
+from tests.experiments.conftest import composed
+from tests.experiments.test_resume import records, result, tensors
+
+MANY = [
+    *("init=pissa", "rslora=true", "rank_pattern={q_proj:2,mlp.up_proj:6}", "alpha_pattern={v_proj:12}"),
+    *("exclude_modules=[k_proj]", "modules_to_save=[lm_head]"),
+]
+
+
+def peft_loss(out, chats, *overrides) -> float:
+    """The held-out loss that PEFT measures over the adapter of the run in `out`, on a dense base."""
+    cfg = resolve(composed(*overrides, "model=tiny", "data=jsonl", f"data.path={chats}", "trainer=debug"))
+    model, tokenizer = load_model(cfg.model, torch.float32, cfg.seed)
+    if cfg.quant.name == "nf4":
+        quantize(model, cfg.quant.blocksize, cfg.quant.double)
+        for name, linear in decoder_linears(model).items():
+            model.set_submodule(name, linear.dequantize())
+    theirs = PeftModel.from_pretrained(model, out / "adapter")
+    heldout = load_data(cfg.data, tokenizer).heldout
+    return evaluate(theirs.get_base_model(), heldout, 8, tokenizer.pad_token_id).loss
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("+method=lora", *MANY),
+        ("+method=qdora", *MANY),
+        ("+method=qlora", "init=loftq"),
+        ("+method=dora", "init=eva", "freeze_A=true"),
+        ("+method=lora", "init=olora", "trainer.loraplus_lr_ratio=8"),
+    ],
+    ids=lambda overrides: " ".join(overrides[:3]),
+)
+def test_peft_measures_the_same_loss(command, tmp_path, chats, overrides):
+    code, text = command(*overrides, "lr=1e-2", "trainer.samples=0")
+    assert code == 0, text
+    measured = result(tmp_path / "out")
+    assert measured["loss_after"] < measured["loss_before"]
+    assert peft_loss(tmp_path / "out", chats, *overrides) == pytest.approx(measured["loss_after"], rel=1e-4)
+
+
+def test_every_setting_reaches_the_model():
+    settings = [*MANY, "freeze_A=true", "rank=4", "dropout=0.1", "model=tiny", "output_dir=unused"]
+    model, _ = prepare_model(resolve(composed("+method=dora", *settings)), torch.device("cpu"), torch.float32)
+    layers = adapted_linears(model)
+    assert {name.rpartition(".")[2] for name in layers} == {
+        *("q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    first = {name.removeprefix("model.layers.0."): layer for name, layer in layers.items() if ".0." in name}
+    assert first["self_attn.q_proj"].rank == 2 and first["mlp.up_proj"].rank == 6 and first["mlp.gate_proj"].rank == 4
+    assert first["self_attn.v_proj"].scaling == 12 / 2 and first["self_attn.o_proj"].scaling == 8 / 2
+    assert all(layer.init_A is not None and not layer.lora_A.requires_grad for layer in layers.values())
+    assert model.lm_head.weight.requires_grad and not model.model.embed_tokens.weight.requires_grad
+
+
+def test_b_learns_faster_than_a_with_lora_plus(command, tmp_path):
+    logged = {}
+    for ratio in (1, 16):
+        out = tmp_path / str(ratio)
+        arguments = [f"trainer.loraplus_lr_ratio={ratio}", "trainer.steps=1", "trainer.samples=0", f"output_dir={out}"]
+        assert command("+method=lora", *arguments, "lr=1e-3", "trainer.warmup=0")[0] == 0
+        logged[ratio] = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert logged[1][1]["lr"] == logged[16][1]["lr"] == 1e-3
+    for ratio in (1, 16):
+        moved = load_file(tmp_path / str(ratio) / "adapter" / "adapter_model.safetensors")
+        b = torch.cat([tensor.flatten() for name, tensor in moved.items() if "lora_B" in name])
+        # it starts at 0, so one step of Adam moves all of it by its learning rate
+        assert b.abs().median().item() == pytest.approx(ratio * 1e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("overrides", [("+method=qlora", *MANY), ("+method=lora", "init=eva", "freeze_A=true")])
+def test_a_run_goes_on_from_its_checkpoint(command, tmp_path, overrides):
+    settings = [*overrides, "trainer.checkpoint_every=2", "trainer.samples=0", "dropout=0.1", "lr=1e-2"]
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert command(*settings)[0] == 0
+    shutil.copytree(out, whole)
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    (out / "result.json").unlink()
+    code, text = command(*settings, f"resume={out}")
+    assert code == 0, text
+    assert records(out) == records(whole) and result(out) == result(whole) and tensors(out) == tensors(whole)
+
+
+BAD = {  # and in tests/modules/test_config.py
+    "init": (["init=svd"], "init='svd' is not one of default, gaussian"),
+    "loftq without packing": (["init=loftq"], "init=loftq makes up for what quantizing loses: choose +method=qlora"),
+    "rank pattern": (["rank_pattern={q_proj:x}"], "rank of q_proj=x is no rank: choose a whole number"),
+    "idle pattern": (["rank_pattern={qproj:2}"], "rank_pattern: qproj names no adapted linear"),
+    "modules to save": (["modules_to_save=[head]"], "modules_to_save: the model has no module head"),
+    "LoRA+": (["trainer.loraplus_lr_ratio=0"], "trainer.loraplus_lr_ratio=0.0: choose a number above 0"),
+    "no adapter": (["+method=full", "init=pissa"], "init is about adapters, and method=full has none"),
+}
+
+
+@pytest.mark.parametrize("overrides, message", BAD.values(), ids=BAD)
+def test_bad_settings_are_one_line(command, tmp_path, overrides, message):
+    method = [] if "+method=full" in overrides else ["+method=lora"]
+    code, text = command(*method, *overrides)
+    assert code == 1
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0] and "Traceback" not in text, text
+    assert not (tmp_path / "out").exists()
