@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 def make_optimizer(cfg: Config, groups: list[dict]) -> AdamW:
-    """`cfg.optim` over the parameter `groups`. Pages that fit neither budget go to a file in `cfg.output_dir`, which has no name
-    there and vanishes with the process.
+    """`cfg.optim` over the parameters of `groups`. Pages that fit neither budget go to a file in `cfg.output_dir`,
+    which has no name there and vanishes with the process.
 
     Raises:
         UserError: no room for that file.
