@@ -58,6 +58,7 @@ class TrainerConfig:
     steps: int = MISSING  # optimizer steps
     batch_size: int = MISSING  # samples a forward pass
     grad_accum: int = 1  # forward passes an optimizer step
+    compile: bool = False  # torch.compile the training step: minutes, once for a model and a shape of batches
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
     schedule: str = "cosine"  # cosine | linear | constant

@@ -7,12 +7,17 @@ A chunk of tokens goes through forward and backward at once, and nothing of its 
 compute dtype, softmax and sums in fp32.
 """
 
+import os
+import shutil
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from experiments.errors import UserError
 from experiments.evaluation import label_logits, label_positions
+from experiments.files import cache_dir
 
 CHUNK_BYTES = 2**25  # of fp32 logits
 
@@ -75,25 +80,42 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     return torch.equal(logits, F.linear(kept[0], head.weight, head.bias))
 
 
-def label_loss(model: PreTrainedModel, batch: dict[str, Tensor], plain_head: bool) -> Tensor:
+class LabelLoss:
     """Σ cross-entropy over the labelled tokens of a batch (input_ids, attention_mask, labels: each [B, T]).
 
     Args:
-        plain_head: what `has_plain_head` said. Without one the logits are materialised.
+        compiled: run the model through torch.compile, whose code is kept in the cache.
+
+    Raises:
+        UserError: there is no C++ compiler for a CPU's code.
     """
-    if not plain_head:
-        logits, targets = label_logits(model, batch)
-        return F.cross_entropy(logits.float(), targets, reduction="sum")
-    targets, labelled = label_positions(batch)
-    head, kept = model.get_output_embeddings(), []
 
-    def keep(_, args: tuple) -> tuple:
-        kept.append(args[0][labelled])
-        return kept[0][:1], *args[1:]  # what the head makes of it is not used
+    def __init__(self, model: PreTrainedModel, compiled: bool = False):
+        self.model, self.forward = model, model
+        self.plain_head = has_plain_head(model)  # without one the logits are materialised
+        if compiled:
+            compiler = os.environ.get("CXX", "g++")
+            if model.device.type == "cpu" and not shutil.which(compiler):
+                raise UserError(
+                    f"trainer.compile=true needs a C++ compiler, and {compiler} is not there: set CXX to one"
+                )
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+            self.forward = torch.compile(model)
 
-    hook = head.register_forward_pre_hook(keep)
-    try:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    finally:
-        hook.remove()
-    return linear_cross_entropy(kept[0], head.weight, head.bias, targets)
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        if not self.plain_head:
+            logits, targets = label_logits(self.forward, batch)
+            return F.cross_entropy(logits.float(), targets, reduction="sum")
+        targets, labelled = label_positions(batch)
+        head, kept = self.model.get_output_embeddings(), []
+
+        def keep(_, args: tuple) -> tuple:
+            kept.append(args[0][labelled])
+            return kept[0][:1], *args[1:]  # what the head makes of it is not used
+
+        hook = head.register_forward_pre_hook(keep)
+        try:
+            self.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        finally:
+            hook.remove()
+        return linear_cross_entropy(kept[0], head.weight, head.bias, targets)

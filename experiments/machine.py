@@ -62,7 +62,7 @@ def usable_cores() -> int:
 
 def _keep_freed_memory() -> None:
     """Have glibc reuse freed memory instead of returning it to the system. A training step allocates the same
-    activations again and again; getting each of their pages anew took 10-20% of a QDoRA step on a CPU."""
+    activations again and again, and would get each of their pages anew."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap

@@ -16,7 +16,7 @@ from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation, to_device
-from experiments.loss import has_plain_head, label_loss
+from experiments.loss import LabelLoss
 from experiments.optim import make_optimizer, with_room
 from experiments.progress import Progress
 from modules import parameter_groups
@@ -85,7 +85,7 @@ class Trainer:
         groups = parameter_groups(model, cfg.lr, cfg.trainer.loraplus_lr_ratio)
         self.optimizer = make_optimizer(cfg, groups)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
-        self.plain_head = has_plain_head(model)
+        self.label_loss = LabelLoss(model, cfg.trainer.compile)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.trained = Trained()
         if cfg.trainer.gradient_checkpointing:
@@ -132,9 +132,7 @@ class Trainer:
         """One optimizer step on the mean loss of a group of batches; returns its record."""
         start = time.perf_counter()
         step = self.trained.steps + 1
-        compute = functools.partial(
-            _accumulate, self.model, group, self.pad_id, self.dtype, self.scaler, self.plain_head
-        )
+        compute = functools.partial(_accumulate, self.label_loss, group, self.pad_id, self.dtype, self.scaler)
         loss = with_room(self.optimizer, self.model.device, compute)
         if not math.isfinite(loss):
             raise UserError(
@@ -150,7 +148,9 @@ class Trainer:
         self.schedule.step()
         self.trained.steps = step
         self.trained.tokens += sum(len(example.input_ids) for batch in group for example in batch)
-        self.trained.seconds += time.perf_counter() - start
+        self.trained.seconds += (seconds := time.perf_counter() - start)
+        if self.cfg.trainer.compile and step == 1:
+            print(f"compiled with the first step: {seconds:.0f} s; the code is kept for the next run")
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)}
         return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
 
@@ -172,22 +172,18 @@ def heldout_record(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _accumulate(
-    model: PreTrainedModel,
-    group: list[list[Example]],
-    pad_id: int,
-    dtype: torch.dtype,
-    scaler: torch.amp.GradScaler,
-    plain_head: bool,
+    label_loss: LabelLoss, group: list[list[Example]], pad_id: int, dtype: torch.dtype, scaler: torch.amp.GradScaler
 ) -> float:
     """Add to the gradients those of the mean loss over all labelled tokens of the batches; return that loss."""
     labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
+    model = label_loss.model
     # Base weights are in `dtype` already if they are frozen; if they train they are fp32, and autocast converts.
     casts = dtype != torch.float32 and next(model.parameters()).dtype == torch.float32
     autocast = torch.autocast(model.device.type, dtype) if casts else contextlib.nullcontext()
     total = 0.0
     for batch in group:
         with autocast:
-            loss = label_loss(model, to_device(collate(batch, pad_id), model.device), plain_head) / labelled
+            loss = label_loss(to_device(collate(batch, pad_id), model.device)) / labelled
         total += loss.item()
         if math.isfinite(total):
             scaler.scale(loss).backward()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments import machine
 from experiments.config import TrainerConfig
-from experiments.loss import has_plain_head, label_loss
+from experiments.loss import LabelLoss
 from experiments.models import quiet, release_file
 from modules import attach, decoder_linears, quantize
 
@@ -117,11 +117,11 @@ def _ours(job: Job, dtype: torch.dtype) -> tuple[PreTrainedModel, Callable[[Tens
         quantize(model)
         release_file(model)
     attach(model, job.adapter, job.rank, 2 * job.rank)
-    plain_head = has_plain_head(model)
+    label_loss = LabelLoss(model)
 
     def loss(input_ids: Tensor) -> Tensor:
         batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
-        return label_loss(model, batch, plain_head) / input_ids[:, 1:].numel()
+        return label_loss(batch) / input_ids[:, 1:].numel()
 
     return model, loss
 

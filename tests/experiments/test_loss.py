@@ -1,5 +1,7 @@
 """The loss without logits, against torch's in float64, and for models that do something to their logits."""
 
+import shutil
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,8 +9,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from experiments import loss as loss_module
 from experiments.data_chat import IGNORED
+from experiments.errors import UserError
 from experiments.evaluation import label_logits
-from experiments.loss import has_plain_head, label_loss, linear_cross_entropy
+from experiments.loss import LabelLoss, has_plain_head, linear_cross_entropy
 
 SMALL = {
     **{"vocab_size": 101, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8},
@@ -66,7 +69,7 @@ def test_of_a_model(plain):
     input_ids = torch.randint(101, (2, 9))
     labels = input_ids.masked_fill(torch.rand(2, 9) < 0.4, IGNORED)
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
-    loss = label_loss(model, batch, plain)
+    loss = LabelLoss(model)(batch)
     logits, targets = label_logits(model, batch)
     expected = F.cross_entropy(logits, targets, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
@@ -81,3 +84,21 @@ def test_a_head_with_an_adapter_is_not_plain():
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     model.set_output_embeddings(LoRALinear(model.lm_head, 2, 4.0))
     assert not has_plain_head(model)
+
+
+def test_compiled(tmp_path, monkeypatch):
+    if not shutil.which("g++"):
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    input_ids = torch.randint(101, (2, 9))
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
+    torch.testing.assert_close(LabelLoss(model, compiled=True)(batch), LabelLoss(model)(batch), rtol=1e-5, atol=1e-5)
+    assert list(tmp_path.iterdir())
+
+
+def test_compiling_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler, and no-such-compiler is not there"):
+        LabelLoss(LlamaForCausalLM(LlamaConfig(**SMALL)), compiled=True)

@@ -8,6 +8,7 @@ from experiments.config import ModelConfig, TrainerConfig
 from experiments.data import collate
 from experiments.data_chat import IGNORED, Example
 from experiments.evaluation import answer, evaluate, label_logits
+from experiments.loss import LabelLoss
 from experiments.models import load_model
 from experiments.train import _accumulate, lr_factor
 
@@ -57,7 +58,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tiny):
 
     def gradients(group):
         model.zero_grad()
-        loss = _accumulate(model, group, tokenizer.pad_token_id, torch.float32, scaler, plain_head=True)
+        loss = _accumulate(LabelLoss(model), group, tokenizer.pad_token_id, torch.float32, scaler)
         return loss, [p.grad.clone() for p in parameters]
 
     loss, grads = gradients([EXAMPLES])
