@@ -27,9 +27,11 @@ class ModelConfig:
 
 @dataclass
 class QuantConfig:
-    name: str = MISSING  # nf4 | none
-    blocksize: int = 64  # weights that share an absmax
+    name: str = MISSING  # nf4 | tuned | none
+    blocksize: int = 64  # weights that share an absmax (nf4)
+    map: str | None = None  # file with the block size of each linear (tuned)
     double: bool = True  # store absmax in 8 bits
+    align: str = "none"  # none | row: refuse block sizes whose blocks would run across rows
 
 
 @dataclass
@@ -197,10 +199,7 @@ def resolve(cfg: DictConfig) -> Config:
         raise UserError(f"rank={config.rank}: choose 1 or more")
     if config.lora_alpha is None:
         config.lora_alpha = 2.0 * config.rank
-    if config.quant.name not in ("nf4", "none"):
-        raise UserError(f"quant.name={config.quant.name}: choose nf4 or none")
-    if config.quant.blocksize not in BLOCKSIZES:
-        raise UserError(f"quant.blocksize={config.quant.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
+    _check_quant(config.quant)
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")
     _check_adapter(config)
@@ -222,6 +221,19 @@ def resolve(cfg: DictConfig) -> Config:
         raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
     _check_optim(config.optim)
     return config
+
+
+def _check_quant(quant: QuantConfig) -> None:
+    if quant.name not in ("nf4", "tuned", "none"):
+        raise UserError(f"quant.name={quant.name}: choose nf4, tuned or none")
+    if quant.blocksize not in BLOCKSIZES:
+        raise UserError(f"quant.blocksize={quant.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
+    if quant.name == "tuned" and quant.map is None:
+        raise UserError("quant=tuned needs quant.map=FILE: python -m experiments.tune_blocks writes one")
+    if quant.name != "tuned" and quant.map is not None:
+        raise UserError(f"quant.map={quant.map} is for quant=tuned, not quant={quant.name}")
+    if quant.align not in ("none", "row"):
+        raise UserError(f"quant.align={quant.align}: choose none or row")
 
 
 def _check_optim(optim: OptimConfig) -> None:

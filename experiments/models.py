@@ -42,8 +42,10 @@ from experiments.data import batches, collate, load_data
 from experiments.errors import UserError
 from experiments.files import cache_dir
 from experiments.progress import bar
+from experiments.quant_map import blocksizes
 from modules import NF4Linear, attach, decoder_linears, quantize
 from modules.bnb_files import load_bnb4, quantization_of
+from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
 CHATML = (
@@ -87,8 +89,9 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
     """Pack the decoder as `cfg.quant` says. What was packed on disk stays as it is, and must be as `cfg.quant` says."""
     packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
     if not packed:
-        if cfg.quant.name == "nf4":
-            quantize(model, cfg.quant.blocksize, cfg.quant.double, progress=bar("quantizing"))
+        if cfg.quant.name != "none":
+            shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
+            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, progress=bar("quantizing"))
             release_file(model)
         return
     if cfg.quant.name == "none":
@@ -96,9 +99,10 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
             f"model.path={cfg.model.path} is packed in NF4, and method={cfg.method.name} takes a dense model: "
             "choose +method=qlora or +method=qdora"
         )
+    expected = blocksizes(cfg.quant, {name: weight_shape(linear) for name, linear in packed.items()})
     for name, linear in packed.items():
         blocksize, double = linear.blocksize, linear.quant_state.nested
-        if (blocksize, double) != (cfg.quant.blocksize, cfg.quant.double):
+        if (blocksize, double) != (expected[name], cfg.quant.double):
             raise UserError(
                 f"model.path={cfg.model.path}: {name} is packed with blocksize {blocksize} and "
                 f"{'' if double else 'no '}double quantization: set quant.blocksize={blocksize} "
