@@ -1,13 +1,60 @@
-"""How every command ends: well, or with one line on stderr that says what to do."""
+"""What every command shares: how it reads its arguments, and how it ends."""
 
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import TypeVar, get_origin
 
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
+
+Options = TypeVar("Options")
+
+
+def read_options(schema: type[Options], help: str, changes: tuple[str, ...]) -> tuple[Options, list[str]]:
+    """The command line's `key=value` arguments as an instance of the dataclass `schema`.
+
+    They look like Hydra's overrides, but a value is taken as it is: a prompt may hold commas, quotes and braces.
+    A key of type list[str] may be given several times. `--help` prints `help` and ends.
+
+    Args:
+        changes: beginnings of arguments that are changes to the run's configuration, such as "trainer.".
+
+    Returns:
+        The options, and the arguments that are such changes.
+
+    Raises:
+        UserError: an unknown or a missing key, or a value of the wrong type.
+    """
+    if {"-h", "--help"} & set(sys.argv):
+        print(help.strip())
+        sys.exit(0)
+    changed = [argument for argument in sys.argv[1:] if argument.startswith(changes)]
+    known = {f.name: f for f in fields(schema)}
+    values = OmegaConf.structured(schema)
+    given: set[str] = set()
+    for argument in sys.argv[1:]:
+        if argument in changed:
+            continue
+        key, equals, value = argument.partition("=")
+        if not equals or key not in known:
+            keys = [*(f"{name}=" for name in known), *(f"{beginning}…" for beginning in changes)]
+            raise UserError(f"{argument}: not one of {', '.join(keys)}; --help explains them")
+        if get_origin(known[key].type) is list:
+            values[key] = [*values[key], value]
+        elif key in given:
+            raise UserError(f"{key}= is there twice")
+        else:
+            values[key] = value
+        given.add(key)
+    required = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [name for name in required if name not in given]:
+        raise UserError(f"{missing[0]}= is missing; --help explains it")
+    return OmegaConf.to_object(values), changed
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and token accuracy; answers to held-out prompts."""
+"""Held-out loss, perplexity and token accuracy."""
 
 import contextlib
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from experiments.data import collate, eval_batches
 from experiments.data_chat import IGNORED, Example
@@ -81,28 +81,3 @@ def evaluate(
         tokens += targets.numel()
     model.train(training)
     return Evaluation(loss.item() / tokens, correct / tokens, tokens)
-
-
-@torch.inference_mode()
-def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
-) -> list[str]:
-    """The model's likeliest (greedy) continuation of each prompt, all in one batch, as text."""
-    training = model.training
-    model.eval()
-    longest = max(map(len, prompts))
-    pad = tokenizer.pad_token_id
-    input_ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
-    attention_mask = torch.tensor(
-        [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device
-    )
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model.train(training)
-    return tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)

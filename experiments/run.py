@@ -34,8 +34,9 @@ from experiments.cli import run_command
 from experiments.config import Config, flat, resolve
 from experiments.data import load_data
 from experiments.errors import UserError
-from experiments.evaluation import Evaluation, answer, evaluate
+from experiments.evaluation import Evaluation, evaluate
 from experiments.files import PROJECT_ROOT, writable_dir
+from experiments.generation import answer
 from experiments.models import prepare_model
 from experiments.progress import bar
 from experiments.runs import read_config, save_weights

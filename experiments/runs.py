@@ -5,6 +5,7 @@ directory. A checkpoint's holds config.yaml, weights.safetensors with the parame
 """
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments import machine
 from experiments.config import Config, ModelConfig, resolve
 from experiments.errors import UserError
 from experiments.files import directory_atomically, write_atomically
 from experiments.models import load_base, load_model, quiet
-from modules import load_adapter, save_adapter
+from modules import NF4Linear, adapted_linears, decoder_linears, load_adapter, save_adapter
+from modules.adapter import replace_module
 
 CONFIG, ADAPTER, MODEL, WEIGHTS = "config.yaml", "adapter", "model", "weights.safetensors"
 
@@ -61,23 +64,40 @@ def save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
             save_adapter(model, directory, cfg.model.path or cfg.model.name)
 
 
-def load_run(
-    directory: Path, device: torch.device, dtype: torch.dtype
-) -> tuple[Config, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The configuration, the trained model (in evaluation mode) and the tokenizer of a run or of a checkpoint.
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a run or a checkpoint of it comes back as: the model has what it learned and is in evaluation mode."""
+
+    cfg: Config
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype  # of the weights that are not packed, and to compute in
+
+
+def load_run(directory: Path, changes: list[str] = (), merge: bool = False) -> FinishedRun:
+    """The model of the run in `directory`, where its configuration says that it computes.
 
     Args:
-        dtype: to compute in; that of the weights that are not packed.
+        changes: to the configuration, such as "trainer.device=cpu".
+        merge: make dense weights of packed ones and adapters: more memory, faster.
 
     Raises:
         UserError: no run there, no weights, or weights that do not fit the base model.
     """
-    cfg = read_config(directory)
+    cfg = read_config(directory, changes)
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    device = machine.pick_device(cfg.trainer)
+    dtype = machine.pick_dtype(cfg.trainer, device)
+    model, tokenizer = _load(cfg, directory, dtype)
+    if merge:
+        make_dense(model)
+    return FinishedRun(cfg, model.to(device).eval(), tokenizer, dtype)
+
+
+def _load(cfg: Config, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if (directory / MODEL).is_dir():
-        model, tokenizer = load_model(
-            ModelConfig(name=MODEL, source="hf", path=str(directory / MODEL)), dtype, cfg.seed
-        )
-        return cfg, model.to(device), tokenizer
+        return load_model(ModelConfig(name=MODEL, source="hf", path=str(directory / MODEL)), dtype, cfg.seed)
     if not (directory / ADAPTER).is_dir() and not (directory / WEIGHTS).is_file():
         raise UserError(f"{directory}: neither adapter/ nor model/ there: the run has not saved weights yet")
     model, tokenizer = load_base(cfg, dtype)
@@ -88,7 +108,21 @@ def load_run(
             raise UserError(str(error)) from error
     else:
         load_trained(model, directory)
-    return cfg, model.to(device).eval(), tokenizer
+    return model, tokenizer
+
+
+@torch.no_grad()
+def make_dense(model: nn.Module) -> None:
+    """Merge the adapters and unpack the linears of `model`, in place: plain linears that compute the same."""
+    for name, linear in adapted_linears(model).items():
+        replace_module(model, name, linear.merge())
+    for name, linear in decoder_linears(model).items():
+        if isinstance(linear, NF4Linear):
+            dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.dtype)
+            dense.weight.copy_(linear.dense_weight())
+            if linear.bias is not None:
+                dense.bias.copy_(linear.bias)
+            replace_module(model, name, dense)
 
 
 def save_trained(model: nn.Module, directory: Path) -> None:

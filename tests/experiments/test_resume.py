@@ -200,8 +200,9 @@ def test_early_stopping_ends_with_the_best_weights(command, terminal, tmp_path, 
     )
     assert f"best-{best:08}" in {path.name for path in (out / "checkpoints").iterdir()}
 
-    cfg, model, tokenizer = load_run(out, torch.device("cpu"), torch.float32)
-    again = evaluate(model, load_data(cfg.data, tokenizer).heldout, 8, tokenizer.pad_token_id)
+    loaded = load_run(out)
+    heldout_again = load_data(loaded.cfg.data, loaded.tokenizer).heldout
+    again = evaluate(loaded.model, heldout_again, 8, loaded.tokenizer.pad_token_id)
     assert again.loss == pytest.approx(heldout[best], rel=1e-6)
 
 
@@ -210,9 +211,7 @@ def test_a_checkpoint_can_be_loaded_as_a_run_can(command, tmp_path, method):
     assert command(f"+method={method}", *SETTINGS, *SMALL, "lr=1e-2")[0] == 0
     ids = torch.arange(3, 40).unsqueeze(0)
     out = tmp_path / "out"
-    _, whole, _ = load_run(out, torch.device("cpu"), torch.float32)
-    _, same, _ = load_run(checkpoints.of_run(out)[-1], torch.device("cpu"), torch.float32)
-    _, earlier, _ = load_run(checkpoints.of_run(out)[0], torch.device("cpu"), torch.float32)
+    whole, same, earlier = (load_run(path).model for path in (out, *checkpoints.of_run(out)[::-1]))
     with torch.inference_mode():
         assert torch.equal(whole(ids).logits, same(ids).logits)
         assert not torch.equal(whole(ids).logits, earlier(ids).logits)

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from experiments.config import ModelConfig, TrainerConfig
 from experiments.data import collate
 from experiments.data_chat import IGNORED, Example
-from experiments.evaluation import answer, evaluate, label_logits
+from experiments.evaluation import evaluate, label_logits
+from experiments.generation import answer
 from experiments.loss import LabelLoss
 from experiments.models import load_model
 from experiments.train import _accumulate, lr_factor

@@ -1,0 +1,101 @@
+"""Measure the model of a finished run: held-out loss, perplexity and token accuracy, or benchmarks.
+
+    python -m experiments.evaluate run=outputs/mine                                 on what the run held out
+    python -m experiments.evaluate run=outputs/mine data=jsonl data.path=FILE       on every sample of a file
+    python -m experiments.evaluate run=outputs/mine tasks=arc_easy,hellaswag        with lm-evaluation-harness
+
+run=DIR               a run's directory, or one of its checkpoints'
+data=… data.…=…       as in a run: docstrings, jsonl, text; data.max_heldout=N takes so many samples
+tasks=A,B             of lm-evaluation-harness; include_path=DIR has tasks of your own; limit=N samples of each
+merge=true            make dense weights of NF4 codes and adapters first: more memory, faster
+trainer.…             device, dtype, threads and eval_batch_size, as in a run
+"""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from experiments import harness, machine
+from experiments.cli import read_options, run_command
+from experiments.config import DataConfig, resolve
+from experiments.data import load_data
+from experiments.errors import UserError
+from experiments.evaluation import evaluate
+from experiments.files import PROJECT_ROOT
+from experiments.progress import bar
+from experiments.runs import FinishedRun, load_run
+
+
+@dataclass
+class Options:
+    run: str
+    tasks: str | None = None
+    limit: int | None = None
+    include_path: str | None = None
+    merge: bool = False
+
+
+def _data(run: FinishedRun, changes: list[str]) -> DataConfig:
+    """What to measure on: the run's data or what the arguments choose; of a file that they name, every sample."""
+    data = run.cfg.data
+    if _chooses(changes):
+        with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
+            data = resolve(compose("config", ["+method=lora", "output_dir=unused", *changes])).data
+    if data.path and not data.heldout_path and any(change.startswith("data.path=") for change in changes):
+        data = dataclasses.replace(data, heldout_path=data.path, max_train=1)
+    return data
+
+
+def _chooses(changes: list[str]) -> bool:
+    """Whether the arguments choose other data, rather than change a setting of the run's."""
+    return any(change.startswith("data=") for change in changes)
+
+
+def _measure(run: FinishedRun, data: DataConfig) -> str:
+    """Lines for the terminal."""
+    heldout = load_data(data, run.tokenizer).heldout
+    start = time.perf_counter()
+    evaluation = evaluate(
+        run.model, heldout, run.cfg.trainer.eval_batch_size, run.tokenizer.pad_token_id, bar("evaluating")
+    )
+    seconds = time.perf_counter() - start
+    return "\n".join(
+        [
+            f"{len(heldout)} samples of {data.heldout_path or data.path or data.name}",
+            f"loss            {evaluation.loss:10.3f}",
+            f"perplexity      {evaluation.perplexity:10.2f}",
+            f"token accuracy  {evaluation.token_accuracy:10.1%}",
+            f"{evaluation.tokens:,} labelled tokens in {seconds:.1f} s",
+        ]
+    )
+
+
+def main() -> None:
+    options, changes = read_options(Options, __doc__, changes=("trainer.", "data.", "data="))
+    if (options.limit or options.include_path) and not options.tasks:
+        raise UserError("limit=… and include_path=… are for tasks=…; data.max_heldout=N takes so many samples")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"limit={options.limit}: choose 1 or more")
+    if options.tasks:
+        if about_data := [change for change in changes if change.startswith("data")]:
+            raise UserError(f"{about_data[0]}: tasks bring their own data")
+        harness.check_installed()
+    of_run = [change for change in changes if not (_chooses(changes) and change.startswith("data"))]
+    run = load_run(Path(options.run), of_run, options.merge)
+    print(machine.describe(run.model.device, run.dtype), file=sys.stderr)
+    if options.tasks:
+        print(harness.measure(run, options.tasks.split(","), options.limit, options.include_path))
+    else:
+        print(_measure(run, _data(run, changes)))
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

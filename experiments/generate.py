@@ -1,0 +1,190 @@
+"""Let the model of a finished run write.
+
+    python -m experiments.generate run=outputs/mine prompt="What is NF4?"    an answer, as it is written
+    python -m experiments.generate run=outputs/mine prompt=… prompt=…        several answers, in batches
+    python -m experiments.generate run=outputs/mine                          a conversation
+
+run=DIR               a run's directory, or one of its checkpoints'
+prompt=TEXT           may be given several times; prompts=FILE has one a line
+system=TEXT           the system message; unless set, the one that the run was trained with, if it was on docstrings
+chat=false            continue the text as it is, without the chat template; so unless set after training on data=text
+max_new_tokens=256    the longest answer
+temperature=0         0: always the likeliest token; above, tokens are drawn: top_p=1 top_k=0 (all) seed=0
+batch_size=16         so many prompts at once
+merge=false           keep NF4 codes and adapters: less memory, slower; otherwise they become dense weights
+trainer.…             device, dtype and threads, as in a run
+
+Answers go to stdout, tokens a second to stderr. In a conversation, a line of three double quotes begins and ends a
+message of several lines, /new begins another conversation, Ctrl-C stops an answer, Ctrl-D ends it all.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from experiments import machine
+from experiments.cli import read_options, run_command
+from experiments.config import Config
+from experiments.data import DOCSTRING_TASK
+from experiments.data_chat import Message, tokenize
+from experiments.data_files import read_text
+from experiments.errors import UserError
+from experiments.generation import Generated, Sampling, decode, generate
+from experiments.runs import FinishedRun, load_run
+
+QUOTES = '"""'  # around a message of several lines
+
+
+@dataclass
+class Options:
+    run: str
+    prompt: list[str] = field(default_factory=list)
+    prompts: str | None = None
+    system: str | None = None
+    chat: bool | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    batch_size: int = 16
+    merge: bool = True
+
+
+class Writer:
+    """Turns messages or text into tokens as the run's data did, and lets its model continue them."""
+
+    def __init__(self, run: FinishedRun, options: Options):
+        self.model, self.tokenizer, cfg = run.model, run.tokenizer, run.cfg
+        self.chat = cfg.data.source != "text" if options.chat is None else options.chat
+        if self.chat and not self.tokenizer.chat_template:
+            raise UserError("the tokenizer has no chat template: set chat=false to continue the text as it is")
+        if not self.chat and options.system:
+            raise UserError("system=… is part of a chat template, which chat=false leaves out")
+        self.system = _system(cfg) if options.system is None else options.system
+        self.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k)
+        torch.manual_seed(options.seed)
+
+    def opening(self) -> list[Message]:
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a prompt."""
+        if self.chat:
+            return self.encode_messages([*self.opening(), {"role": "user", "content": text}])
+        return self._checked(tokenize(self.tokenizer, text)["input_ids"])
+
+    def encode_messages(self, messages: list[Message]) -> list[int]:
+        """The tokens of a conversation, up to where the assistant's turn begins."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._checked(tokenize(self.tokenizer, text)["input_ids"])
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not ids:
+            raise UserError("an empty prompt: give it some text to continue")
+        if longest and len(ids) + self.sampling.max_new_tokens > longest:
+            raise UserError(
+                f"{len(ids)} tokens of prompt and max_new_tokens={self.sampling.max_new_tokens} are more than the "
+                f"{longest} that the model takes"
+            )
+        return ids
+
+    def write(self, prompts: list[list[int]], stream: bool = False, cache: DynamicCache | None = None) -> Generated:
+        return generate(self.model, self.tokenizer, prompts, self.sampling, stream, cache)
+
+
+def _system(cfg: Config) -> str | None:
+    return DOCSTRING_TASK if cfg.data.source == "docstrings" else None
+
+
+def answer_all(writer: Writer, prompts: list[str], batch_size: int) -> None:
+    """Print the answers in the order of the prompts; those of similar length are written together."""
+    ids = [writer.encode(prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(ids[i]))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    answers, done = {}, []
+    for batch in tqdm(batches, desc="writing", leave=False, disable=not sys.stderr.isatty()):
+        done.append(writer.write([ids[i] for i in batch]))
+        answers |= {i: decode(writer.tokenizer, new) for i, new in zip(batch, done[-1].ids)}
+    for i, prompt in enumerate(prompts):
+        print(f"[{i + 1}] {' '.join(prompt.split())[:100]}\n{answers[i].strip()}\n")
+    print(Generated.sum(done).speed(), file=sys.stderr)
+
+
+def converse(writer: Writer) -> None:
+    """Answer what is typed, turn by turn. Keys and values of the turns so far are kept."""
+    if not writer.chat:
+        raise UserError("a conversation needs the chat template: give prompt=… to continue a text")
+    interactive = sys.stdin.isatty()
+    if interactive:
+        import readline  # noqa: F401  input() edits lines and knows earlier ones
+
+        print(f"system: {writer.system}" if writer.system else "no system message", file=sys.stderr)
+    messages, cache, cached = writer.opening(), DynamicCache(config=writer.model.config), []
+    while (text := _read_message(interactive)) is not None:
+        if text.strip() == "/new":
+            messages, cache, cached = writer.opening(), DynamicCache(config=writer.model.config), []
+            continue
+        if not text.strip():
+            continue
+        messages.append({"role": "user", "content": text})
+        ids = writer.encode_messages(messages)
+        if ids[: len(cached)] != cached:  # the template renders earlier turns in another way
+            cache, cached = DynamicCache(config=writer.model.config), []
+        try:
+            generated = writer.write([ids], stream=True, cache=cache)
+        except KeyboardInterrupt:
+            print("\n(stopped)", file=sys.stderr)
+            messages.pop()
+            cache, cached = DynamicCache(config=writer.model.config), []
+            continue
+        [new] = generated.ids
+        messages.append({"role": "assistant", "content": decode(writer.tokenizer, new)})
+        cached = [*ids, *new][: cache.get_seq_length()]
+        print(generated.speed(), file=sys.stderr)
+
+
+def _read_message(interactive: bool) -> str | None:
+    """The next message from stdin; None at its end."""
+    try:
+        line = input("> " if interactive else "")
+        if line.strip() != QUOTES:
+            return line
+        lines = []
+        while (line := input(". " if interactive else "")).strip() != QUOTES:
+            lines.append(line)
+        return "\n".join(lines)
+    except EOFError:
+        return None
+
+
+def main() -> None:
+    options, changes = read_options(Options, __doc__, changes=("trainer.",))
+    Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k).check()
+    if options.batch_size < 1:
+        raise UserError(f"batch_size={options.batch_size}: choose 1 or more")
+    prompts = list(options.prompt)
+    if options.prompts:
+        prompts += [line for line in read_text(options.prompts).splitlines() if line.strip()]
+    run = load_run(Path(options.run), changes, options.merge)
+    print(machine.describe(run.model.device, run.dtype), file=sys.stderr)
+    writer = Writer(run, options)
+    if not prompts:
+        converse(writer)
+    elif len(prompts) == 1:
+        print(writer.write([writer.encode(prompts[0])], stream=True).speed(), file=sys.stderr)
+    else:
+        answer_all(writer, prompts, options.batch_size)
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
