@@ -83,7 +83,7 @@ class TrainerConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = MISSING  # adamw | adamw8bit
+    name: str = "adamw"  # adamw | adamw8bit; runs made before there was a choice had this one
     paged: bool = False  # keep the state in pages that leave the device when they are not worked on
     budget_mb: int | None = None  # MiB of the device that pages may occupy; from two pages on transfers overlap
     host_mb: int | None = None  # MiB of pinned host memory for the others, the rest in a file; all of them unless set

@@ -22,8 +22,7 @@ from experiments.config import Config, ModelConfig, resolve
 from experiments.errors import UserError
 from experiments.files import directory_atomically, write_atomically
 from experiments.models import load_base, load_model, quiet
-from modules import NF4Linear, adapted_linears, decoder_linears, load_adapter, save_adapter
-from modules.adapter import replace_module
+from modules import adapters, dequantize, load_adapter, merge, save_adapter
 
 CONFIG, ADAPTER, MODEL, WEIGHTS = "config.yaml", "adapter", "model", "weights.safetensors"
 
@@ -74,12 +73,12 @@ class FinishedRun:
     dtype: torch.dtype  # of the weights that are not packed, and to compute in
 
 
-def load_run(directory: Path, changes: list[str] = (), merge: bool = False) -> FinishedRun:
+def load_run(directory: Path, changes: list[str] = (), dense: bool = False) -> FinishedRun:
     """The model of the run in `directory`, where its configuration says that it computes.
 
     Args:
         changes: to the configuration, such as "trainer.device=cpu".
-        merge: make dense weights of packed ones and adapters: more memory, faster.
+        dense: make dense weights of packed ones and adapters: more memory, faster.
 
     Raises:
         UserError: no run there, no weights, or weights that do not fit the base model.
@@ -90,7 +89,7 @@ def load_run(directory: Path, changes: list[str] = (), merge: bool = False) -> F
     device = machine.pick_device(cfg.trainer)
     dtype = machine.pick_dtype(cfg.trainer, device)
     model, tokenizer = _load(cfg, directory, dtype)
-    if merge:
+    if dense:
         make_dense(model)
     return FinishedRun(cfg, model.to(device).eval(), tokenizer, dtype)
 
@@ -111,18 +110,11 @@ def _load(cfg: Config, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedM
     return model, tokenizer
 
 
-@torch.no_grad()
 def make_dense(model: nn.Module) -> None:
-    """Merge the adapters and unpack the linears of `model`, in place: plain linears that compute the same."""
-    for name, linear in adapted_linears(model).items():
-        replace_module(model, name, linear.merge())
-    for name, linear in decoder_linears(model).items():
-        if isinstance(linear, NF4Linear):
-            dense = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, dtype=linear.dtype)
-            dense.weight.copy_(linear.dense_weight())
-            if linear.bias is not None:
-                dense.bias.copy_(linear.bias)
-            replace_module(model, name, dense)
+    """Merge the adapters and unpack the linears of `model`, in place: a plain model that computes the same."""
+    if adapters(model):
+        merge(model, unload=True, report=False)
+    dequantize(model)
 
 
 def save_trained(model: nn.Module, directory: Path) -> None:

@@ -26,15 +26,16 @@ class Requantized:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, unload: bool = False) -> dict[str, Requantized]:
+def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[str, Requantized]:
     """Put dense layers that compute what the shown adapter does in its place; NF4 bases are merged in their dtype.
 
     Args:
         unload: keep nothing: base and adapters are dropped layer by layer, and the model is a plain one afterwards.
             Without it `unmerge` brings them back, and they stay in memory.
+        report: measure what the result says, which takes as long as packing the model.
 
     Returns:
-        Of every layer over NF4, by full name, what packing it again would lose.
+        Of every layer over NF4, by full name, what packing it again would lose; nothing without `report`.
 
     Raises:
         ValueError: no adapter is shown, or it is merged already.
@@ -49,7 +50,7 @@ def merge(model: nn.Module, unload: bool = False) -> dict[str, Requantized]:
         module = adapter.modules[path]
         if isinstance(module, LoRALinear):
             dense = module.merge()
-            if isinstance(module.base, NF4Linear):
+            if report and isinstance(module.base, NF4Linear):
                 requantized[path] = _requantized(module, dense)
         else:
             dense = settled(state.base[path], module, adapter.own[path])

@@ -12,13 +12,15 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from experiments import run
-from experiments.config import ModelConfig
+from experiments.config import ModelConfig, resolve
 from experiments.files import PROJECT_ROOT
 from experiments.models import load_model
 from modules import quantize
 from modules.bnb_files import save_bnb4
 
 TINY = ["model=tiny", "trainer=debug", "rank=4"]
+CHECKPOINTS = ["trainer.steps=6", "trainer.checkpoint_every=2", "trainer.grad_accum=2"]
+SMALL = ["trainer.samples=1", "trainer.sample_tokens=4", "data.max_heldout=4"]
 
 
 def composed(*overrides: str) -> DictConfig:
@@ -33,6 +35,15 @@ def write_chats(folder: Path) -> Path:
     lines = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished_once(tmp_path_factory) -> Path:
+    """A run of six steps with checkpoints at steps 4 and 6; read it only."""
+    folder = tmp_path_factory.mktemp("finished")
+    where = ["data=jsonl", f"data.path={write_chats(folder)}", f"output_dir={folder / 'out'}"]
+    run.run(resolve(composed("+method=qdora", *TINY, *CHECKPOINTS, *SMALL, "lr=1e-2", *where)))
+    return folder / "out"
 
 
 @pytest.fixture

@@ -8,16 +8,13 @@ import pytest
 import torch
 
 from experiments import checkpoints, run
-from experiments.config import resolve
 from experiments.data import load_data
 from experiments.evaluation import evaluate
 from experiments.runs import load_run
-from tests.experiments.conftest import TINY, composed, write_chats
+from tests.experiments.conftest import CHECKPOINTS, SMALL, TINY
 from tests.experiments.killed import kill
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
-SETTINGS = ["trainer.steps=6", "trainer.checkpoint_every=2", "trainer.grad_accum=2"]
-SMALL = ["trainer.samples=1", "trainer.sample_tokens=4", "data.max_heldout=4"]
 
 
 def records(directory: Path) -> list[dict]:
@@ -48,7 +45,7 @@ def killed(tmp_path, chats):
 
     def start(at: str, *overrides: str) -> Path:
         out = tmp_path / "killed"
-        kill([*TINY, "data=jsonl", f"data.path={chats}", f"output_dir={out}", *SETTINGS, *SMALL, *overrides], at)
+        kill([*TINY, "data=jsonl", f"data.path={chats}", f"output_dir={out}", *CHECKPOINTS, *SMALL, *overrides], at)
         return out
 
     return start
@@ -61,9 +58,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(killed, command, tmp_path, m
     assert checkpoints.of_run(out)[-1].name == "step-00000004" and not (out / "result.json").exists()
     assert not (out / "metrics.jsonl").read_text().endswith("\n")
 
-    code, text = command(f"resume={out}", *overrides, *SETTINGS, *SMALL, f"output_dir={out}")
+    code, text = command(f"resume={out}", *overrides, *CHECKPOINTS, *SMALL, f"output_dir={out}")
     assert code == 0, text
-    code, text = command(*overrides, *SETTINGS, *SMALL, f"output_dir={tmp_path / 'whole'}")
+    code, text = command(*overrides, *CHECKPOINTS, *SMALL, f"output_dir={tmp_path / 'whole'}")
     assert code == 0, text
     assert [record["step"] for record in records(out) if "loss" in record] == [1, 2, 3, 4, 5, 6]
     assert_same(out, tmp_path / "whole")
@@ -75,23 +72,15 @@ def test_killed_while_a_checkpoint_is_written(killed, terminal, command, tmp_pat
     assert checkpoints.of_run(out)[-1].name == "step-00000002"
     code, text = terminal(run, f"resume={out}")
     assert code == 0 and f"going on after step 2 of {out}" in text, text
-    assert command("+method=lora", *SETTINGS, *SMALL, f"output_dir={tmp_path / 'whole'}")[0] == 0
+    assert command("+method=lora", *CHECKPOINTS, *SMALL, f"output_dir={tmp_path / 'whole'}")[0] == 0
     assert_same(out, tmp_path / "whole")
     names = [path.name for path in sorted((out / "checkpoints").iterdir())]
     assert names == ["step-00000004", "step-00000006"]
 
 
-@pytest.fixture(scope="module")
-def finished_once(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("finished")
-    where = ["data=jsonl", f"data.path={write_chats(folder)}", f"output_dir={folder / 'out'}"]
-    run.run(resolve(composed("+method=lora", *TINY, *SETTINGS, *SMALL, "lr=1e-2", *where)))
-    return folder / "out"
-
-
 @pytest.fixture
 def finished(finished_once, tmp_path, chats) -> Path:
-    """A run of six steps on `chats` that wrote checkpoints at steps 4 and 6."""
+    """A copy of `finished_once` that was trained on `chats`."""
     shutil.copytree(finished_once, tmp_path / "out")
     for path in (tmp_path / "out").rglob("config.yaml"):
         path.write_text(path.read_text().replace(str(finished_once.parent), str(tmp_path)))
@@ -99,7 +88,7 @@ def finished(finished_once, tmp_path, chats) -> Path:
 
 
 def test_another_configuration_is_refused_by_its_keys(finished, command):
-    code, text = command("+method=lora", *SETTINGS, *SMALL, "lr=1e-3", "rank=2", "resume=latest")
+    code, text = command("+method=qdora", *CHECKPOINTS, *SMALL, "lr=1e-3", "rank=2", "resume=latest")
     assert code == 1 and "Traceback" not in text
     assert "is of another configuration: lora_alpha (8.0 there, 4.0 here), lr (0.01 there, 0.001 here), rank (4" in text
 
@@ -177,7 +166,7 @@ def test_bad_settings(command, tmp_path, overrides, message):
 
 def test_checkpoints_are_not_overwritten(finished, command):
     before = tensors(finished)
-    code, text = command("+method=lora")
+    code, text = command("+method=qdora")
     assert code == 1 and "step-00000006 is there: go on from it with resume=latest, or choose another" in text
     assert tensors(finished) == before
 
@@ -208,7 +197,7 @@ def test_early_stopping_ends_with_the_best_weights(command, terminal, tmp_path, 
 
 @pytest.mark.parametrize("method", ["full", "qdora"])
 def test_a_checkpoint_can_be_loaded_as_a_run_can(command, tmp_path, method):
-    assert command(f"+method={method}", *SETTINGS, *SMALL, "lr=1e-2")[0] == 0
+    assert command(f"+method={method}", *CHECKPOINTS, *SMALL, "lr=1e-2")[0] == 0
     ids = torch.arange(3, 40).unsqueeze(0)
     out = tmp_path / "out"
     whole, same, earlier = (load_run(path).model for path in (out, *checkpoints.of_run(out)[::-1]))
