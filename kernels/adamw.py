@@ -5,8 +5,7 @@
     p = (1 - lr·λ) p - lr/(1 - β₁ᵗ) · m / (√v / √(1 - β₂ᵗ) + ε)         t = 1, 2, …
 
 Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW orders it. Each element is read once and written once:
-28 bytes. Nothing is materialised. Products and sums are rounded one by one, division and root to nearest, so an
-element's result does not depend on where a tensor is cut, nor on the backend.
+28 bytes. Nothing is materialised. An element's result does not depend on where a tensor is cut between blocks of 256.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -96,12 +95,12 @@ def _adamw_kernel(
                     one_minus_beta2, eps, decay, step_size, denominator_scale, TILE)  # fmt: skip
 
 
-def _launch(arguments: tuple[Sequence[Tensor], ...], by: Coefficients) -> None:
+def _launch(arguments: tuple[Sequence[Tensor], ...], *hyper: float) -> None:
     table, owner, programs, aligned = plan(arguments, TILE)
     if programs:
         with torch.cuda.device_of(table):
             _adamw_kernel[(programs,)](
-                table, owner, table.shape[1], *by, ALIGNED=aligned, TILE=TILE, enable_fp_fusion=False
+                table, owner, table.shape[1], *coefficients(*hyper), ALIGNED=aligned, TILE=TILE, enable_fp_fusion=False
             )
 
 
@@ -118,9 +117,8 @@ def _adamw(
     weight_decay: float,
     step: int,
 ) -> None:
-    by = coefficients(lr, beta1, beta2, eps, weight_decay, step)
     update = _launch if use_triton(params[0]) else reference_adamw.adamw
-    update((params, grads, exp_avgs, exp_avg_sqs), by)
+    update((params, grads, exp_avgs, exp_avg_sqs), lr, beta1, beta2, eps, weight_decay, step)
 
 
 @_adamw.register_fake

@@ -158,7 +158,7 @@ def dynamic_bins(device: torch.device | str = "cpu", signed: bool = True) -> tor
     """Code of the least x in each bin, uint8 [65536]; the code of any x in that bin is c or c + 1.
 
     The upper half of x's bits, sign, exponent and seven bits of the mantissa, is the bin of x in [-1, 1]. Neighbouring
-    bounds are never less than a 1/128 of their size apart, so a bin holds at most one.
+    bounds are never less than a 1/128 of their size apart, so a bin holds at most one. NaN counts as 0.
     """
     bins = torch.arange(-32768, 32768, dtype=torch.int32).roll(32768)  # as signed numbers, whose upper half they are
     least = (bins << 16 | (bins < 0).int() * 0xFFFF).view(torch.float32)  # of negative numbers the largest in size

@@ -1,9 +1,11 @@
 """The torch twins of the optimizer steps: see reference.py.
 
-Each operation is rounded to nearest on its own, so that the results are the kernels' bit for bit and do not depend on
-where a tensor is cut. That is why a sum of products is two calls (torch may fuse it), and why roots are taken in
-float64: torch's fp32 root on a CPU is off by a unit in the last place now and then; that of a float64 root, rounded,
-never is.
+AdamW with fp32 state is torch's own: one pass over each tensor. Its results, and those of the steps here, do not depend
+on where a tensor is cut between blocks of 256.
+
+8-bit AdamW rounds each operation to nearest on its own, so that the results are the kernel's bit for bit. That is why a
+sum of products is two calls (torch may fuse it), and why roots are taken in float64: torch's fp32 root on a CPU is off
+by a unit in the last place now and then; that of a float64 root, rounded, never is.
 """
 
 from collections.abc import Sequence
@@ -11,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
 
 from kernels.codebook import dynamic_bins, dynamic_bounds, dynamic_map
 
@@ -18,21 +21,25 @@ BLOCKSIZE = 256
 CHUNK = 2**18  # elements at a time: temporaries stay in the processor's cache
 
 
+def adamw(
+    arguments: tuple[Sequence[Tensor], ...],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> None:
+    params, grads, exp_avgs, exp_avg_sqs = arguments
+    before = torch.full((len(params),), step - 1.0, device=params[0].device).unbind()  # torch counts on by itself
+    torch_adamw(
+        params, grads, exp_avgs, exp_avg_sqs, [], list(before), fused=True, amsgrad=False, maximize=False,
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+    )  # fmt: skip
+
+
 def _chunks(n: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise([*range(0, n, CHUNK), n])]
-
-
-def adamw(arguments: tuple[Sequence[Tensor], ...], by) -> None:
-    for p, g, m, v in zip(*arguments):
-        for part in _chunks(p.numel()):
-            _update(p.view(-1)[part], g.view(-1)[part], m.view(-1)[part], v.view(-1)[part], by)
-
-
-def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by) -> None:
-    m.mul_(by.beta1).add_(g * by.one_minus_beta1)
-    v.mul_(by.beta2).add_((g * g).mul_(by.one_minus_beta2))
-    denominator = v.double().sqrt_().float().mul_(by.denominator_scale).add_(by.eps)
-    p.mul_(by.decay).sub_((m / denominator).mul_(by.step_size))
 
 
 def adamw8bit(arguments: tuple[Sequence[Tensor], ...], by) -> None:
@@ -48,6 +55,13 @@ def adamw8bit(arguments: tuple[Sequence[Tensor], ...], by) -> None:
                 scale.copy_(new_scale)
 
 
+def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by) -> None:
+    m.mul_(by.beta1).add_(g * by.one_minus_beta1)
+    v.mul_(by.beta2).add_((g * g).mul_(by.one_minus_beta2))
+    denominator = v.double().sqrt_().float().mul_(by.denominator_scale).add_(by.eps)
+    p.mul_(by.decay).sub_((m / denominator).mul_(by.step_size))
+
+
 def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     """fp32 [n] of uint8 codes [n] and fp32 absmax [ceil(n / 256)]."""
     x = dynamic_map(codes.device, signed).index_select(0, codes.int())
@@ -58,7 +72,8 @@ def _by_block(x: Tensor, scale: Tensor) -> Tensor:
     """x, of a block each times that block's scale, in place."""
     full = x.numel() // BLOCKSIZE
     x[: full * BLOCKSIZE].view(-1, BLOCKSIZE).mul_(scale[:full, None])
-    x[full * BLOCKSIZE :].mul_(scale[full:])
+    if full < scale.numel():
+        x[full * BLOCKSIZE :].mul_(scale[full:])
     return x
 
 
@@ -69,7 +84,6 @@ def quantize_state(x: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
     if full < x.numel():
         absmax = torch.cat([absmax, x[full:].abs().amax().view(1)])
     _by_block(x, 1.0 / absmax.clamp(min=torch.finfo(torch.float32).tiny))
-    x = torch.where(x == x, x, 0.0)
     bins = (x.view(torch.int32) >> 16).bitwise_and_(0xFFFF)
     below = dynamic_bins(x.device, signed).index_select(0, bins)
     bound = dynamic_bounds(x.device, signed).index_select(0, below.int())

