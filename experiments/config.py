@@ -44,7 +44,7 @@ class MethodConfig:
 @dataclass
 class DataConfig:
     name: str = MISSING
-    source: str = MISSING  # docstrings | jsonl | text
+    source: str = MISSING  # docstrings | arithmetic | jsonl | text
     path: str | None = None  # file (jsonl, text)
     heldout_path: str | None = None  # file with the held-out samples; by default a share of `path`
     heldout_fraction: float = 0.1
@@ -52,6 +52,8 @@ class DataConfig:
     too_long: str = "error"  # error | drop | truncate: what to do with a sample longer than max_length
     max_train: int | None = None  # use so many training samples at most
     max_heldout: int | None = None  # use so many held-out samples at most
+    levels: list[int] | None = None  # of difficulty (arithmetic)
+    answer_tokens: int = 0  # longest answer to a held-out prompt, compared with the reference; 0: none is generated
 
 
 @dataclass
@@ -103,6 +105,8 @@ class Config:
     quant: QuantConfig = field(default_factory=QuantConfig)
     method: MethodConfig = MISSING
     data: DataConfig = field(default_factory=DataConfig)
+    # A second domain, on which loss is measured before and after: data@second=…, second.path=…
+    second: DataConfig = field(default_factory=lambda: DataConfig(name="none", source="none"))
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

@@ -1,8 +1,8 @@
 """Samples for training and evaluation, and the batches they are served in.
 
-`load_data` turns a data config into token ids with labels. Three sources: docstrings (the default, see
-data_docstrings.py), jsonl and text (the user's files, see data_files.py). What is held out is chosen by hash, so it
-is the same in every run and on every machine, whatever the order of the lines.
+`load_data` turns a data config into token ids with labels. Four sources: docstrings (the default, see
+data_docstrings.py), arithmetic (data_arithmetic.py), jsonl and text (the user's files, see data_files.py). What is held
+out is chosen by hash, so it is the same in every run and on every machine, whatever the order of the lines.
 
 `batches` serves training samples for ever. The order of an epoch is a pure function of the seed and the epoch's
 number: a run can continue from (epoch, batch) without replaying what came before.
@@ -15,13 +15,14 @@ import json
 import math
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from experiments import data_arithmetic
 from experiments.config import DataConfig
 from experiments.data_chat import IGNORED, Conversation, Example, check_tokenizer, encode, tokenize
 from experiments.data_docstrings import docstring_pairs
@@ -29,6 +30,7 @@ from experiments.data_files import read_conversations, read_text
 from experiments.errors import UserError
 
 DOCSTRING_TASK = "Say in one sentence what the Python function does."
+SOURCES = ("docstrings", "arithmetic", "jsonl", "text")
 WINDOW_BATCHES = 32  # batches among which samples are sorted by length: more means less padding and less mixing
 
 
@@ -77,6 +79,8 @@ def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
     ignored: set[str] = set()
     if cfg.source == "docstrings":
         conversations = _docstring_conversations()
+    elif cfg.source == "arithmetic":
+        conversations = _arithmetic_conversations(cfg.levels or data_arithmetic.LEVELS)
     else:
         conversations, ignored = read_conversations(cfg.path)
     if cfg.heldout_path:
@@ -98,8 +102,8 @@ def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 def _check(cfg: DataConfig) -> None:
     """Raise UserError for values that the schema's types cannot exclude."""
-    if cfg.source not in ("docstrings", "jsonl", "text"):
-        raise UserError(f"data.source={cfg.source} is not one of docstrings, jsonl, text")
+    if cfg.source not in SOURCES:
+        raise UserError(f"data.source={cfg.source} is not one of {', '.join(SOURCES)}")
     if cfg.too_long not in ("error", "drop", "truncate"):
         raise UserError(f"data.too_long={cfg.too_long} is not one of error, drop, truncate")
     if not 0 < cfg.heldout_fraction < 1:
@@ -108,11 +112,22 @@ def _check(cfg: DataConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and value < least:
             raise UserError(f"data.{name}={value} is less than {least}")
-    if cfg.source == "docstrings" and (cfg.path or cfg.heldout_path):
+    if cfg.levels is not None:
+        if cfg.source != "arithmetic":
+            raise UserError(f"data={cfg.name} has no levels: leave data.levels out, or use data=arithmetic")
+        if not cfg.levels or not set(cfg.levels) <= set(data_arithmetic.LEVELS):
+            there = ", ".join(map(str, data_arithmetic.LEVELS))
+            raise UserError(f"data.levels={cfg.levels}: choose some of {there}")
+    if cfg.answer_tokens < 0:
+        raise UserError(f"data.answer_tokens={cfg.answer_tokens} is less than 0")
+    if cfg.answer_tokens and cfg.source == "text":
+        raise UserError("data.answer_tokens: plain text has no prompts to answer: leave it out")
+    generated = cfg.source in ("docstrings", "arithmetic")
+    if generated and (cfg.path or cfg.heldout_path):
         raise UserError(
             f"data={cfg.name} reads no file: for {cfg.path or cfg.heldout_path} use data=jsonl or data=text"
         )
-    if cfg.source != "docstrings" and not cfg.path:
+    if not generated and not cfg.path:
         raise UserError(f"data={cfg.name} needs data.path=FILE")
 
 
@@ -128,6 +143,23 @@ def _docstring_conversations() -> list[Conversation]:
             group=pair.module,  # neighbours in a module are alike: train and held-out share none
         )
         for pair in docstring_pairs()
+    ]
+
+
+def _arithmetic_conversations(levels: Iterable[int]) -> list[Conversation]:
+    return [
+        Conversation(
+            [
+                {"role": "system", "content": data_arithmetic.TASK},
+                {"role": "user", "content": problem.question},
+                {"role": "assistant", "content": str(problem.answer)},
+            ],
+            where=f"arithmetic, level {problem.level}: {problem.question}",
+            group=problem.calculation,  # train and held-out share none
+            level=problem.level,
+        )
+        for level in sorted(set(levels))
+        for problem in data_arithmetic.problems(level)
     ]
 
 

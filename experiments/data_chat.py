@@ -25,11 +25,13 @@ class Conversation:
         messages: an optional system message, then turns that begin with the user's and include an assistant's.
         where: FILE:LINE or MODULE:FUNCTION, for error messages.
         group: conversations of one group are all for training or all held out.
+        level: of difficulty, where the data has levels.
     """
 
     messages: list[Message]
     where: str
     group: str
+    level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Example:
         labels: as many: a token's own id where it counts in the loss (models shift labels themselves), else IGNORED.
         prompt_ids: what to generate from: the conversation up to its last assistant turn. None for plain text.
         reference: text of that assistant turn. None for plain text.
+        level: the conversation's.
     """
 
     input_ids: list[int]
     labels: list[int]
     prompt_ids: list[int] | None = None
     reference: str | None = None
+    level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ def encode(
             f"{conversation.where}: none of the first {max_length} tokens is the assistant's: "
             "raise data.max_length, or set data.too_long=drop"
         )
-    return Example(ids, labels, prompt_ids, reference)
+    return Example(ids, labels, prompt_ids, reference, conversation.level)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs):

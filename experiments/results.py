@@ -1,4 +1,4 @@
-"""What a run leaves in its directory: config.yaml, metrics.jsonl, result.json, loss.png, samples.md."""
+"""What a run leaves in its directory: config.yaml, metrics.jsonl, result.json, spectrum.csv, loss.png, samples.md."""
 
 import hashlib
 import json
@@ -13,6 +13,7 @@ from experiments.errors import UserError
 from experiments.evaluation import Evaluation
 from experiments.files import write_atomically
 from experiments.runs import write_config
+from experiments.spectrum import as_csv
 from modules import NF4Linear, adapters, decoder_linears
 from modules.linear import weight_shape
 
@@ -53,6 +54,11 @@ class RunDirectory:
 
     def write_result(self, result: dict) -> None:
         write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
+
+    def write_spectra(self, rows: list[dict]) -> None:
+        """Write spectrum.csv, a line an adapted linear (experiments/spectrum.py); nothing without an adapter."""
+        if rows:
+            write_atomically(self.path / "spectrum.csv", as_csv(rows))
 
     def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
         """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""
@@ -128,13 +134,26 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, float]:
     }
 
 
+def before_and_after(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """What experiments/measures.py measured, as result.json names it."""
+    return {
+        f"{name}_{when}": found[name]
+        for name in after
+        for when, found in (("before", before), ("after", after))
+        if name in found
+    }
+
+
 def table(result: dict) -> str:
     """The result as the terminal shows it at the end of a run."""
-    lines = [
-        f"{'held out':<18}{'before':>10}{'after':>10}",
-        f"{'loss':<18}{result['loss_before']:>10.3f}{result['loss_after']:>10.3f}",
-        f"{'perplexity':<18}{result['perplexity_before']:>10.2f}{result['perplexity_after']:>10.2f}",
-        f"{'token accuracy':<18}{result['token_accuracy_before']:>10.1%}{result['token_accuracy_after']:>10.1%}",
+    names = [key.removesuffix("_after") for key in result if key.endswith("_after")]
+    width = max(18, *map(len, names))
+    lines = [f"{'held out':<{width}}{'before':>10}{'after':>10}"]
+    for name in names:
+        form = "10.3f" if name.endswith("loss") else "10.2f" if name == "perplexity" else "10.1%"
+        before, after = (f"{result[f'{name}_{when}']:>{form}}" for when in ("before", "after"))
+        lines.append(f"{name.replace('_', ' '):<{width}}{before}{after}")
+    lines += [
         "",
         f"trained {result['trainable_params']:,} of {result['total_params']:,} parameters; "
         f"base {result['base_bytes'] / 1e6:.1f} MB, {result['bits_per_weight']:.3f} bits a weight in its linears",

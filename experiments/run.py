@@ -16,7 +16,7 @@ import contextlib
 import random
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import hydra
@@ -28,15 +28,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from experiments import checkpoints, machine, results
+from experiments import checkpoints, machine, results, spectrum
 from experiments.checkpoints import Checkpoints
 from experiments.cli import run_command
 from experiments.config import Config, flat, resolve
 from experiments.data import load_data
+from experiments.energy import EnergyMeter
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation, evaluate
 from experiments.files import PROJECT_ROOT, writable_dir
 from experiments.generation import answer
+from experiments.measures import Measures
 from experiments.models import prepare_model
 from experiments.progress import bar
 from experiments.runs import read_config, save_weights
@@ -96,13 +98,17 @@ class _Story:
     Attributes:
         before: the evaluation before training.
         texts_before: the answers to the sample prompts then.
+        measures_before: exact match and the second domain's loss then.
         seconds: the run took so far, all in all.
+        joules: it used so far; None: the machine does not tell.
         tracker_id: what the tracker knows the run by.
     """
 
     before: Evaluation | None = None
     texts_before: list[str] | None = None
+    measures_before: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    joules: float | None = 0.0
     tracker_id: str | None = None
 
 
@@ -111,7 +117,7 @@ class _Run:
 
     def __init__(self, cfg: Config, directory: results.RunDirectory, checkpoint: Path | None):
         self.cfg, self.directory, self.checkpoint = cfg, directory, checkpoint
-        self.start = time.perf_counter()
+        self.start, self.energy = time.perf_counter(), EnergyMeter()
         device = machine.pick_device(cfg.trainer)
         if device.type == "cpu":
             machine.set_up_cpu(cfg.trainer)
@@ -122,6 +128,7 @@ class _Run:
         self.model, self.tokenizer = prepare_model(cfg, device, dtype)
         self.data = load_data(cfg.data, self.tokenizer)
         print(self.data.note)
+        self.measures = Measures(cfg, self.data, self.tokenizer)
         self.samples = [example for example in self.data.heldout if example.prompt_ids][: cfg.trainer.samples]
         self.trainer = Trainer(self.model, cfg, dtype, self.tokenizer.pad_token_id)
         self.checkpoints = Checkpoints(directory.path, cfg, self.data)
@@ -152,6 +159,7 @@ class _Run:
             "peak_memory_bytes": machine.peak_memory_bytes(self.model.device),
             "train_seconds": trained.seconds,
             "total_seconds": self._seconds(),
+            "cpu_energy_joules": self._joules(),
             "seed": cfg.seed,
             "versions": machine.versions(),
             "commit": machine.commit(),
@@ -164,6 +172,7 @@ class _Run:
         cfg, trainer, trained = self.cfg, self.trainer, self.trainer.trained
 
         def log(record: dict) -> None:
+            self.energy.joules()  # its counters wrap
             self.directory.log(record)
             tracking.log(record)
 
@@ -181,10 +190,11 @@ class _Run:
             return evaluation
 
         def save() -> None:
-            self.checkpoints.save(trainer, asdict(self.story) | {"seconds": self._seconds()})
+            self.checkpoints.save(trainer, asdict(self.story) | {"seconds": self._seconds(), "joules": self._joules()})
 
         if self.story.before is None:
-            self.story = _Story(measure(), self._answers(), tracker_id=tracking.run_id)
+            measures = self.measures.measure(self.model)
+            self.story = _Story(measure(), self._answers(), measures, tracker_id=tracking.run_id)
         trainer.fit(self.data, log, measure, save, lambda: self.checkpoints.save_best(trainer))
         kept = trained.evaluation
         if cfg.trainer.keep_best:
@@ -193,12 +203,16 @@ class _Run:
 
         save_weights(cfg, self.model, self.tokenizer, self.directory.path)
         self._write_pictures()
+        layers = spectrum.spectra(self.model)
+        self.directory.write_spectra(layers)
         result = {
             "method": cfg.method.name,
             "rank": cfg.rank,
             "steps": trained.steps,
             "best_step": trained.best_step,
             **results.compare(self.story.before, kept),
+            **results.before_and_after(self.story.measures_before, self.measures.measure(self.model)),
+            **spectrum.summary(layers),
             **results.storage(self.model),
         }
         tracking.summarize(result)
@@ -229,6 +243,11 @@ class _Run:
     def _seconds(self) -> float:
         """What the run took until now, the time before a stop included."""
         return self.story.seconds + time.perf_counter() - self.start
+
+    def _joules(self) -> float | None:
+        """What it used until now, likewise; None if the machine does not tell, or did not before a stop."""
+        now = self.energy.joules()
+        return None if now is None or self.story.joules is None else self.story.joules + now
 
 
 def _seed(seed: int) -> None:

@@ -27,7 +27,7 @@ RESULT_KEYS = {
     *("steps", "best_step"),
     *("loss_before", "loss_after", "perplexity_before", "perplexity_after"),
     *("token_accuracy_before", "token_accuracy_after", "trainable_params", "total_params"),
-    *("tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds"),
+    *("tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds", "cpu_energy_joules", "effective_rank"),
 }
 
 
@@ -42,6 +42,8 @@ def test_a_run_learns_and_leaves_its_files(command, tmp_path, method):
     out = tmp_path / "out"
     weights = "model" if method == "full" else "adapter"
     files = {"config.yaml", "metrics.jsonl", "result.json", "loss.png", "samples.md", weights}
+    if method != "full":
+        files.add("spectrum.csv")
     assert {path.name for path in out.iterdir()} == files
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,0 +1,70 @@
+"""What a run measures before and after training beside its own loss: right answers, and what was forgotten.
+
+Exact match is the share of held-out prompts to which the model's likeliest (greedy) answer, spaces aside, is the
+reference: with `data.answer_tokens=N`, which data=arithmetic sets. An answer not ended after N tokens is cut there.
+
+Forgetting is the loss on a second domain's held-out samples, which no step trains on: `data@second=docstrings`.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from experiments.config import Config
+from experiments.data import Data, eval_batches, load_data
+from experiments.data_chat import Example
+from experiments.errors import UserError
+from experiments.evaluation import evaluate
+from experiments.generation import answer
+from experiments.progress import bar
+
+
+class Measures:
+    """Measures a model in what `cfg` asks for; nothing, if it asks for nothing.
+
+    Raises:
+        UserError: the second domain's data cannot be read.
+    """
+
+    def __init__(self, cfg: Config, data: Data, tokenizer: PreTrainedTokenizerBase):
+        self.cfg, self.tokenizer = cfg, tokenizer
+        self.answered = data.heldout if cfg.data.answer_tokens else []
+        self.second = []
+        if cfg.second.source != "none":
+            try:
+                self.second = load_data(replace(cfg.second, max_train=1), tokenizer).heldout
+            except UserError as error:
+                raise UserError(f"data@second={cfg.second.name}, whose keys are second.…: {error}") from error
+
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """`exact_match`, also of each level as `exact_match_level_1`, and `second_loss` in nats a token."""
+        found = exact_match(model, self.tokenizer, self.answered, self.cfg) if self.answered else {}
+        if self.second:
+            batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
+            found["second_loss"] = evaluate(model, self.second, batch_size, pad_id, bar("second domain")).loss
+        return found
+
+
+def exact_match(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], cfg: Config
+) -> dict[str, float]:
+    """The share of right answers, of all and of each level that the examples have."""
+    right: dict[int | None, list[bool]] = {}
+    for group in bar("answering")(eval_batches(examples, cfg.trainer.eval_batch_size)):
+        answers = answer(model, tokenizer, [example.prompt_ids for example in group], cfg.data.answer_tokens)
+        for example, text in zip(group, answers):
+            right.setdefault(example.level, []).append(_plain(text) == _plain(example.reference))
+    levels = sorted(level for level in right if level is not None)
+    return {"exact_match": _share(flag for flags in right.values() for flag in flags)} | {
+        f"exact_match_level_{level}": _share(right[level]) for level in levels
+    }
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _share(flags: Iterable[bool]) -> float:
+    flags = list(flags)
+    return sum(flags) / len(flags)
