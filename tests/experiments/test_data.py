@@ -271,7 +271,7 @@ def test_a_small_file_still_holds_one_out(tmp_path, tokenizer):
         ({"path": None}, "data=jsonl needs data.path=FILE"),
         ({"source": "text", "name": "text", "path": None}, "data=text needs data.path=FILE"),
         ({"source": "docstrings", "name": "docstrings"}, "data=docstrings reads no file: for c.jsonl use data=jsonl"),
-        ({"source": "csv"}, "data.source=csv is not one of docstrings, jsonl, text"),
+        ({"source": "csv"}, "data.source=csv is not one of docstrings, arithmetic, jsonl, text"),
         ({"too_long": "split"}, "data.too_long=split is not one of error, drop, truncate"),
         ({"heldout_fraction": 0.0}, "data.heldout_fraction=0.0 is not between 0 and 1"),
         ({"max_length": 1}, "data.max_length=1 is less than 2"),
