@@ -12,6 +12,7 @@ Files are written under a temporary name and renamed, so that no half file is ev
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from modules.init import initialise
 from modules.linear import DoRALinear, LoRALinear
 from modules.own import own_tensor
 from modules.peft_config import read_config, targets_in_file, write_config
+from modules.targets import means
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -101,12 +103,15 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         config = read_config(raw)
         names = targets_in_file(model, raw, config)
         own, unknown = _own_tensors(model, names, tensors)
+        modules = [name for name, _ in model.named_modules()]
+        there = [suffix for suffix in config.modules_to_save if any(means([suffix], name) for name in modules)]
+        config = replace(config, modules_to_save=there)  # PEFT's may name what some classifiers have
     except ValueError as error:
         set_adapter(model, shown)
         raise ValueError(f"{directory}: {error}") from error
     add_adapter(model, name, config, names, own)
     state = adapter_state(model, name)
-    if wrong := unknown | _differences(state, tensors):
+    if wrong := _differences(state, tensors) | unknown:
         detach(model, name)
         set_adapter(model, shown)
         first = "; ".join(f"{key.removeprefix(PREFIX)} {what}" for key, what in list(wrong.items())[:3])
@@ -154,12 +159,22 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
 def _own_tensors(
     model: nn.Module, adapted: list[str], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Of the tensors in a file that are no adapter's: where they belong, by module, and those that belong nowhere."""
+    """Of the tensors in a file that are no adapter's: where they belong, by module, and those that belong nowhere.
+
+    Weights of adapted linears, which PEFT saves of the embeddings' kin, are dropped if they are the model's.
+    """
     own, unknown = {}, {}
     modules = dict(model.named_modules())
-    for key in tensors:
+    for key, value in list(tensors.items()):
         if "lora_embedding" in key:
             raise ValueError(f"LoRA on an embedding cannot be represented: {key}")
+        if key.endswith(".base_layer.weight"):
+            weight = getattr(modules.get(key.removeprefix(PREFIX).removesuffix(".base_layer.weight")), "weight", None)
+            if weight is not None and _same(weight.cpu(), value):
+                del tensors[key]
+            else:
+                unknown[key] = "is another weight than the model's"
+            continue
         if layer := _LAYER.match(key):
             if layer[1] not in modules:
                 unknown[key] = "is not in the model"
@@ -171,6 +186,11 @@ def _own_tensors(
         else:
             own.setdefault(path, []).append(tensor)
     return own, unknown
+
+
+def _same(weight: Tensor, value: Tensor) -> bool:
+    """True if one is the other, perhaps rounded to its dtype."""
+    return torch.equal(weight.to(value.dtype), value) or torch.equal(weight, value.to(weight.dtype))
 
 
 def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:

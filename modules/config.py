@@ -50,7 +50,7 @@ class AdapterConfig:
 
     def __post_init__(self):
         for name, default in (
-            ("lora_alpha", 2 * self.rank),
+            ("lora_alpha", self.rank * 2),
             ("exclude_modules", []),
             ("rank_pattern", {}),
             ("alpha_pattern", {}),
@@ -85,7 +85,7 @@ class AdapterConfig:
             compile_patterns(name, value)
 
     def _check_numbers(self) -> None:
-        if not 0.0 <= self.dropout < 1.0:
+        if not isinstance(self.dropout, int | float) or not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: choose a number from 0 to below 1")
         for where, rank in _entries("rank", self.rank, self.rank_pattern):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:

@@ -36,23 +36,22 @@ def read_config(raw: dict) -> AdapterConfig:
         raise ValueError(
             f"init_lora_weights={init!r} cannot be represented: it changes the base model by what the file lacks"
         )
-    try:
-        return AdapterConfig(
-            adapter="dora" if raw.get("use_dora") else "lora",
-            rank=raw["r"],
-            lora_alpha=raw["lora_alpha"],
-            target_modules=raw["target_modules"],
-            dropout=raw.get("lora_dropout", 0.0),
-            exclude_modules=raw.get("exclude_modules"),
-            rank_pattern=raw.get("rank_pattern") or {},
-            alpha_pattern=raw.get("alpha_pattern") or {},
-            modules_to_save=raw.get("modules_to_save") or [],
-            bias=raw.get("bias", "none"),
-            rslora=raw.get("use_rslora", False),
-            init=init,
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"the value of {error} is missing or of another type") from error
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if key not in raw]:
+        raise ValueError(f"{missing[0]} is missing")
+    return AdapterConfig(
+        adapter="dora" if raw.get("use_dora") else "lora",
+        rank=raw["r"],
+        lora_alpha=raw["lora_alpha"],
+        target_modules=raw["target_modules"],
+        dropout=raw.get("lora_dropout", 0.0),
+        exclude_modules=raw.get("exclude_modules"),
+        rank_pattern=raw.get("rank_pattern"),
+        alpha_pattern=raw.get("alpha_pattern"),
+        modules_to_save=raw.get("modules_to_save"),
+        bias=raw.get("bias", "none"),
+        rslora=raw.get("use_rslora", False),
+        init=init,
+    )
 
 
 def targets_in_file(model: nn.Module, raw: dict, config: AdapterConfig) -> list[str]:
