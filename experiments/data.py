@@ -29,7 +29,10 @@ from experiments.data_docstrings import docstring_pairs
 from experiments.data_files import read_conversations, read_text
 from experiments.errors import UserError
 
-DOCSTRING_TASK = "Say in one sentence what the Python function does."
+TASKS = {  # the system message of data that has one
+    "docstrings": "Say in one sentence what the Python function does.",
+    "arithmetic": data_arithmetic.TASK,
+}
 SOURCES = ("docstrings", "arithmetic", "jsonl", "text")
 WINDOW_BATCHES = 32  # batches among which samples are sorted by length: more means less padding and less mixing
 
@@ -135,7 +138,7 @@ def _docstring_conversations() -> list[Conversation]:
     return [
         Conversation(
             [
-                {"role": "system", "content": DOCSTRING_TASK},
+                {"role": "system", "content": TASKS["docstrings"]},
                 {"role": "user", "content": pair.source},
                 {"role": "assistant", "content": pair.summary},
             ],
@@ -150,7 +153,7 @@ def _arithmetic_conversations(levels: Iterable[int]) -> list[Conversation]:
     return [
         Conversation(
             [
-                {"role": "system", "content": data_arithmetic.TASK},
+                {"role": "system", "content": TASKS["arithmetic"]},
                 {"role": "user", "content": problem.question},
                 {"role": "assistant", "content": str(problem.answer)},
             ],

@@ -5,7 +5,7 @@
     python -m experiments.evaluate run=outputs/mine tasks=arc_easy,hellaswag        with lm-evaluation-harness
 
 run=DIR               a run's directory, or one of its checkpoints'
-data=… data.…=…       as in a run: docstrings, jsonl, text; data.max_heldout=N takes so many samples
+data=… data.…=…       as in a run: docstrings, arithmetic, jsonl, text; data.max_heldout=N takes so many samples
 tasks=A,B             of lm-evaluation-harness; include_path=DIR has tasks of your own; limit=N samples of each
 merge=true            make dense weights of NF4 codes and adapters first: more memory, faster
 trainer.…             device, dtype, threads and eval_batch_size, as in a run

@@ -6,7 +6,7 @@
 
 run=DIR               a run's directory, or one of its checkpoints'
 prompt=TEXT           may be given several times; prompts=FILE has one a line
-system=TEXT           the system message; unless set, the one that the run was trained with, if it was on docstrings
+system=TEXT           the system message; unless set, the one that the run was trained with, on docstrings or arithmetic
 chat=false            continue the text as it is, without the chat template; so unless set after training on data=text
 max_new_tokens=256    the longest answer
 temperature=0         0: always the likeliest token; above, tokens are drawn: top_p=1 top_k=0 (all) seed=0
@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from experiments import machine
 from experiments.cli import read_options, run_command
 from experiments.config import Config
-from experiments.data import DOCSTRING_TASK
+from experiments.data import TASKS
 from experiments.data_chat import Message, tokenize
 from experiments.data_files import read_text
 from experiments.errors import UserError
@@ -99,7 +99,7 @@ class Writer:
 
 
 def _system(cfg: Config) -> str | None:
-    return DOCSTRING_TASK if cfg.data.source == "docstrings" else None
+    return TASKS.get(cfg.data.source)
 
 
 def answer_all(writer: Writer, prompts: list[str], batch_size: int) -> None:
