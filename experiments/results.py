@@ -4,20 +4,21 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from torch import nn
 
-from experiments.config import Config, flat
+from experiments.config import ADAPTER_KEYS, Config, flat
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation
-from experiments.files import write_atomically
+from experiments.files import METRICS, RESULT, write_atomically
 from experiments.runs import write_config
 from experiments.spectrum import as_csv
 from modules import NF4Linear, adapters, decoder_linears
 from modules.linear import weight_shape
 
-RESULT = "result.json"
+VERSION = 1  # of the numbers in result.json: raise it when earlier ones can no longer be compared with new ones
 BLUE, ORANGE = "#0072b2", "#d55e00"  # of Okabe and Ito's palette, distinct to colour-blind readers
 
 
@@ -26,7 +27,7 @@ class RunDirectory:
 
     def __init__(self, path: Path):
         self.path = path
-        self.metrics = path / "metrics.jsonl"
+        self.metrics = path / METRICS
         self.records: list[dict] = []
 
     def begin(self, cfg: Config) -> None:
@@ -89,9 +90,23 @@ class RunDirectory:
         partial.replace(self.path / "loss.png")
 
 
+def identity(cfg: Config) -> dict[str, Any]:
+    """The values that decide what a run computes, by their full keys: of a method without adapters no rank, of a dense
+    base no blocksize."""
+    unused = ()
+    if cfg.method.adapter == "none":
+        unused += ("rank", "lora_alpha", "dropout", "target_modules", *ADAPTER_KEYS)
+    if cfg.quant.name == "none":
+        unused += ("quant.blocksize", "quant.double")
+    return {key: value for key, value in flat(cfg).items() if key not in unused}
+
+
 def config_hash(cfg: Config) -> str:
-    """Twelve hex digits that runs of the same configuration share, wherever they write and whatever tracks them."""
-    return hashlib.sha256(json.dumps(flat(cfg), sort_keys=True).encode()).hexdigest()[:12]
+    """Twelve hex digits that runs of one configuration and one VERSION share, wherever they write and whatever tracks
+    them. A key that has the schema's default does not count, so a key that is added later changes no hash."""
+    defaults = flat(Config())
+    told = {key: value for key, value in identity(cfg).items() if key not in defaults or value != defaults[key]}
+    return hashlib.sha256(json.dumps([VERSION, told], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _bytes(tensors) -> int:

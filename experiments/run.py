@@ -4,7 +4,10 @@
 
 Methods: full, lora, qlora, dora, qdora. Every key of conf/ can be set on the command line; `-m` runs a sweep:
 
-    python -m experiments.run -m +method=lora,dora rank=4,16
+    python -m experiments.run -m +method=lora,dora rank=4,16 seed=0,1,2
+    python -m experiments.run sweep=rank                                 ready ones are in conf/sweep/
+
+`python -m experiments.report DIR` compares the results in a folder.
 
 A run that wrote checkpoints goes on from the newest, in its own directory and as if it had never stopped:
 
@@ -28,7 +31,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from experiments import checkpoints, machine, results, spectrum
+from experiments import checkpoints, machine, results, spectrum, sweep
 from experiments.checkpoints import Checkpoints
 from experiments.cli import run_command
 from experiments.config import Config, flat, resolve
@@ -163,7 +166,9 @@ class _Run:
             "seed": cfg.seed,
             "versions": machine.versions(),
             "commit": machine.commit(),
+            "results_version": results.VERSION,
             "config_hash": results.config_hash(cfg),
+            "config": results.identity(cfg),
         }
         self.directory.write_result(result)
         return result
@@ -260,7 +265,7 @@ def _seed(seed: int) -> None:
 def _configured(cfg: DictConfig) -> Config:
     """The configuration as composed; where resume comes without a method, the run's own with the changes given."""
     given = list(HydraConfig.get().overrides.task)
-    output_dir = _job_directory(cfg.output_dir)
+    output_dir = cfg.output_dir
     if cfg.resume:
         has_directory = any(override.startswith("output_dir=") for override in given)
         if cfg.resume == checkpoints.LATEST and not has_directory:
@@ -281,20 +286,17 @@ def _configured(cfg: DictConfig) -> Config:
     return config
 
 
-def _job_directory(output_dir: str) -> str:
-    """The run's directory: `output_dir` itself, or in a sweep one of its own inside, named by what the job varies."""
-    job = HydraConfig.get().job
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        return output_dir
-    return str(Path(output_dir) / f"{job.num}_{job.override_dirname.replace('+', '').replace('/', '-')}")
-
-
 @hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="config")
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig) -> sweep.Outcome | None:
+    sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         config = _configured(cfg)
+        if sweeping:
+            return sweep.job(config, HydraConfig.get().job.override_dirname)
         result = run(config)
     except UserError as error:  # here, not in cli: Hydra would print a second message around it
+        if sweeping:
+            return sweep.Outcome(sweep.FAILED, str(error))
         sys.exit(f"error: {error}")
     files = [path for path in sorted(Path(config.output_dir).iterdir()) if not path.name.startswith(".")]
     print(f"\n{results.table(result)}\n\nWritten:", *files, sep="\n  ")

@@ -23,7 +23,8 @@ from tests.experiments.conftest import composed
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
 RESULT_KEYS = {
-    *("method", "rank", "seed", "versions", "commit", "config_hash", "bits_per_weight", "base_bytes", "adapter_bytes"),
+    *("method", "rank", "seed", "versions", "commit", "config_hash", "config", "results_version"),
+    *("bits_per_weight", "base_bytes", "adapter_bytes"),
     *("steps", "best_step"),
     *("loss_before", "loss_after", "perplexity_before", "perplexity_after"),
     *("token_accuracy_before", "token_accuracy_after", "trainable_params", "total_params"),

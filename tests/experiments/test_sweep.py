@@ -1,0 +1,92 @@
+"""Sweeps: a failure stops nobody, nothing is done twice, two processes do not take one run."""
+
+import json
+import os
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from experiments import results, sweep
+from experiments.config import resolve
+from experiments.files import PROJECT_ROOT
+from tests.experiments.conftest import composed
+
+
+def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp_path):
+    jobs = ["-m", "+method=full,lora", "rank=2,650", "trainer.steps=1", "trainer.samples=0"]
+    code, text = command(*jobs)
+    assert code == 1, text
+    assert f"4 runs in {tmp_path / 'out'}: 2 done, 1 done before, 1 failed" in text  # full has no rank
+    failed = [line for line in text.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 1 and " rank=650 " in failed[0] and " +method=lora " in failed[0]
+    assert failed[0].endswith("rank 650 is out of range: model.layers.0.self_attn.q_proj takes 1 to 64")
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("method=*/*")}
+    methods = sorted(json.loads(path.read_text())["method"] for path in written if path.name == "result.json")
+    assert methods == ["full", "lora"]
+    [lora] = (tmp_path / "out").glob("*method=lora*rank=2*/result.json")
+    lora.write_text(lora.read_text()[:40])  # as after a full disk
+    code, text = command(*jobs)
+    assert code == 1 and "1 done, 2 done before, 1 failed" in text
+    assert json.loads(lora.read_text())["rank"] == 2
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("method=*/*")}
+    assert {path for path in again if again[path] != written.get(path)} <= set(lora.parent.iterdir())
+
+
+def test_a_run_that_another_process_has_is_left_to_it(command, tmp_path, chats):
+    where = ["model=tiny", "trainer=debug", "rank=4", "data=jsonl", f"data.path={chats}"]
+    identity = results.config_hash(resolve(composed("+method=lora", *where)))
+    with sweep._claim(tmp_path / "out" / ".locks" / identity) as claimed:
+        assert claimed
+        code, text = command("-m", "+method=lora", "seed=0")
+    assert code == 0 and "1 runs in" in text and "1 being done by another process" in text
+    assert not list((tmp_path / "out").glob("*/result.json"))
+    with sweep._claim(tmp_path / "out" / ".locks" / identity) as claimed:
+        assert claimed
+
+
+def test_a_process_that_dies_is_a_failure(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep, "_run", _die)
+    cfg = resolve(composed("+method=lora", "model=tiny", "trainer=debug", f"output_dir={tmp_path}"))
+    assert sweep.job(cfg, "name") == sweep.Outcome(
+        "failed", "its process ended with signal 9; 9 is often a lack of memory"
+    )
+
+
+def _die(*_):
+    os.kill(os.getpid(), 9)
+
+
+def test_the_hash_is_of_what_a_run_computes(monkeypatch):
+    def hashed(*overrides):
+        return results.config_hash(resolve(composed(*overrides, "output_dir=unused")))
+
+    assert hashed("+method=full", "rank=4") == hashed("+method=full", "rank=64", "dropout=0.5")
+    assert hashed("+method=lora", "quant.blocksize=128") == hashed("+method=lora")
+    assert hashed("+method=qlora", "quant.blocksize=128") != hashed("+method=qlora")
+    lora = hashed("+method=lora", "rank=4", "tracking=wandb")
+    assert lora == hashed("+method=lora", "rank=4") != hashed("+method=lora", "rank=8")
+    monkeypatch.setattr(results, "VERSION", results.VERSION + 1)
+    assert hashed("+method=lora", "rank=4") != lora
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (PROJECT_ROOT / "conf" / "sweep").glob("*.yaml")])
+def test_every_ready_sweep_has_jobs_that_resolve(name):
+    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"sweep={name}"], return_hydra_config=True)
+    assert cfg.hydra.mode.name == "MULTIRUN"
+    params = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
+    choices = [
+        [f"{override.key_or_group}={value}" for value in override.sweep_string_iterator()]
+        if override.is_sweep_override()
+        else [f"{override.key_or_group}={override.get_value_element_as_str()}"]
+        for override in OverridesParser.create().parse_overrides(params)
+    ]
+    first = [f"+{values[0]}" if values[0].startswith("method=") else values[0] for values in choices]
+    hashes = set()
+    for position, values in enumerate(choices):
+        for value in values:
+            job = [*first[:position], f"+{value}" if value.startswith("method=") else value, *first[position + 1 :]]
+            hashes.add(results.config_hash(resolve(composed(f"sweep={name}", *job, "output_dir=unused"))))
+    assert len(hashes) == 1 + sum(len(values) - 1 for values in choices)
