@@ -1,0 +1,73 @@
+"""Compare the results in a folder.
+
+    python -m experiments.report [DIR]
+
+Reads every result.json under DIR (outputs/ unless given) and writes to DIR/report/
+
+    report.html     all of it in one file: what follows from the runs, tables, pictures
+    report.md       the same, with the pictures beside it as PNG
+    runs.csv        a row a run: its configuration and every number that it measured
+"""
+
+import argparse
+import io
+import sys
+from pathlib import Path
+
+from experiments.cli import run_command
+from experiments.errors import UserError
+from experiments.files import RESULT, writable_dir, write_atomically
+from experiments.report import page
+from experiments.report.plots import pictures
+from experiments.report.runs import group, read_runs
+
+DPI = 120
+
+
+def report(folder: Path) -> tuple[Path, int, list[str]]:
+    """Write the report on `folder`; returns its directory, the number of runs, and a line for each file left out.
+
+    Raises:
+        UserError: there is no result that can be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    runs, problems = read_runs(folder)
+    if not runs:
+        hint = "; ".join(problems) or f"no {RESULT} in it or below; a run of `python -m experiments.run` writes one"
+        raise UserError(f"{folder}: no results: {hint}")
+    groups = group(runs)
+    directory = writable_dir(folder / "report", "copy the results to a folder")
+    parts = page.sections(folder.name or str(folder), groups, problems, [pictures(one) for one in groups])
+    images = {file: _png(picture.figure) for part in parts for file, picture in part.pictures.items()}
+    for file, image in images.items():
+        partial = directory / f".{file}.partial"
+        partial.write_bytes(image)
+        partial.replace(directory / file)
+    write_atomically(directory / "runs.csv", page.as_csv(groups))
+    write_atomically(directory / "report.md", page.markdown(parts))
+    write_atomically(directory / "report.html", page.page(parts, images))
+    return directory, len(runs), problems
+
+
+def _png(figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, dpi=DPI, format="png")
+    return image.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="experiments.report", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("outputs"))
+    directory, count, problems = report(parser.parse_args().folder)
+    for problem in problems:
+        print(f"note: {problem}", file=sys.stderr)
+    print(f"{count} runs compared; open {directory / 'report.html'}")
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

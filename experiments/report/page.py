@@ -1,0 +1,227 @@
+"""The report as text: the same sections as Markdown and as one HTML page that needs nothing beside it."""
+
+import base64
+import csv
+import html
+import io
+from dataclasses import dataclass, field
+
+from experiments.report.plots import Picture
+from experiments.report.runs import MEASURES, Group, Run, disagreements, shown
+from experiments.report.statistics import Difference, Mean, Verdict, mean, method_differences, verdict
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}
+th,td{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em 0}
+figcaption,details{color:#444;font-size:.9em}code{font-size:.9em}"""
+
+
+@dataclass
+class Table:
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+@dataclass
+class Section:
+    """A heading, paragraphs or list items, tables by title, pictures by the name of their file."""
+
+    title: str
+    lines: list[str] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    pictures: dict[str, Picture] = field(default_factory=dict)
+
+
+def as_csv(groups: list[Group]) -> str:
+    """A row a run, all groups together: what it is, every value of its configuration, every number it measured."""
+    runs = [(number, run) for number, group in enumerate(groups, start=1) for run in group.runs]
+    configured = sorted({key for _, run in runs for key in run.config} - {"seed"})
+    others = sorted({name for _, run in runs for name in run.measures} - MEASURES.keys())
+    first = ["run", "config_hash", "results_version", "group", "seed"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*first, *configured, *MEASURES, *others])
+    for number, run in runs:
+        config = [shown(run.config[key]) if key in run.config else "" for key in configured]
+        measured = [run.measures.get(name, "") for name in (*MEASURES, *others)]
+        writer.writerow([run.name, run.identity, run.version, number, run.seed, *config, *measured])
+    return text.getvalue()
+
+
+def sections(folder: str, groups: list[Group], problems: list[str], pictures: list[list[Picture]]) -> list[Section]:
+    runs = sum(len(group.runs) for group in groups)
+    first = Section(f"Report on {folder}", [f"{runs} runs. Every run is a row of runs.csv."])
+    if len(groups) > 1:
+        first.lines.append(
+            f"They are of {len(groups)} kinds that cannot be compared (another model, other data, or results of "
+            "another version) and are kept apart below."
+        )
+    if problems:
+        told = "file was" if len(problems) == 1 else "files were"
+        first.lines.append(f"{len(problems)} {told} left out or {'is' if len(problems) == 1 else 'are'} not whole:")
+        first.lines += [f"- {problem}" for problem in problems]
+    return [first, *(_section(n, group, drawn) for n, (group, drawn) in enumerate(zip(groups, pictures), start=1))]
+
+
+def _section(number: int, group: Group, drawn: list[Picture]) -> Section:
+    settings = group.settings()
+    found = verdict(settings)
+    section = Section(group.title, _conclusions(settings, found))
+    section.lines += [f"- Compare with care: runs {line}." for line in disagreements(group.runs)]
+    section.tables = [_settings_table(settings, found)]
+    if rows := method_differences(group):
+        section.tables.append(_differences_table(rows))
+    section.pictures = {f"{number}-{picture.name}.png": picture for picture in drawn}
+    return section
+
+
+def _conclusions(settings: dict[str, list[Run]], found: Verdict) -> list[str]:
+    best = mean(settings[found.best], "loss_after")
+    lines = [f"- Lowest held-out loss: **{found.best}**, {spread(best, 4)} nats a token ({_seeds(best.n)})."]
+    if len(settings) == 1:
+        return lines
+    if len(found.level_with) > 1:
+        others = ", ".join(label for label in found.level_with if label != found.best)
+        lines.append(f"- The seeds do not tell it from {others}: the 95 % interval of the paired difference holds 0.")
+    if found.unknown:
+        lines.append(
+            f"- Nothing can be said about the difference of {len(found.unknown)} settings from it: they have fewer "
+            "than two seeds in common with it."
+        )
+    costs = {"train_seconds": "the least training time", "peak_memory_bytes": "the least memory"}
+    costs["trainable_params"] = "the fewest trained parameters"
+    for measure, what in costs.items():
+        label = found.cheapest(settings, measure)
+        value = number(measure, mean(settings[label], measure))
+        lines.append(f"- Of those {'' if len(found.level_with) > 1 else '(it alone) '}{what}: **{label}**, {value}.")
+    return lines
+
+
+def _seeds(n: int) -> str:
+    return "one seed, so no spread is known" if n == 1 else f"mean ± standard deviation over {n} seeds"
+
+
+def _settings_table(settings: dict[str, list[Run]], found: Verdict) -> Table:
+    header = ["setting", "seeds", "loss before", "loss after", "− best [95 %]", "perplexity", "token accuracy"]
+    header += ["training time", "peak memory", "trained", "adapter", "bits a weight"]
+    rows = []
+    for label in sorted(settings, key=lambda label: mean(settings[label], "loss_after").mean):
+        runs = settings[label]
+        values = {name: mean(runs, name) for name in MEASURES}
+        against = found.against.get(label)
+        rows.append(
+            [
+                label,
+                f"{len(runs)}",
+                spread(values["loss_before"], 4),
+                spread(values["loss_after"], 4),
+                "best" if label == found.best else interval(against) if against else "no common seed",
+                spread(values["perplexity_after"], 2),
+                number("token_accuracy_after", values["token_accuracy_after"]),
+                *(number(name, values[name]) for name in ("train_seconds", "peak_memory_bytes", "trainable_params")),
+                *(number(name, values[name]) for name in ("adapter_bytes", "bits_per_weight")),
+            ]
+        )
+    note = (
+        "Mean ± standard deviation over seeds, best first; losses are in nats a token. − best: the mean difference "
+        "from the first row over the seeds that both have, with Student's 95 % interval; each row by itself, not "
+        "corrected for how many there are."
+    )
+    return Table(header, rows, note)
+
+
+def _differences_table(rows: list[tuple[str, str, str, Difference]]) -> Table:
+    body = [[f"{b} − {a}", setting or "–", f"{d.n}", interval(d), f"{_lower(a, b, d)}"] for setting, a, b, d in rows]
+    note = (
+        "Paired differences of held-out loss between methods (nats a token): pairs of runs that share the seed and "
+        "every other setting that both methods have; mean and Student's 95 % interval, each row by itself."
+    )
+    return Table(["methods", "setting", "pairs", "difference [95 %]", "lower loss"], body, note)
+
+
+def _lower(a: str, b: str, d: Difference) -> str:
+    if d.n < 2:
+        return "one pair: unknown"
+    return (b if d.mean < 0 else a) if d.certain else "not told apart"
+
+
+def interval(d: Difference) -> str:
+    return f"{d.mean:+.4f}" + (f" [{d.low:+.4f}, {d.high:+.4f}]" if d.n > 1 else " (one pair)")
+
+
+def spread(m: Mean, digits: int) -> str:
+    return f"{m.mean:.{digits}f}" + (f" ± {m.std:.{digits}f}" if m.std > 0 else "")  # NaN > 0 is false
+
+
+def number(measure: str, m: Mean) -> str:
+    """A mean with its unit, and the spread where there is one to show."""
+    scale, unit, digits = {
+        "token_accuracy_after": (100, " %", 1),
+        "train_seconds": (1, " s", 1),
+        "peak_memory_bytes": (1e-9, " GB", 2),
+        "trainable_params": (1, "", 0),
+        "adapter_bytes": (1e-6, " MB", 2),
+        "bits_per_weight": (1, "", 3),
+    }[measure]
+    text = f"{m.mean * scale:,.{digits}f}"
+    if m.std > 0:
+        text += f" ± {m.std * scale:,.{digits}f}"
+    return text + unit
+
+
+def behind(picture: Picture) -> str:
+    """The runs behind a picture, by the hash that ends their directories' names in a sweep."""
+    return ", ".join(f"{run.name} ({run.identity})" for run in picture.runs)
+
+
+def markdown(parts: list[Section]) -> str:
+    text = []
+    for level, part in enumerate(parts):
+        text += [f"{'#' if level == 0 else '##'} {part.title}", "\n".join(part.lines)]
+        for table in part.tables:
+            rows = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
+            text += ["\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)]
+            text += [table.note]
+        for file, picture in part.pictures.items():
+            text += [f"![{picture.name}]({file})", picture.caption]
+            text += [f"<details><summary>The {len(picture.runs)} runs behind it</summary>{behind(picture)}</details>"]
+    return "\n\n".join(block for block in text if block) + "\n"
+
+
+def page(parts: list[Section], images: dict[str, bytes]) -> str:
+    """One HTML page with the pictures inside it.
+
+    Args:
+        images: PNG by file name.
+    """
+    body = []
+    for level, part in enumerate(parts):
+        body.append(f"<h{min(level, 1) + 1}>{html.escape(part.title)}</h{min(level, 1) + 1}>")
+        body += [
+            f"<p>{_inline(line.removeprefix('- '))}</p>"
+            if not line.startswith("- ")
+            else f"<li>{_inline(line[2:])}</li>"
+            for line in part.lines
+        ]
+        for table in part.tables:
+            head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
+            rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
+            body.append(f"<table><tr>{head}</tr>{rows}</table><p>{html.escape(table.note)}</p>")
+        for file, picture in part.pictures.items():
+            source = f"data:image/png;base64,{base64.b64encode(images[file]).decode()}"
+            body.append(
+                f'<figure><img src="{source}" alt="{html.escape(picture.caption)}"><figcaption>'
+                f"{html.escape(picture.caption)}<details><summary>The {len(picture.runs)} runs behind it</summary>"
+                f"{html.escape(behind(picture))}</details></figcaption></figure>"
+            )
+    title = html.escape(parts[0].title)
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(body)}</body></html>\n'
+
+
+def _inline(text: str) -> str:
+    """Escaped, with **bold** as such."""
+    parts = html.escape(text).split("**")
+    return "".join(f"<b>{part}</b>" if i % 2 else part for i, part in enumerate(parts))

@@ -1,0 +1,227 @@
+"""Read the results in a folder, and sort them into groups that can be compared.
+
+A result.json says itself what it is of (its "config"), so the file alone is enough; the training curves come from the
+metrics.jsonl beside it, where there is one.
+"""
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.files import METRICS, RESULT
+
+# Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
+MEASURES = {
+    "loss_before": "nats a token",
+    "loss_after": "nats a token",
+    "perplexity_after": "",
+    "token_accuracy_after": "share",
+    "train_seconds": "s",
+    "total_seconds": "s",
+    "tokens_per_s": "tokens/s",
+    "peak_memory_bytes": "bytes",
+    "trainable_params": "",
+    "adapter_bytes": "bytes",
+    "base_bytes": "bytes",
+    "bits_per_weight": "bits",
+}
+NO_MEASURE = ("rank", "seed", "results_version")  # numbers of a result.json that its configuration has too
+
+
+@dataclass
+class Run:
+    """One result.json.
+
+    Attributes:
+        name: its directory, relative to the folder of the report.
+        identity: its config_hash.
+        version: of the results' meaning.
+        config: every value that it computed with, by full key.
+        measures: every number that it measured, by name; those of a nested object as `object.name`.
+        curve: the records of metrics.jsonl; none where that is missing.
+    """
+
+    name: str
+    identity: str
+    version: int
+    seed: int
+    config: dict[str, Any]
+    measures: dict[str, float]
+    about: dict[str, str]  # commit and versions of packages
+    curve: list[dict] = field(default_factory=list)
+
+    @property
+    def method(self) -> str:
+        return self.config["method.name"]
+
+
+@dataclass
+class Group:
+    """Runs that can be compared: of one version of the results, one model and one data set.
+
+    Attributes:
+        varied: the keys in which they differ, besides the seed.
+    """
+
+    title: str
+    runs: list[Run]
+    varied: list[str]
+
+    def settings(self) -> dict[str, list[Run]]:
+        """The runs that differ in the seed only, by what sets them apart from the others; numbers in their order."""
+        settings = defaultdict(list)
+        for run in sorted(self.runs, key=lambda run: [_order(run.config.get(key)) for key in self.varied]):
+            settings[self.label(run)].append(run)
+        return {label: sorted(runs, key=lambda run: run.seed) for label, runs in settings.items()}
+
+    def label(self, run: Run, without: tuple[str, ...] = ()) -> str:
+        """What sets a run apart: its method, then each varied key that it has, as on the command line."""
+        keys = [key for key in self.varied if key in run.config and key not in without and key != "method.name"]
+        method = [run.method] if "method.name" not in without else []
+        return " ".join([*method, *(f"{key.removeprefix('trainer.')}={shown(run.config[key])}" for key in keys)])
+
+
+def _order(value: Any) -> tuple[float, str]:
+    return (value, "") if _is_number(value) else (-math.inf, shown(value))
+
+
+def shown(value: Any) -> str:
+    """A value of the configuration as on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """Every run under `folder`, each once, and a line for each file that was left out, which says why."""
+    runs: dict[tuple[int, str], Run] = {}
+    problems = []
+    for path in sorted(folder.rglob(RESULT)):
+        try:
+            run = _read(path, folder)
+        except (OSError, ValueError) as error:
+            problems.append(f"{path.relative_to(folder)}: {error}")
+            continue
+        first = runs.setdefault((run.version, run.identity), run)
+        if first is not run:
+            problems.append(f"{run.name}: the same run as {first.name}, which counts")
+        elif not run.curve:
+            problems.append(f"{run.name}: no {METRICS} that can be read, so it is missing among the training curves")
+    return list(runs.values()), problems
+
+
+def _read(path: Path, folder: Path) -> Run:
+    """ValueError: not a result of a run, or not a whole one."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError("not UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(result, dict):
+        raise ValueError("not a JSON object")
+    if "config" not in result or "results_version" not in result:
+        raise ValueError("it does not say of which configuration it is: written by an older version, run it again")
+    needed = {"config": dict, "config_hash": str, "results_version": int, "seed": int}
+    wrong = [key for key, kind in needed.items() if not isinstance(result.get(key), kind)]
+    wrong += [key for key in MEASURES if not _is_number(result.get(key))]
+    wrong += [f"config: {key}" for key in ("method.name", "model.name", "data.name") if key not in result["config"]]
+    if wrong:
+        raise ValueError(f"missing or not a finite number: {', '.join(wrong)}")
+    versions = result.get("versions")
+    return Run(
+        name=str(path.parent.relative_to(folder)),
+        identity=result["config_hash"],
+        version=result["results_version"],
+        seed=result["seed"],
+        config=result["config"],
+        measures={name: value for name, value in _numbers(result) if name not in NO_MEASURE},
+        about={"commit": result.get("commit") or "unknown", **(versions if isinstance(versions, dict) else {})},
+        curve=_curve(path.parent / METRICS),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _numbers(values: dict, prefix: str = ""):
+    for key, value in values.items():
+        if isinstance(value, dict) and prefix + key not in ("config", "versions"):
+            yield from _numbers(value, f"{prefix}{key}.")
+        elif _is_number(value):
+            yield prefix + key, value
+
+
+def _curve(path: Path) -> list[dict]:
+    """The records of metrics.jsonl; a run that was killed may have left a half line, which is no record."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict) and _is_number(record.get("step")):
+            records.append(record)
+    return records
+
+
+def group(runs: list[Run]) -> list[Group]:
+    """The runs, kept apart where they cannot be compared."""
+    apart = defaultdict(list)
+    for run in runs:
+        what = {key: value for key, value in run.config.items() if key.startswith(("model.", "data."))}
+        apart[run.version, json.dumps(what, sort_keys=True)].append(run)
+    groups = [Group(_title(members[0]), members, _varied(members)) for _, members in sorted(apart.items())]
+    for one in groups:
+        namesakes = [other.runs[0].config for other in groups if other.runs[0].version == one.runs[0].version]
+        config = one.runs[0].config
+        namesakes = [c for c in namesakes if all(c[k] == config[k] for k in ("model.name", "data.name"))]
+        different = [
+            k for k in config if k.startswith(("model.", "data.")) and any(c.get(k) != config[k] for c in namesakes)
+        ]
+        if different:
+            one.title += f" ({', '.join(f'{key}={shown(config[key])}' for key in different)})"
+    return groups
+
+
+def _title(run: Run) -> str:
+    return f"{run.config['model.name']} on {run.config['data.name']}, results of version {run.version}"
+
+
+def _varied(runs: list[Run]) -> list[str]:
+    """The keys in which runs differ and which a user chose; not those that follow from another one."""
+    values = defaultdict(set)
+    for run in runs:
+        for key, value in run.config.items():
+            values[key].add(json.dumps(value, sort_keys=True))
+    follows = {"seed", "method.adapter", "method.lr", "trainer.name"}
+    configs = [run.config for run in runs]
+    if all(c.get("lora_alpha") == 2 * c["rank"] for c in configs if "rank" in c):
+        follows.add("lora_alpha")
+    if all(c.get("lr") == c.get("method.lr") for c in configs):
+        follows.add("lr")
+    quant = {(c["method.name"], c.get("quant.name")) for c in configs}
+    if len({method for method, _ in quant}) == len(quant):
+        follows.add("quant.name")
+    order = ["method.name", "rank", *sorted(values)]
+    return [key for key in dict.fromkeys(order) if len(values[key]) > 1 and key not in follows]
+
+
+def disagreements(runs: list[Run]) -> list[str]:
+    """A line for each thing in which runs that are compared were made differently."""
+    lines = []
+    for key in sorted({key for run in runs for key in run.about}):
+        values = sorted({run.about.get(key, "unknown") for run in runs})
+        if len(values) > 1:
+            lines.append(f"made with different {key}: {', '.join(value[:20] for value in values)}")
+    return lines

@@ -1,0 +1,254 @@
+"""The report on results that are made up, so that what it must say is known."""
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+from scipy import stats
+
+from experiments.report import __main__ as command
+from experiments.report.plots import band, pictures
+from experiments.report.runs import MEASURES, group, read_runs, shown
+from experiments.report.statistics import by_seed, difference, front, mean, method_differences, verdict
+
+ADAPTERS = {"full": "none", "lora": "lora", "qlora": "lora", "dora": "dora", "qdora": "dora"}
+
+
+def write_run(folder: Path, method: str, seed: int, loss: float, curve: bool = True, **changes) -> Path:
+    """A run's directory with a result.json as experiments.run writes it; `changes` are of its configuration, with __
+    for a dot, or of what the result says besides."""
+    quant = "nf4" if method.startswith("q") else "none"
+    config = {
+        **{"model.name": "smollm2", "model.source": "wheel", "data.name": "docstrings", "data.max_length": 192},
+        **{"method.name": method, "method.adapter": ADAPTERS[method], "method.lr": 1e-3, "lr": 1e-3},
+        **{"quant.name": quant, "trainer.name": "default", "trainer.steps": 20, "seed": seed},
+    }
+    if method != "full":
+        config |= {"rank": 16, "dropout": 0.0, "target_modules": "all-linear"}
+    if quant == "nf4":
+        config |= {"quant.blocksize": 64, "quant.double": True}
+    measured = {*MEASURES, "results_version", "versions"} & changes.keys()
+    config |= {key.replace("__", "."): value for key, value in changes.items() if key not in measured}
+    if "rank" in config:
+        config["lora_alpha"] = 2.0 * config["rank"]
+    bits = 32.0 if quant == "none" else 4 + (8.127 if config["quant.double"] else 32) / config["quant.blocksize"]
+    result = {
+        **{"method": method, "rank": config.get("rank", 16), "seed": seed, "results_version": 1, "config": config},
+        **{"steps": 20, "best_step": 20, "loss_before": 3.65, "loss_after": loss},
+        **{"perplexity_before": math.exp(3.65), "perplexity_after": math.exp(loss)},
+        **{"token_accuracy_before": 0.33, "token_accuracy_after": 0.44},
+        **{"trainable_params": 1000 * config.get("rank", 134515), "total_params": 134_515_008},
+        **{"bits_per_weight": bits, "base_bytes": 168_000_000, "adapter_bytes": 4000 * config.get("rank", 0)},
+        **{"tokens_per_s": 140.0, "peak_memory_bytes": 5 * 10**9, "train_seconds": 110.0, "total_seconds": 180.0},
+        **{"versions": {"torch": "2.13.0"}, "commit": "0" * 40},
+    }
+    result |= {key: changes[key] for key in measured}
+    identity = json.dumps([result["results_version"], config], sort_keys=True)
+    result["config_hash"] = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    path = folder / f"{method},rank={config.get('rank')},seed={seed}_{result['config_hash']}"
+    path.mkdir(parents=True)
+    (path / "result.json").write_text(json.dumps(result))
+    if curve:
+        records = [{"step": 0, "heldout_loss": 3.65}]
+        records += [{"step": s, "loss": loss + 1 / s, "lr": 1e-3} for s in range(1, 21)]
+        records += [{"step": s, "heldout_loss": loss + 1 / s} for s in (10, 20)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records) + '{"step": 2')
+    return path
+
+
+LOSSES = {
+    ("lora", 4): [2.90, 2.94, 2.93],
+    ("lora", 16): [2.80, 2.85, 2.82],
+    ("qdora", 4): [2.91, 2.96, 2.94],
+    ("qdora", 16): [2.81, 2.845, 2.826],
+}
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    for (method, rank), losses in LOSSES.items():
+        for seed, loss in enumerate(losses):
+            write_run(tmp_path, method, seed, loss, rank=rank, train_seconds=100.0 if method == "lora" else 120.0)
+    for seed, loss in enumerate([2.86, 2.89, 2.88]):
+        write_run(tmp_path, "full", seed, loss, peak_memory_bytes=9 * 10**9)
+    return tmp_path
+
+
+def groups_of(folder: Path):
+    return group(read_runs(folder)[0])
+
+
+def test_everything_is_written_and_the_page_needs_nothing_beside_it(terminal, results):
+    code, text = terminal(command, str(results))
+    assert code == 0 and "15 runs compared" in text, text
+    names = {path.name for path in (results / "report").iterdir()}
+    drawn = {"1-settings.png", "1-rank.png", "1-cost.png", "1-curves.png"}
+    assert names == {"report.html", "report.md", "runs.csv"} | drawn
+    page = (results / "report" / "report.html").read_text()
+    embedded = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert {base64.b64decode(image) for image in embedded} == {
+        (results / "report" / name).read_bytes() for name in drawn
+    }
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    hashes = {json.loads(path.read_text())["config_hash"] for path in results.glob("*/result.json")}
+    captions = re.findall(r"<figcaption>.*?</figcaption>", page)
+    assert len(captions) == 4 and all(h in caption for caption in captions for h in hashes)
+    markdown = (results / "report" / "report.md").read_text()
+    assert all(f"]({name})" in markdown for name in drawn)
+    assert "Lowest held-out loss: **lora rank=16**, 2.8233 ± 0.0252 nats a token" in markdown
+
+    with (results / "report" / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15 and {row["config_hash"] for row in rows} == hashes
+    [row] = [r for r in rows if (r["method.name"], r["rank"], r["seed"]) == ("qdora", "16", "1")]
+    assert (row["loss_after"], row["quant.blocksize"], row["quant.double"]) == ("2.845", "64", "true")
+    assert {r["rank"] for r in rows if r["method.name"] == "full"} == {""}
+    assert terminal(command, str(results))[0] == 0  # again, over the first
+
+
+def test_settings_are_told_apart_by_what_a_user_varied(results):
+    [one] = groups_of(results)
+    assert one.varied == ["method.name", "rank"]  # lora_alpha, lr, quant.name and the adapter follow
+    assert set(one.settings()) == {"full", *(f"{m} rank={r}" for m, r in LOSSES)}
+    assert [run.seed for run in one.settings()["lora rank=4"]] == [0, 1, 2]
+
+
+def test_statistics_are_those_of_numpy_and_scipy(results):
+    [one] = groups_of(results)
+    settings = one.settings()
+    m = mean(settings["lora rank=4"], "loss_after")
+    assert (m.mean, m.std, m.n) == (
+        pytest.approx(numpy.mean([2.90, 2.94, 2.93])),
+        pytest.approx(0.0208167, rel=1e-4),
+        3,
+    )
+    assert math.isnan(mean(settings["full"][:1], "loss_after").std)
+
+    d = difference(by_seed(settings["lora rank=16"], settings["qdora rank=16"]))
+    exact = stats.ttest_rel(LOSSES["qdora", 16], LOSSES["lora", 16])
+    assert (d.mean, d.n) == (pytest.approx(numpy.mean([0.01, -0.005, 0.006])), 3)
+    assert (d.low, d.high) == pytest.approx(tuple(exact.confidence_interval(0.95)))
+    assert not d.certain and math.isnan(difference(by_seed(settings["full"], settings["full"][:1])).low)
+
+    rows = {(setting, a, b): d for setting, a, b, d in method_differences(one)}
+    assert rows["rank=4", "lora", "qdora"].mean == pytest.approx(numpy.mean([0.01, 0.02, 0.01]))
+    assert rows["rank=16", "full", "lora"].mean == pytest.approx(numpy.mean([-0.06, -0.04, -0.06]))
+    assert len(rows) == 6 and all(d.n == 3 for d in rows.values())
+
+
+def test_the_verdict_names_what_the_seeds_do_not_tell_apart(results):
+    [one] = groups_of(results)
+    found = verdict(one.settings())
+    assert found.best == "lora rank=16" and set(found.level_with) == {"lora rank=16", "qdora rank=16"}
+    assert found.cheapest(one.settings(), "train_seconds") == "lora rank=16" and not found.unknown
+    assert found.against["full"].mean == pytest.approx(numpy.mean([0.06, 0.04, 0.06]))
+
+
+def test_the_pareto_front():
+    points = {"a": (1, 3.0), "b": (2, 2.0), "worse": (2, 2.5), "dear": (3, 2.0), "c": (4, 1.0)}
+    assert front(points) == ["a", "b", "c"]
+
+
+def test_a_band_has_the_steps_that_all_curves_have():
+    curves = [[{"step": s, "loss": s + k, "lr": 0} for s in range(1, 4 + k)] + [{"step": 9}] for k in range(2)]
+    steps, middle, deviation = band(curves, "loss")
+    assert (steps, middle.tolist()) == ([1, 2, 3], [1.5, 2.5, 3.5])
+    assert deviation == pytest.approx([0.5**0.5] * 3)
+
+
+def test_block_sizes_are_drawn_with_their_bits(tmp_path):
+    for blocksize in (32, 256, 4096):
+        for double in (True, False):
+            write_run(tmp_path, "qlora", 0, 2.8 + blocksize / 1e5, quant__blocksize=blocksize, quant__double=double)
+    write_run(tmp_path, "lora", 0, 2.79)
+    [one] = groups_of(tmp_path)
+    drawn = {picture.name: picture for picture in pictures(one)}
+    assert drawn.keys() == {"settings", "block_size", "cost", "curves"} and len(drawn["block_size"].runs) == 6
+    panels = drawn["block_size"].figure.axes
+    assert [axes.get_xlabel() for axes in panels] == ["block size (weights that share an absmax)"] * 3
+    assert [axes.get_ylabel() for axes in panels][2] == "bits a weight"
+    bits = panels[2].get_lines()[0].get_xydata().tolist()
+    assert [x for x, _ in bits] == [32, 256, 4096] and bits[0][1] == pytest.approx(4 + 8.127 / 32)
+
+
+def test_models_data_and_versions_are_kept_apart_and_it_is_said(terminal, results):
+    write_run(results, "lora", 0, 1.0, model__name="other")
+    write_run(results, "lora", 0, 1.1, results_version=2)
+    write_run(results, "lora", 0, 1.2, data__max_length=256, versions={"torch": "2.12.0"})
+    write_run(results, "lora", 1, 1.2, data__max_length=256)
+    code, text = terminal(command, str(results))
+    assert code == 0, text
+    markdown = (results / "report" / "report.md").read_text()
+    assert "of 4 kinds that cannot be compared" in markdown
+    for title in (
+        "## smollm2 on docstrings, results of version 1 (data.max_length=192)",
+        "## smollm2 on docstrings, results of version 1 (data.max_length=256)",
+        "## smollm2 on docstrings, results of version 2",
+        "## other on docstrings, results of version 1",
+    ):
+        assert f"{title}\n" in markdown
+    assert "Compare with care: runs made with different torch: 2.12.0, 2.13.0" in markdown
+    assert "**lora rank=16**, 2.8233" in markdown  # as without them
+
+
+def test_files_that_are_no_results_are_named_and_left_out(terminal, results):
+    bad = {
+        "half": '{"method": "lo',
+        "list": "[]",
+        "old": '{"method": "lora", "loss_after": 2}',
+        "nan": (next(results.glob("lora*")) / "result.json")
+        .read_text()
+        .replace('"loss_after": 2.', '"loss_after": NaN, "x": 2.'),
+        "binary": b"\xff\xfe",
+    }
+    for name, content in bad.items():
+        (results / name).mkdir()
+        (results / name / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    copied = next(results.glob("full*seed=0*"))
+    (results / "z_copy").mkdir()
+    (results / "z_copy" / "result.json").write_bytes((copied / "result.json").read_bytes())
+    write_run(results, "lora", 9, 2.9, curve=False, rank=4)
+    code, text = terminal(command, str(results))
+    assert code == 0 and "16 runs compared" in text
+    markdown = (results / "report" / "report.md").read_text()
+    for said in (
+        "half/result.json: not JSON: ",
+        "list/result.json: not a JSON object",
+        "old/result.json: it does not say of which configuration it is",
+        "nan/result.json: missing or not a finite number: loss_after",
+        "binary/result.json: not UTF-8",
+        f"z_copy: the same run as {copied.name}, which counts",
+        "no metrics.jsonl that can be read, so it is missing among the training curves",
+    ):
+        assert said in text and said in markdown, said
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_nothing_to_report_is_one_line(terminal, tmp_path, content):
+    if content:
+        (tmp_path / "result.json").write_text(content)
+    code, text = terminal(command, str(tmp_path))
+    assert code == 1 and text.startswith(f"error: {tmp_path}: no results: ") and text.count("\n") <= 1
+    assert ("not JSON" if content else "no result.json in it or below") in text
+    assert not (tmp_path / "report").exists()
+    code, text = terminal(command, str(tmp_path / "nowhere"))
+    assert code == 1 and "nowhere: no such folder" in text
+
+
+def test_one_run_is_a_report_without_comparisons(terminal, tmp_path):
+    write_run(tmp_path, "qdora", 0, 2.8)
+    assert terminal(command, str(tmp_path))[0] == 0
+    markdown = (tmp_path / "report" / "report.md").read_text()
+    assert "**qdora**, 2.8000 nats a token (one seed, so no spread is known)" in markdown
+    assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"1-curves.png"}
+
+
+def test_values_are_shown_as_on_the_command_line():
+    values = [["q_proj", "v_proj"], True, None, 1e-4, 3, "all-linear", {"a": 1}]
+    assert [shown(v) for v in values] == ["[q_proj,v_proj]", "true", "null", "0.0001", "3", "all-linear", '{"a": 1}']
