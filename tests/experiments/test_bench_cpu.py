@@ -52,7 +52,7 @@ def test_a_worker_that_fails_says_why(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["full"], "unknown method full"), (["--steps", "0"], "at least 1")]
+    ("arguments", "message"), [(["full"], "nothing matches full"), (["--steps", "0"], "at least 1")]
 )
 def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
