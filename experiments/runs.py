@@ -84,9 +84,9 @@ def load_run(directory: Path, changes: list[str] = (), dense: bool = False) -> F
         UserError: no run there, no weights, or weights that do not fit the base model.
     """
     cfg = read_config(directory, changes)
-    if cfg.trainer.threads:
-        torch.set_num_threads(cfg.trainer.threads)
     device = machine.pick_device(cfg.trainer)
+    if device.type == "cpu":
+        machine.set_up_cpu(cfg.trainer)
     dtype = machine.pick_dtype(cfg.trainer, device)
     model, tokenizer = _load(cfg, directory, dtype)
     if dense:

@@ -1,0 +1,158 @@
+"""Take the model of a finished run elsewhere, and prove that it arrived: logits are compared with the run's.
+
+    python -m experiments.export run=outputs/mine to=merged
+
+to=merged     a Hugging Face directory with dense weights, which transformers loads by itself
+to=peft       the adapter in PEFT's format with the tokenizer, for peft.PeftModel or AutoPeftModelForCausalLM
+to=bnb4       a Hugging Face directory packed in NF4, which transformers loads with bitsandbytes; the adapter is merged
+              first and the result packed again, which loses some of it: how much is printed
+
+run=DIR           a run's directory, or one of its checkpoints'
+output_dir=DIR    where to; must not exist; by default a folder named after `to` in the run's directory
+trainer.…         device and dtype, as in a run; merged weights are written in that dtype
+"""
+
+import gc
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from experiments import machine
+from experiments.cli import read_options, run_command
+from experiments.config import QuantConfig
+from experiments.data_chat import tokenize
+from experiments.errors import UserError
+from experiments.files import directory_atomically
+from experiments.models import load_base, model_directory, quiet
+from experiments.progress import bar
+from experiments.quant_map import blocksizes
+from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense
+from modules import adapters, decoder_linears, dequantize, merge, quantize
+from modules.bnb_files import save_bnb4
+from modules.checkpoint import CONFIG_FILE
+from modules.linear import weight_shape
+
+CHECK_TOKENS = 256  # of this file's text
+# ‖logits − the run's‖ / ‖the run's‖ above which an export is wrong. Merging rounds each weight once more.
+LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+Reader = Callable[[], nn.Module]  # loads what was written with somebody else's library
+
+
+@dataclass
+class Options:
+    run: str
+    to: str
+    output_dir: str | None = None
+
+
+def _merged(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple[Reader, Tensor]:
+    expected = _logits(run.model, ids)
+    make_dense(run.model)
+    with quiet():
+        run.model.save_pretrained(directory)
+    dtype = run.dtype
+    return lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=dtype), expected
+
+
+def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple[Reader, Tensor]:
+    if not (source / ADAPTER).is_dir():
+        raise UserError(
+            f"{source} has no adapter, for method={run.cfg.method.name} trained every weight: "
+            "take to=merged, or make an adapter with experiments.extract"
+        )
+    from peft import PeftModel  # here, because importing it takes seconds that other exports need not spend
+
+    shutil.copytree(source / ADAPTER, directory, dirs_exist_ok=True)
+    cfg, dtype = run.cfg, run.dtype
+    if cfg.model.source != "tiny":
+        path, base = directory / CONFIG_FILE, str(model_directory(cfg.model).absolute())
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")
+    if cfg.quant.name != "none":
+        print("trained over NF4: the adapter gives these logits over a base that is packed as the run's was")
+
+    def read() -> nn.Module:
+        base, _ = load_base(cfg, dtype)
+        dequantize(base)
+        return PeftModel.from_pretrained(base, directory)
+
+    return read, _logits(run.model, ids)
+
+
+def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple[Reader, Tensor]:
+    model, learned = run.model, _logits(run.model, ids)
+    quant = run.cfg.quant if run.cfg.quant.name != "none" else QuantConfig(name="nf4")
+    if adapters(model) and (layers := merge(model, unload=True).values()):
+        error, update = (sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("error", "update"))
+        print(f"packing loses {error:.1%} of a merged matrix on average, where the adapter had changed {update:.1%}")
+    shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
+    quantize(model, blocksizes(quant, shapes), quant.double, progress=bar("quantizing"))
+    packed = _logits(model, ids)
+    print(f"packing changes the logits by {_relative(packed, learned):.2g} of their size")
+    directory.rmdir()  # save_bnb4 makes it
+    with quiet():
+        save_bnb4(model, directory)
+    return lambda: AutoModelForCausalLM.from_pretrained(directory), packed
+
+
+EXPORTS = {"merged": _merged, "peft": _peft, "bnb4": _bnb4}
+
+
+@torch.inference_mode()
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary], fp32 on the CPU."""
+    return model.eval()(input_ids=ids.to(model.device)).logits[0].float().cpu()
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
+    """Write the model of the run in `source` to `target` in the format `to`, read it back, compare, say what came out.
+
+    Raises:
+        UserError: nothing to export, `target` exists, or what was written gives other logits; nothing is left then.
+    """
+    if to not in EXPORTS:
+        raise UserError(f"to={to}: choose {', '.join(EXPORTS)}")
+    if target.exists():
+        raise UserError(f"{target} exists already: nothing is overwritten; set output_dir to another folder")
+    run = load_run(source, changes)
+    print(machine.describe(run.model.device, run.dtype), file=sys.stderr)
+    device, dtype = run.model.device, run.dtype
+    ids = torch.tensor([tokenize(run.tokenizer, Path(__file__).read_text(encoding="utf-8"))["input_ids"]])
+    ids = ids[:, :CHECK_TOKENS]
+    with directory_atomically(target) as directory:
+        read, expected = EXPORTS[to](run, source, directory, ids)
+        run.tokenizer.save_pretrained(directory)
+        del run  # two models need not be in memory
+        gc.collect()
+        with quiet():
+            found = _logits(read().to(device), ids)
+        error, most = _relative(found, expected), (found - expected).abs().max().item()
+        print(f"read back: logits of {ids.shape[1]} tokens differ by {error:.2g} of their size, at most by {most:.2g}")
+        if not error <= LARGEST_ERROR[dtype]:
+            raise UserError(f"the export is wrong, {error:.2g} is more than rounding does: nothing is kept")
+
+
+def main() -> None:
+    options, changes = read_options(Options, __doc__, changes=("trainer.",))
+    target = Path(options.output_dir) if options.output_dir else Path(options.run) / options.to
+    export(Path(options.run), options.to, target, changes)
+    print("Written:", *sorted(target.iterdir()), sep="\n  ")
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
