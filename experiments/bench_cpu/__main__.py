@@ -107,7 +107,6 @@ def compare(case: Case, pair: Pair, tokens: torch.Tensor, dtype: str, steps: int
         UserError: their losses differ.
     """
     seconds = {side: [] for side in SIDES}
-    floors = []
     for step in range(steps + 1):  # the first one warms up
         batch = tokens[step * case.batch * case.length :][: case.batch * case.length].view(case.batch, case.length)
         losses = {}
@@ -115,13 +114,12 @@ def compare(case: Case, pair: Pair, tokens: torch.Tensor, dtype: str, steps: int
             losses[side], took = pair.ask(side, "step", batch)
             if step:
                 seconds[side].append(took)
-        floors.append(pair.ask("ours", "products", case.batch * case.length))
         apart = abs(losses["ours"] - losses["peft"]) / losses["peft"]
         if apart > TOLERANCE[dtype]:
             raise UserError(f"{case}: at step {step} the losses are {losses['ours']:.5f} and {losses['peft']:.5f}")
-    floor = statistics.median(floors)
+    memory = {side: [pair.ask(side, "memory") / 1e9] for side in SIDES}  # before the products take theirs
+    floor = statistics.median(pair.ask("ours", "products", case.batch * case.length) for _ in range(3))
     rows = _rows(case, "step_s", seconds, f"losses agree; products alone {floor:.2f} s")
-    memory = {side: [pair.ask(side, "memory") / 1e9] for side in SIDES}
     rows += _rows(case, "peak_memory_gb", memory)
     if generates:
         speed, texts = {side: [] for side in SIDES}, {}
