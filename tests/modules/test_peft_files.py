@@ -38,8 +38,9 @@ SETTINGS = {
     "more rank than the layer has": {"r": 70, "target_modules": ["k_proj"]},
 }
 BIAS = {"lora_only": {"bias": "lora_only"}, "all": {"bias": "all"}}
-CELLS = [("llama", name) for name in SETTINGS] + [(a, name) for a in ("opt", "gpt2") for name in BIAS]
 ALL = SETTINGS | BIAS
+CELLS = [("llama", name, "lora") for name in SETTINGS] + [(a, name, "lora") for a in ("opt", "gpt2") for name in BIAS]
+CELLS += [("llama", name, "dora") for name in ("patterns and rslora", "dropout", "head")] + [("opt", "all", "dora")]
 
 
 def theirs(base, **settings):
@@ -49,8 +50,7 @@ def theirs(base, **settings):
     return model
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("architecture, name", CELLS)
+@pytest.mark.parametrize("architecture, name, method", CELLS)
 def test_we_load_what_peft_saves(architecture, name, method, tmp_path):
     model = theirs(dense_model(architecture), use_dora=method == "dora", **ALL[name])
     model.save_pretrained(tmp_path)
@@ -65,8 +65,9 @@ def test_we_load_what_peft_saves(architecture, name, method, tmp_path):
     assert torch.equal(logits(ours), before), "biases and modules are the adapter's own"
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("architecture, name", [cell for cell in CELLS if cell[1] != "more rank than the layer has"])
+@pytest.mark.parametrize(
+    "architecture, name, method", [cell for cell in CELLS if cell[1] != "more rank than the layer has"]
+)
 def test_peft_loads_what_we_save(architecture, name, method, tmp_path):
     model = dense_model(architecture)
     names = {"r": "rank", "use_rslora": "rslora", "lora_dropout": "dropout"}
