@@ -5,7 +5,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 ARGS ?=
 
-.PHONY: help setup run test lint bench bench-cpu profile-cpu cubins notebooks clean
+# make sweeps: which of conf/sweep/, on which data, where the runs go, and where what is committed of them
+SWEEPS ?= method rank
+DATA ?= docstrings arithmetic
+OUT ?= outputs/sweeps
+RESULTS ?= notebooks/results
+second_docstrings := arithmetic
+second_arithmetic := docstrings
+
+.PHONY: help setup run test lint bench bench-cpu profile-cpu cubins sweeps notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +51,13 @@ profile-cpu: $(READY) ## where the time of a training step on a CPU goes
 
 cubins: $(READY) ## compile every kernel for every GPU, without one, and hold it to its budgets
 	$(BIN)/python -m kernels.aot $(ARGS)
+
+sweeps: $(foreach s,$(SWEEPS),$(DATA:%=sweep-$s-%)) ## what README and notebooks show: hours (ARGS="trainer.steps=…"; one: make sweep-rank-docstrings)
+
+sweep-%: $(READY) # a sweep and its data: only the runs that $(OUT) lacks, then a report on a copy without weights
+	$(BIN)/python -m experiments.run sweep=$(firstword $(subst -, ,$*)) data=$(lastword $(subst -, ,$*)) \
+		data@second=$(second_$(lastword $(subst -, ,$*))) output_dir=$(OUT)/$* $(ARGS)
+	$(BIN)/python -m experiments.report $(OUT)/$* --to $(RESULTS)/$*
 
 notebooks: $(READY) ## execute every notebook on its small path
 	$(BIN)/python -m pytest tests/notebooks $(ARGS)

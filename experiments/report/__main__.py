@@ -1,12 +1,14 @@
 """Compare the results in a folder.
 
-    python -m experiments.report [DIR]
+    python -m experiments.report [DIR] [--to COPY]
 
 Reads every result.json under DIR (outputs/ unless given) and writes to DIR/report/
 
     report.html     all of it in one file: what follows from the runs, tables, pictures
     report.md       the same, with the pictures beside it as PNG
     runs.csv        a row a run: its configuration and every number that it measured
+
+With --to the report is on COPY, a folder of the results without weights: small enough to be committed or sent.
 """
 
 import argparse
@@ -19,16 +21,19 @@ from experiments.errors import UserError
 from experiments.files import RESULT, writable_dir, write_atomically
 from experiments.report import page
 from experiments.report.plots import pictures
-from experiments.report.runs import group, read_runs
+from experiments.report.runs import copy_runs, group, read_runs
 
 DPI = 120
 
 
-def report(folder: Path) -> tuple[Path, int, list[str]]:
+def report(folder: Path, copy: Path | None = None) -> tuple[Path, int, list[str]]:
     """Write the report on `folder`; returns its directory, the number of runs, and a line for each file left out.
 
+    Args:
+        copy: a folder for the results without weights, which gets the report.
+
     Raises:
-        UserError: there is no result that can be read.
+        UserError: there is no result that can be read, or `copy` has other things in it.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -37,6 +42,9 @@ def report(folder: Path) -> tuple[Path, int, list[str]]:
         hint = "; ".join(problems) or f"no {RESULT} in it or below; a run of `python -m experiments.run` writes one"
         raise UserError(f"{folder}: no results: {hint}")
     groups = group(runs)
+    if copy is not None:
+        copy_runs(runs, folder, copy)
+        folder = copy
     directory = writable_dir(folder / "report", "copy the results to a folder")
     parts = page.sections(folder.name or str(folder), groups, problems, [pictures(one) for one in groups])
     images = {file: _png(picture.figure) for part in parts for file, picture in part.pictures.items()}
@@ -59,7 +67,9 @@ def _png(figure) -> bytes:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="experiments.report", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("outputs"))
-    directory, count, problems = report(parser.parse_args().folder)
+    parser.add_argument("--to", metavar="COPY", type=Path, help="folder for the results without weights")
+    arguments = parser.parse_args()
+    directory, count, problems = report(arguments.folder, arguments.to)
     for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
     print(f"{count} runs compared; open {directory / 'report.html'}")

@@ -6,12 +6,14 @@ metrics.jsonl beside it, where there is one.
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.files import METRICS, RESULT
+from experiments.errors import UserError
+from experiments.files import METRICS, RESULT, directory_atomically
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
 MEASURES = {
@@ -113,6 +115,23 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
         elif not run.curve:
             problems.append(f"{run.name}: no {METRICS} that can be read, so it is missing among the training curves")
     return list(runs.values()), problems
+
+
+def copy_runs(runs: list[Run], folder: Path, copy: Path) -> None:
+    """Copy what a report reads of `runs` from `folder` to `copy`, in place of an earlier copy.
+
+    Raises:
+        UserError: `copy` has something in it that is no part of a copy.
+    """
+    for path in [copy, *copy.rglob("*")] if copy.exists() else []:
+        if not (path.is_dir() or path.name in (RESULT, METRICS) or path.parent == copy / "report"):
+            raise UserError(f"{path} is no part of a copy of results: choose another folder than {copy}")
+    with directory_atomically(copy) as directory:
+        for run in runs:
+            (directory / run.name).mkdir(parents=True, exist_ok=True)
+            for name in (RESULT, METRICS):
+                if (folder / run.name / name).exists():
+                    shutil.copyfile(folder / run.name / name, directory / run.name / name)
 
 
 def _read(path: Path, folder: Path) -> Run:

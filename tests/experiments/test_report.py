@@ -229,6 +229,25 @@ def test_files_that_are_no_results_are_named_and_left_out(terminal, results):
         assert said in text and said in markdown, said
 
 
+def test_a_copy_holds_what_a_report_reads_and_replaces_a_copy_only(terminal, results, tmp_path_factory):
+    copy = tmp_path_factory.mktemp("to") / "copy"
+    for run in results.glob("*"):
+        (run / "adapter").mkdir()
+        (run / "adapter" / "adapter_model.safetensors").touch()
+    first = sorted(results.glob("full*"))[0]
+    for _ in range(2):
+        code, text = terminal(command, str(results), "--to", str(copy))
+        assert code == 0 and f"open {copy / 'report' / 'report.html'}" in text, text
+    assert not (results / "report").exists()
+    copied = {path.name for path in copy.rglob("*") if path.is_file()}
+    assert {"result.json", "metrics.jsonl", "report.html", "runs.csv"} < copied and "adapter" not in copied
+    assert (copy / first.name / "metrics.jsonl").read_bytes() == (first / "metrics.jsonl").read_bytes()
+    assert read_runs(copy)[0] == read_runs(results)[0]
+    assert terminal(command, str(copy))[0] == 0
+    code, text = terminal(command, str(copy), "--to", str(results))
+    assert code == 1 and f"is no part of a copy of results: choose another folder than {results}" in text
+
+
 @pytest.mark.parametrize("content", [None, "{"])
 def test_nothing_to_report_is_one_line(terminal, tmp_path, content):
     if content:
