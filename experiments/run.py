@@ -25,16 +25,15 @@ from pathlib import Path
 import hydra
 import numpy
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm import tqdm
 
 from experiments import checkpoints, machine, results, spectrum, sweep
 from experiments.checkpoints import Checkpoints
 from experiments.cli import run_command
-from experiments.config import Config, flat, resolve
+from experiments.config import Config
 from experiments.data import load_data
 from experiments.energy import EnergyMeter
 from experiments.errors import UserError
@@ -44,14 +43,10 @@ from experiments.generation import answer
 from experiments.measures import Measures
 from experiments.models import prepare_model
 from experiments.progress import bar
-from experiments.runs import read_config, save_weights
+from experiments.resuming import checkpoint_of, configured
+from experiments.runs import save_weights
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
-
-# Keys that may change when a run is resumed: when it ends, what changes the use of memory but no result, and what the
-# restored state is compared with anyway.
-MAY_CHANGE = {"trainer.steps", "trainer.early_stopping_patience", "trainer.dtype"}
-MAY_CHANGE |= {"trainer.gradient_checkpointing", "optim.paged", "optim.budget_mb", "optim.host_mb"}
 
 
 def run(cfg: Config) -> dict:
@@ -62,7 +57,7 @@ def run(cfg: Config) -> dict:
     Raises:
         UserError: something in the configuration or the files it names is wrong; the message says what to do.
     """
-    checkpoint = _checkpoint(cfg) if cfg.resume else None
+    checkpoint = checkpoint_of(cfg) if cfg.resume else None
     path = Path(cfg.output_dir) if checkpoint is None else checkpoint.parent.parent
     if checkpoint is None and (old := checkpoints.of_run(path)):
         raise UserError(f"{old[-1]} is there: go on from it with resume=latest, or choose another output_dir")
@@ -73,25 +68,6 @@ def run(cfg: Config) -> dict:
         with contextlib.suppress(OSError):
             directory.path.rmdir()  # nothing was written yet: leave no empty directory behind
         raise
-
-
-def _checkpoint(cfg: Config) -> Path:
-    """The checkpoint to go on from. UserError: there is none, nothing is left to do, or it is of another `cfg`."""
-    checkpoint = checkpoints.find(cfg.resume, Path(cfg.output_dir))
-    was, now = flat(read_config(checkpoint)), flat(cfg)
-    different = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
-    if wrong := sorted(different - MAY_CHANGE):
-        values = ", ".join(f"{key} ({was.get(key)} there, {now.get(key)} here)" for key in wrong)
-        raise UserError(f"{checkpoint} is of another configuration: {values}")
-    trained, result = checkpoints.read_state(checkpoint)["trained"], checkpoint.parent.parent / results.RESULT
-    if trained.steps > cfg.trainer.steps or (trained.finished(cfg.trainer) and result.exists()):
-        raise UserError(
-            f"{checkpoint}: nothing is left to do after its {trained.steps} steps: raise trainer.steps, or "
-            "trainer.early_stopping_patience if that ended it"
-        )
-    if "trainer.steps" in different:
-        print(f"trainer.steps was {was['trainer.steps']}: the learning rate follows the new schedule from here on")
-    return checkpoint
 
 
 @dataclass
@@ -262,35 +238,11 @@ def _seed(seed: int) -> None:
     torch.manual_seed(seed)  # of every device
 
 
-def _configured(cfg: DictConfig) -> Config:
-    """The configuration as composed; where resume comes without a method, the run's own with the changes given."""
-    given = list(HydraConfig.get().overrides.task)
-    output_dir = cfg.output_dir
-    if cfg.resume:
-        has_directory = any(override.startswith("output_dir=") for override in given)
-        if cfg.resume == checkpoints.LATEST and not has_directory:
-            cfg.resume = str(checkpoints.newest_run(Path(output_dir).parent))
-        checkpoint = checkpoints.find(cfg.resume, Path(output_dir))
-        run_directory = checkpoint.parent.parent
-        if has_directory and Path(output_dir).absolute() != run_directory:
-            raise UserError(f"output_dir={output_dir}: the run goes on in {run_directory}: leave output_dir out")
-        output_dir = str(run_directory)
-    if not OmegaConf.is_missing(cfg, "method"):
-        config = resolve(cfg)
-    elif cfg.resume:
-        config = read_config(checkpoint, given)
-    else:
-        methods = GlobalHydra.instance().config_loader().get_group_options("method")
-        raise UserError(f"no method: add one of {', '.join(f'+method={name}' for name in methods)}")
-    config.output_dir, config.resume = output_dir, cfg.resume
-    return config
-
-
 @hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> sweep.Outcome | None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        config = _configured(cfg)
+        config = configured(cfg)
         if sweeping:
             return sweep.job(config, HydraConfig.get().job.override_dirname)
         result = run(config)
