@@ -35,7 +35,7 @@ from experiments.progress import bar
 from experiments.quant_map import blocksizes
 from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense
 from modules import adapters, decoder_linears, dequantize, merge, quantize
-from modules.bnb_files import save_bnb4
+from modules.bnb_files import by_definition, save_bnb4
 from modules.checkpoint import CONFIG_FILE
 from modules.linear import weight_shape
 
@@ -99,7 +99,7 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     directory.rmdir()  # save_bnb4 makes it
     with quiet():
         save_bnb4(model, directory)
-    return lambda: AutoModelForCausalLM.from_pretrained(directory), packed
+    return lambda: by_definition(AutoModelForCausalLM.from_pretrained(directory)), packed
 
 
 EXPORTS = {"merged": _merged, "peft": _peft, "bnb4": _bnb4}

@@ -144,6 +144,18 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
 # ------------------------------------------------------------------------------------ reading
 
 
+def by_definition(model: nn.Module) -> nn.Module:
+    """Have the bitsandbytes linears in `model` compute with their dequantized weights; returns the model.
+
+    On processors with AVX-512 and bf16 they repack themselves in evaluation mode otherwise, for a kernel that rounds
+    absmax to bf16 and takes only some shapes.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def _check_nf4(directory: Path) -> None:
     """Raise ValueError unless config.json says that the weights are bitsandbytes' NF4."""
     found = quantization_of(directory)

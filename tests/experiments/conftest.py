@@ -18,7 +18,7 @@ from experiments.models import load_model
 from modules import quantize
 from modules.bnb_files import save_bnb4
 
-TINY = ["model=tiny", "trainer=debug", "rank=4"]
+TINY = ["model=tiny", "trainer=debug", "rank=4", "trainer.dtype=float32"]  # the same on every processor
 CHECKPOINTS = ["trainer.steps=6", "trainer.checkpoint_every=2", "trainer.grad_accum=2"]
 SMALL = ["trainer.samples=1", "trainer.sample_tokens=4", "data.max_heldout=4"]
 

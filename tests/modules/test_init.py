@@ -103,7 +103,7 @@ def model_with_structure(architecture: str) -> nn.Module:
     """A model whose hidden states have directions that matter more than others."""
     model = dense_model(architecture)
     embeddings = model.get_input_embeddings().weight
-    embeddings.data *= torch.logspace(1, -1, embeddings.shape[1])
+    embeddings.data *= torch.logspace(1.5, -1.5, embeddings.shape[1])
     return model
 
 
