@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from experiments import results, sweep
 from experiments.config import resolve
 from experiments.files import PROJECT_ROOT
-from tests.experiments.conftest import composed
+from tests.experiments.conftest import TINY, composed
 
 
 def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp_path):
@@ -35,7 +35,7 @@ def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp
 
 
 def test_a_run_that_another_process_has_is_left_to_it(command, tmp_path, chats):
-    where = ["model=tiny", "trainer=debug", "rank=4", "data=jsonl", f"data.path={chats}"]
+    where = [*TINY, "data=jsonl", f"data.path={chats}"]
     identity = results.config_hash(resolve(composed("+method=lora", *where)))
     with sweep._claim(tmp_path / "out" / ".locks" / identity) as claimed:
         assert claimed
