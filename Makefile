@@ -34,7 +34,8 @@ run: $(READY) ## the main job: fine-tune SmolLM2 with QDoRA (ARGS="rank=8 …" c
 	$(BIN)/python -m experiments.run +method=qdora rank=16 $(ARGS)
 
 test: $(READY) ## the whole test suite (ARGS="tests/kernels -k nf4" for a part)
-	$(BIN)/python -m pytest $(ARGS)
+	# most tests compute little: two processes of one thread each are faster than one of two
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: $(READY) ## ruff: style and format
 	$(BIN)/ruff check
