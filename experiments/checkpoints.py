@@ -28,7 +28,7 @@ from experiments.data import Data
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation
 from experiments.files import delete_directory, directory_atomically
-from experiments.runs import load_trained, read_tensors, save_trained, write_config
+from experiments.runs import ADAPTER, base_name, load_trained, read_tensors, save_trained, write_config
 from experiments.train import Trained, Trainer
 from modules import save_adapter
 
@@ -97,7 +97,7 @@ class Checkpoints:
         save_trained(model, directory)
         write_config(self.cfg, directory)
         if self.cfg.method.adapter != "none":
-            save_adapter(model, directory / "adapter", self.cfg.model.path or self.cfg.model.name)
+            save_adapter(model, directory / ADAPTER, base_name(self.cfg, self.folder.parent))
 
     def _best(self, step: int) -> Path:
         return self.folder / f"best-{step:08}"

@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from experiments.errors import UserError
 from kernels.codebook import BLOCKSIZES
 from modules import AdapterConfig
+from modules.config import quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -121,7 +122,7 @@ class Config:
     modules_to_save: list[str] = field(default_factory=list)  # suffixes of modules that train whole
     bias: str = "none"  # none | lora_only | all: which biases train
     rslora: bool = False  # scale by lora_alpha / √rank
-    init: str = "default"  # default | gaussian | orthogonal | pissa | pissa_niter_N | olora | loftq | eva
+    init: str = "default"  # what adapters begin with: see modules/init.py
     freeze_A: bool = False  # only B trains (LoRA-FA)
     lr: float = MISSING
     seed: int = 0
@@ -185,8 +186,8 @@ def _check_adapter(cfg: Config) -> None:
             raise UserError(f"{given[0]} is about adapters, and method={cfg.method.name} has none")
         return
     adapter_config(cfg)
-    if cfg.init == "loftq" and cfg.quant.name == "none":
-        raise UserError("init=loftq makes up for what quantizing loses: choose +method=qlora or +method=qdora")
+    if quantized_start(cfg.init) and cfg.quant.name == "none":
+        raise UserError(f"init={cfg.init} makes up for what quantizing loses: choose +method=qlora or +method=qdora")
 
 
 def resolve(cfg: DictConfig) -> Config:

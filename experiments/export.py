@@ -33,7 +33,7 @@ from experiments.files import directory_atomically
 from experiments.models import load_base, model_directory, quiet
 from experiments.progress import bar
 from experiments.quant_map import blocksizes
-from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense
+from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
 from modules import adapters, decoder_linears, dequantize, merge, quantize
 from modules.bnb_files import by_definition, save_bnb4
 from modules.checkpoint import CONFIG_FILE
@@ -71,7 +71,7 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     from peft import PeftModel  # here, because importing it takes seconds that other exports need not spend
 
     shutil.copytree(source / ADAPTER, directory, dirs_exist_ok=True)
-    cfg, dtype = run.cfg, run.dtype
+    cfg, dtype = over_own_base(run.cfg, run_of(source)), run.dtype
     if cfg.model.source != "tiny":
         path, base = directory / CONFIG_FILE, str(model_directory(cfg.model).absolute())
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")

@@ -46,6 +46,7 @@ from experiments.progress import bar
 from experiments.quant_map import blocksizes
 from modules import NF4Linear, attach, decoder_linears, quantize
 from modules.bnb_files import load_bnb4, quantization_of
+from modules.config import quantized_start
 from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
@@ -125,7 +126,7 @@ def prepare_model(
     trains_base = cfg.method.adapter == "none"
     # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
     model, tokenizer = load_model(cfg.model, torch.float32 if trains_base else dtype, cfg.seed)
-    if cfg.init == "loftq":  # it begins with what packing loses
+    if quantized_start(cfg.init):  # it begins with what packing loses
         _attach(cfg, model, tokenizer)
         _quantize(cfg, model)
         return model.to(device), tokenizer

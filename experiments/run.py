@@ -44,7 +44,7 @@ from experiments.measures import Measures
 from experiments.models import prepare_model
 from experiments.progress import bar
 from experiments.resuming import checkpoint_of, configured
-from experiments.runs import save_weights
+from experiments.runs import over_own_base, save_base, save_weights
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
 
@@ -104,7 +104,8 @@ class _Run:
         print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}: {machine.describe(device, dtype)}")
 
         _seed(cfg.seed)
-        self.model, self.tokenizer = prepare_model(cfg, device, dtype)
+        start = cfg if checkpoint is None else over_own_base(cfg, directory.path)
+        self.model, self.tokenizer = prepare_model(start, device, dtype)
         self.data = load_data(cfg.data, self.tokenizer)
         print(self.data.note)
         self.measures = Measures(cfg, self.data, self.tokenizer)
@@ -118,6 +119,7 @@ class _Run:
         cfg = self.cfg
         if self.checkpoint is None:
             self.directory.begin(cfg)
+            save_base(cfg, self.model, self.tokenizer, self.directory.path)
         else:
             story = self.checkpoints.restore(self.checkpoint, self.trainer)
             self.story = _Story(**story | {"before": Evaluation(**story["before"])})

@@ -1,11 +1,12 @@
 """A run's configuration and model, written to its directory and read back from it.
 
 A run's directory holds config.yaml and adapter/ in PEFT's format or, where every weight trained, model/, a Hugging Face
-directory. A checkpoint's holds config.yaml, weights.safetensors with the parameters that train, and adapter/ too.
+directory. A checkpoint's holds config.yaml, weights.safetensors with the parameters that train, and adapter/ too. Where
+`init` chose the codes of the packed base, as qpissa does, the run's directory has it in base/, as bitsandbytes has it.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +23,12 @@ from experiments.config import Config, ModelConfig, resolve
 from experiments.errors import UserError
 from experiments.files import directory_atomically, write_atomically
 from experiments.models import load_base, load_model, quiet
-from modules import adapters, dequantize, load_adapter, merge, save_adapter
+from modules import adapters, dequantize, load_adapter, merge, save_adapter, set_adapter
+from modules.adapter import DEFAULT
+from modules.bnb_files import save_bnb4
+from modules.config import changes_base
 
-CONFIG, ADAPTER, MODEL, WEIGHTS = "config.yaml", "adapter", "model", "weights.safetensors"
+CONFIG, ADAPTER, MODEL, BASE, WEIGHTS = "config.yaml", "adapter", "model", "base", "weights.safetensors"
 
 
 def write_config(cfg: Config, directory: Path) -> None:
@@ -60,7 +64,42 @@ def save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
             tokenizer.save_pretrained(directory)
     else:
         with directory_atomically(run / ADAPTER) as directory:
-            save_adapter(model, directory, cfg.model.path or cfg.model.name)
+            save_adapter(model, directory, base_name(cfg, run))
+
+
+def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
+    """Write the packed base to base/ if `cfg.init` chose its codes: then nothing else is that base."""
+    if not changes_base(cfg.init):
+        return
+    set_adapter(model, None)
+    with directory_atomically(run / BASE) as directory, quiet():
+        directory.rmdir()  # save_bnb4 makes it
+        save_bnb4(model, directory)
+        tokenizer.save_pretrained(directory)
+    set_adapter(model, DEFAULT)
+
+
+def base_name(cfg: Config, run: Path) -> str:
+    """What the adapter of the run in `run` is over, for its adapter_config.json."""
+    return str((run / BASE).absolute()) if changes_base(cfg.init) else cfg.model.path or cfg.model.name
+
+
+def run_of(directory: Path) -> Path:
+    """The run's directory: `directory`, or, if that is a checkpoint's, the one that the checkpoint is in."""
+    return directory.absolute().parent.parent if (directory / WEIGHTS).is_file() else directory
+
+
+def over_own_base(cfg: Config, run: Path) -> Config:
+    """`cfg`, but over the base that the run in `run` wrote, if its `init` chose one.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if not changes_base(cfg.init):
+        return cfg
+    if not (run / BASE).is_dir():
+        raise UserError(f"{run / BASE} is missing: the adapter of init={cfg.init} is nothing without its base")
+    return replace(cfg, model=ModelConfig(name=cfg.model.name, source="hf", path=str(run / BASE)), init="default")
 
 
 @dataclass(frozen=True)
@@ -99,7 +138,7 @@ def _load(cfg: Config, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedM
         return load_model(ModelConfig(name=MODEL, source="hf", path=str(directory / MODEL)), dtype, cfg.seed)
     if not (directory / ADAPTER).is_dir() and not (directory / WEIGHTS).is_file():
         raise UserError(f"{directory}: neither adapter/ nor model/ there: the run has not saved weights yet")
-    model, tokenizer = load_base(cfg, dtype)
+    model, tokenizer = load_base(over_own_base(cfg, run_of(directory)), dtype)
     if (directory / ADAPTER).is_dir():
         try:
             load_adapter(model, directory / ADAPTER)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 ALL_LINEAR = "all-linear"
 ADAPTER_NAMES = ("lora", "dora")
-INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "eva")
-_PISSA_NITER = re.compile(r"pissa_niter_\d+")
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "qpissa", "eva")
+INITS_WITH_NUMBER = ("pissa_niter_N", "loftq_iter_N", "qpissa_iter_N")
+_WITH_NUMBER = re.compile(r"pissa_niter_\d+|(loftq|qpissa)_iter_[1-9]\d*")
+QPISSA_ITERATIONS = 5  # its authors' choice
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class AdapterConfig:
         modules_to_save: suffixes of modules that train whole, beside the adapters: `[lm_head]`.
         bias: "none", "lora_only" (the biases of the adapted linears train) or "all".
         rslora: scale by lora_alpha / √rank.
-        init: what the adapters begin with, see `modules/init.py`: one of INITS, or pissa_niter_N.
+        init: what the adapters begin with, see `modules/init.py`: one of INITS or INITS_WITH_NUMBER.
         freeze_A: only B (and the magnitude) train: LoRA-FA, Zhang et al. 2023.
 
     Raises:
@@ -65,8 +67,8 @@ class AdapterConfig:
     def _check_choices(self) -> None:
         if self.adapter not in ADAPTER_NAMES:
             raise ValueError(f"adapter {self.adapter!r} is not one of {', '.join(ADAPTER_NAMES)}")
-        if self.init not in INITS and not _PISSA_NITER.fullmatch(self.init):
-            raise ValueError(f"init={self.init!r} is not one of {', '.join(INITS)} or pissa_niter_N")
+        if self.init not in INITS and not _WITH_NUMBER.fullmatch(self.init):
+            raise ValueError(f"init={self.init!r} is not one of {', '.join((*INITS, *INITS_WITH_NUMBER))}")
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias={self.bias!r} is not one of none, lora_only, all")
 
@@ -103,6 +105,19 @@ class AdapterConfig:
     def lora_alpha_of(self, name: str) -> float:
         """lora_alpha of the layer `name`."""
         return self.alpha_pattern.get(matching_key(self.alpha_pattern, name), self.lora_alpha)
+
+
+def quantized_start(init: str) -> tuple[str, int] | None:
+    """(start, iterations) as `quantized_init` takes them, of an initialisation that makes up for packing; else None."""
+    name, _, iterations = init.partition("_iter_")
+    if name == "loftq":
+        return "loftq", int(iterations or 1)
+    return ("pissa", int(iterations or QPISSA_ITERATIONS)) if name == "qpissa" else None
+
+
+def changes_base(init: str) -> bool:
+    """Whether a packed base of an adapter with this initialisation is another than the packed model's."""
+    return quantized_start(init) not in (None, ("loftq", 1))
 
 
 def _entries(name: str, value, pattern: dict) -> list[tuple[str, object]]:

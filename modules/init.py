@@ -8,14 +8,18 @@
                   iterations from a random start, which is faster and nearly as exact
     olora         B, A = the first columns of Q and rows of R, QR = W. Büyükakyüz 2024
     loftq         s·BA = the r principal components of what `quantize` loses of W. Li et al. 2023 with one iteration,
-                  so that the base is the plain NF4 of W (`modules/quantized_init.py` has more, which change it).
-                  Attach first, then quantize
+                  so that the base is the plain packed W. Attach first, then quantize
+    loftq_iter_N  the same with N iterations: the base is packed N times, each time of what BA leaves of W, and differs
+                  from the plain packed one (`modules/quantized_init.py`)
+    qpissa        quantized PiSSA: these iterations from BA = the r principal components of W. Meng et al. 2024, §4;
+                  five of them, or N of qpissa_iter_N
     eva           A = the r principal components of the layer's input on calibration batches, B = 0.
                   Paischer et al. 2024, every layer at its own rank (ρ = 1)
 
 Those of PEFT's of the same name, but for three points. PiSSA and OLoRA take BA away from W there; here W stays and the
 layer keeps their start A₀, B₀ (see `LoRALinear`), so adapters can be switched and detached, and what they amount to, a
-LoRA of rank 2r, is exact over NF4 too. LoftQ counts s in. EVA does not move rank between layers.
+LoRA of rank 2r, is exact over NF4 too. LoftQ counts s in. EVA does not move rank between layers. An adapter of
+qpissa or loftq_iter_N is a plain LoRA over its own base: keep the two together.
 """
 
 from collections.abc import Iterable
@@ -23,13 +27,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from modules.config import quantized_start
 from modules.decompose import OVERSAMPLING, decompose
-from modules.linear import LoRALinear, NF4Linear
+from modules.linear import LoRALinear, NF4Linear, dense_weight, is_conv1d
+from modules.quantized_init import quantized_init
 
 
 @torch.no_grad()
 def initialise(layer: LoRALinear, init: str) -> None:
-    """Set A and B of a new `layer` as `init` says; loftq and eva, which need more than the layer, begin as default."""
+    """Set A and B of a new `layer` as `init` says; loftq, qpissa and eva, which need more, begin as default."""
     if init == "gaussian":
         nn.init.normal_(layer.lora_A, std=1 / layer.rank)
     elif init == "orthogonal":
@@ -54,10 +60,18 @@ def _orthogonal(layer: LoRALinear) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def loftq(layer: LoRALinear, dense: Tensor) -> None:
-    """Make up, as far as rank r can, for what packing `dense` [out, in] into the layer's NF4 base lost."""
-    lora_A, lora_B = decompose(dense.float() - layer.base_weight().float(), layer.rank)
-    layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5)
+def pack(layer: LoRALinear, init: str, linear: nn.Module, blocksize: int, double_quant: bool) -> NF4Linear:
+    """The packed base of a new `layer` over the dense `linear`; A and B make up for what it loses, as far as they can.
+
+    Args:
+        init: loftq, qpissa, or one of them with _iter_N.
+        blocksize, double_quant: see `kernels.quantize_4bit`.
+    """
+    start, iterations = quantized_start(init)
+    method = "svd" if iterations == 1 else "randomized"
+    found = quantized_init(dense_weight(linear), layer.rank, start, iterations, blocksize, double_quant, method=method)
+    layer.start_at(found.lora_A / layer.scaling**0.5, found.lora_B / layer.scaling**0.5)
+    return NF4Linear(found.packed, found.quant_state, linear.bias, is_conv1d(linear))
 
 
 @torch.no_grad()
@@ -130,8 +144,8 @@ class _Components:
 
 def check_init(init: str, bases: Iterable[nn.Module], calibration: Iterable[dict] | None) -> None:
     """Raise ValueError where `init` asks for what is not there."""
-    if init == "loftq" and any(isinstance(base, NF4Linear) for base in bases):
-        raise ValueError("init=loftq needs the weights that packing loses: attach the adapter before quantize(model)")
+    if quantized_start(init) and any(isinstance(base, NF4Linear) for base in bases):
+        raise ValueError(f"init={init} needs the weights that packing loses: attach the adapter before quantize(model)")
     if init == "eva" and calibration is None:
         raise ValueError("init=eva needs calibration batches: attach(…, calibration=[{'input_ids': …}, …])")
     if init != "eva" and calibration is not None:

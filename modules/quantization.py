@@ -6,8 +6,9 @@ from torch import nn
 
 from kernels.quant_state import check_blocksize
 from modules.adapter import refuse_parts, replace_module, state_of
-from modules.init import loftq
-from modules.linear import NF4Linear, dense_weight
+from modules.config import changes_base, quantized_start
+from modules.init import pack
+from modules.linear import NF4Linear
 from modules.targets import decoder_linears
 
 
@@ -19,7 +20,8 @@ def quantize(
 ) -> None:
     """Pack every decoder linear of `model` in NF4, in place; each dense weight is released as its layer is packed.
 
-    Adapters that are on the model stay on it; one with init="loftq" begins here.
+    Adapters that are on the model stay on it. One with init="loftq" or "qpissa" begins here; qpissa and loftq_iter_N
+    choose other codes than those nearest to the weights, and such an adapter must be alone on the model.
 
     Args:
         blocksize: see `kernels.quantize_4bit`; of each linear by its full name, or one for all.
@@ -27,8 +29,8 @@ def quantize(
         progress: wraps the iteration over the layers' names, e.g. in a progress bar.
 
     Raises:
-        ValueError: no such block size, or none for a linear; adapters are merged, or train a linear whole; the model is
-            unchanged.
+        ValueError: no such block size, or none for a linear; adapters are merged, train a linear whole, or share a base
+            that one of them changes; the model is unchanged.
     """
     refuse_parts(model)
     linears = decoder_linears(model)
@@ -39,6 +41,10 @@ def quantize(
         own = [path for adapter in state.named.values() for path in adapter.own if path in linears]
         if own:
             raise ValueError(f"an adapter trains {own[0]} itself, or its bias: quantize before attaching it")
+        changing = [name for name, adapter in state.named.items() if changes_base(adapter.config.init)]
+        if changing and len(state.named) > 1:
+            init = state.named[changing[0]].config.init
+            raise ValueError(f"init={init} of the adapter {changing[0]!r} changes the base: detach the other adapters")
     dense = [name for name, linear in linears.items() if not isinstance(linear, NF4Linear)]
     sizes = blocksize if isinstance(blocksize, Mapping) else dict.fromkeys(dense, blocksize)
     for name in dense:
@@ -47,17 +53,19 @@ def quantize(
         check_blocksize(sizes[name])
     for name in progress(dense):
         linear = linears.pop(name)
-        packed = NF4Linear.from_linear(linear, sizes[name], double_quant).train(linear.training)
+        over = [] if state is None else [a for a in state.named.values() if name in a.modules]
+        packed = None
+        for adapter in over:
+            if quantized_start(adapter.config.init):
+                packed = pack(adapter.modules[name], adapter.config.init, linear, sizes[name], double_quant)
+        packed = packed or NF4Linear.from_linear(linear, sizes[name], double_quant)
+        packed.train(linear.training)
         if linear is model.get_submodule(name):
             replace_module(model, name, packed)
-        if state is None or name not in state.base:
-            continue
-        state.base[name] = packed
-        for adapter in state.named.values():
-            if layer := adapter.modules.get(name):
-                layer.set_base(packed)
-                if adapter.config.init == "loftq":
-                    loftq(layer, dense_weight(linear))
+        if state is not None and name in state.base:
+            state.base[name] = packed
+        for adapter in over:
+            adapter.modules[name].set_base(packed)
 
 
 def dequantize(model: nn.Module) -> None:
