@@ -9,6 +9,7 @@ from torch import nn
 from modules import NF4Linear, adapted_linears, attach, decoder_linears, quantize, trainable_parameters
 from modules.init import initialise, principal_inputs
 from modules.linear import LoRALinear
+from modules.quantized_init import quantized_init
 from tests.modules.architectures import IDS, dense_model, logits, scramble
 
 RANK, ALPHA = 4, 6
@@ -99,6 +100,38 @@ def test_loftq_makes_up_for_what_quantizing_loses():
     assert (logits(model) - true).norm() < (logits(packed) - true).norm()
 
 
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("init", ["qpissa", "qpissa_iter_2", "loftq_iter_3"])
+def test_the_base_is_packed_for_its_adapter(init, adapter):
+    model, once = dense_model("llama"), dense_model("llama")
+    dense = {name: linear.weight.detach() for name, linear in decoder_linears(model).items()}
+    for each, begin in ((model, init), (once, "loftq")):
+        attach(each, adapter, RANK, ALPHA, init=begin, exclude_modules=["v_proj"])
+        quantize(each, 64, double_quant=False)
+    start, iterations = ("pissa", 5) if init == "qpissa" else (init.partition("_")[0].lstrip("q"), int(init[-1]))
+    others = adapted_linears(once)
+    for name, layer in adapted_linears(model).items():
+        found = quantized_init(dense[name], RANK, start, iterations, 64, False)
+        assert torch.equal(layer.base.weight, found.packed) and torch.equal(layer.base.absmax, found.quant_state.absmax)
+        left = dense[name].double() - layer.base_weight().double() - product(layer)
+        assert left.norm() / dense[name].double().norm() == pytest.approx(found.errors[-1], rel=1e-4)
+        assert left.norm() < (dense[name].double() - others[name].base_weight().double() - product(others[name])).norm()
+        if adapter == "dora":  # so that the layer begins where W is, row by row
+            torch.testing.assert_close(layer.magnitude, dense[name].norm(dim=1))
+            torch.testing.assert_close(layer.norm_sq, layer.base_weight().square().sum(dim=1))
+    plain = quantized_init(dense["model.layers.0.self_attn.v_proj"], 1, "loftq", 1, 64, False)
+    assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, plain.packed)
+
+
+def test_a_base_that_adapters_share_is_not_packed_for_one_of_them():
+    model = dense_model("llama")
+    attach(model, "lora", RANK, init="qpissa", name="one")
+    attach(model, "lora", RANK, name="two")
+    with pytest.raises(ValueError, match="init=qpissa of the adapter 'one' changes the base: detach the other"):
+        quantize(model)
+    assert not any(isinstance(linear, NF4Linear) for linear in decoder_linears(model).values())
+
+
 def model_with_structure(architecture: str) -> nn.Module:
     """A model whose hidden states have directions that matter more than others."""
     model = dense_model(architecture)
@@ -180,7 +213,11 @@ def test_frozen_a(adapter):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"init": "lora_ga"}, r"init='lora_ga' is not one of default, gaussian, .* or pissa_niter_N"),
+        ({"init": "lora_ga"}, "init='lora_ga' is not one of default, gaussian, .*, pissa_niter_N"),
+        (
+            {"init": "qpissa_iter_0"},
+            "init='qpissa_iter_0' is not one of .*, loftq_iter_N, qpissa_iter_N",
+        ),
         ({"init": "orthogonal", "rank": 3}, "rank=3 is odd, and init=orthogonal splits the rank in two halves"),
         ({"init": "eva"}, "init=eva needs calibration batches"),
         ({"init": "eva", "calibration": []}, "init=eva needs 4 calibration tokens or more; .* saw 0"),
@@ -196,9 +233,10 @@ def test_what_no_adapter_can_begin_with(settings, message):
     assert not adapted_linears(model) and all(p.requires_grad for p in model.parameters()), "the model is unchanged"
 
 
-def test_loftq_comes_before_quantizing():
+@pytest.mark.parametrize("init", ["loftq", "qpissa"])
+def test_loftq_comes_before_quantizing(init):
     model = dense_model("llama")
     quantize(model)
-    with pytest.raises(ValueError, match=r"attach the adapter before quantize\(model\)"):
-        attach(model, "lora", init="loftq")
+    with pytest.raises(ValueError, match=rf"init={init} needs .*: attach the adapter before quantize\(model\)"):
+        attach(model, "lora", init=init)
     assert all(isinstance(linear, NF4Linear) for linear in decoder_linears(model).values())
