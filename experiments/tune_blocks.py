@@ -1,0 +1,214 @@
+"""Choose a block size for each linear of a model.
+
+    python -m experiments.tune_blocks model=smollm2 budget=0.05 candidates=[32,64,128,256,512,1024,4096]
+    python -m experiments.run +method=qdora quant=tuned quant.map=outputs/…/map.yaml
+    python -m experiments.tune_blocks profile=outputs/…/profile.csv bits=4.127         another budget, in a second
+
+Smaller blocks lose less and cost more constants. Every linear is profiled on calibration samples
+(experiments/block_profile.py); then the sizes are chosen that give the least predicted rise of the loss under the
+budget (experiments/block_choice.py). Written to output_dir: map.yaml, and profile.csv unless it was given.
+experiments.try_maps measures whether the prediction holds.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import machine
+from experiments.block_choice import (
+    Problem,
+    allowed_sizes,
+    bits_per_weight,
+    budget_bits,
+    code_bits,
+    pose,
+    solve,
+    solve_greedily,
+)
+from experiments.block_profile import Calibration, Profile, profile_model, read_profile, write_profile
+from experiments.cli import run_command
+from experiments.config import DataConfig, ModelConfig, TrainerConfig
+from experiments.data import load_data
+from experiments.errors import UserError
+from experiments.files import PROJECT_ROOT, writable_dir
+from experiments.models import load_architecture, load_model
+from experiments.progress import bar
+from experiments.quant_map import QuantMap, write_map
+
+SENSITIVITIES = ("fisher", "output")
+DEFAULT_BUDGET = 0.05
+
+
+@dataclass
+class Constants:
+    double: bool = True  # absmax in 8 bits
+    align: str = "none"  # none | row | head: what blocks must not run across
+
+
+@dataclass
+class TuneConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # whose training part calibrates
+    quant: Constants = field(default_factory=Constants)
+    candidates: list[int] = field(default_factory=list)  # block sizes to choose from
+    budget: float | None = None  # for all constants: a share of the bytes of the codes
+    bits: float | None = None  # or bits a weight, codes included
+    sensitivity: str = "fisher"  # fisher | output: what predicts the rise of the loss
+    samples: int = 128  # calibration samples
+    profile: str | None = None  # a profile.csv of an earlier call, instead of measuring
+    dtype: str = "auto"  # that the model computes in, and is packed from
+    seed: int = 0
+    output_dir: str = ""
+
+
+ConfigStore.instance().store(name="tune_blocks_schema", node=TuneConfig)
+
+
+def check(cfg: TuneConfig) -> None:
+    """Raise UserError for values that the schema's types cannot exclude."""
+    if cfg.sensitivity not in SENSITIVITIES:
+        raise UserError(f"sensitivity={cfg.sensitivity}: choose {' or '.join(SENSITIVITIES)}")
+    if cfg.budget is not None and cfg.bits is not None:
+        raise UserError(f"budget={cfg.budget:g} and bits={cfg.bits:g} are two budgets: choose one")
+    if cfg.budget is not None and not 0 < cfg.budget < 1:
+        raise UserError(f"budget={cfg.budget:g} is a share of the codes' bytes: choose one between 0 and 1")
+    if cfg.samples < 1:
+        raise UserError(f"samples={cfg.samples}: choose 1 or more")
+
+
+def share_of(cfg: TuneConfig) -> float:
+    """The budget as a share of the codes' bytes, where `cfg.bits` does not set one."""
+    return DEFAULT_BUDGET if cfg.budget is None else cfg.budget
+
+
+def measure_profile(cfg: TuneConfig) -> Profile:
+    """Profile the configured model on its calibration samples."""
+    trainer = TrainerConfig(dtype=cfg.dtype)
+    device = machine.pick_device(trainer)
+    if device.type == "cpu":
+        machine.set_up_cpu(trainer)
+    dtype = machine.pick_dtype(trainer, device)
+    print(f"profiling {cfg.model.name}: {machine.describe(device, dtype)}")
+    model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    examples = load_data(cfg.data, tokenizer).train[: cfg.samples]
+    calibration = Calibration(model.to(device))
+    calibration.see(examples, torch.Generator().manual_seed(cfg.seed), bar("calibrating"))
+    layers = profile_model(calibration, cfg.quant.double, bar("profiling"))
+    about = {
+        "model": cfg.model.path or cfg.model.name,
+        "data": cfg.data.path or cfg.data.name,
+        "samples": len(examples),
+        "tokens": calibration.tokens,
+        "double": cfg.quant.double,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return Profile(about, layers)
+
+
+def load_profile(cfg: TuneConfig) -> Profile:
+    """The profile that `cfg.profile` names.
+
+    Raises:
+        UserError: it is of another model, or of other constants.
+    """
+    profile = read_profile(Path(cfg.profile))
+    wanted = {"model": cfg.model.path or cfg.model.name, "double": cfg.quant.double}
+    for key, value in wanted.items():
+        if profile.about[key] != value:
+            raise UserError(
+                f"profile={cfg.profile} is of {key} {str(profile.about[key]).lower()}, not {str(value).lower()}: set "
+                f"{'quant.double' if key == 'double' else 'model'} so, or leave profile out to measure anew"
+            )
+    return profile
+
+
+def problem_of(cfg: TuneConfig, profile: Profile, budget: int) -> Problem:
+    """The choice that `cfg` asks for, with at most `budget` bits of constants."""
+    architecture = load_architecture(cfg.model) if cfg.quant.align == "head" else None
+    allowed = allowed_sizes(profile.shapes, cfg.candidates, cfg.quant.align, architecture)
+    return pose(profile.shapes, allowed, profile.rises(cfg.sensitivity), cfg.quant.double, budget)
+
+
+def tune(cfg: TuneConfig) -> str:
+    """Do as `cfg` says, write everything to `cfg.output_dir`, return what the terminal shows.
+
+    Raises:
+        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+    """
+    check(cfg)
+    profile = load_profile(cfg) if cfg.profile else measure_profile(cfg)
+    problem = problem_of(cfg, profile, budget_bits(profile.shapes, share_of(cfg), cfg.bits))
+    best = solve(problem)
+    text = table(cfg, profile, problem, best)
+    directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
+    if not cfg.profile:
+        write_profile(directory / "profile.csv", profile)
+    write_map(directory / "map.yaml", QuantMap(cfg.quant.double, profile.shapes, best), text)
+    return text
+
+
+def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str, int]) -> str:
+    """The linears by kind with the sizes chosen, and the choice beside the greedy one and uniform block sizes."""
+    about = profile.about
+    double = "8 bits" if cfg.quant.double else "fp32"
+    lines = [
+        f"{about['model']}, absmax in {double}, on {about['samples']} samples ({about['tokens']:,} labelled tokens) of "
+        f"{about['data']}",
+        "",
+    ]
+    sizes = sorted({size for rises in problem.rises.values() for size in rises})
+    lines.append(
+        f"{'linears':<20}{'weights':>12}{'kurtosis':>10}{'outliers':>10}{'error':>8}   how many with blocks of"
+    )
+    lines.append(f"{'':<52}{'at 64':>8}   " + "".join(f"{size:>6}" for size in sizes))
+    kinds: dict[str, list[str]] = {}
+    for name in best:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    for kind, names in kinds.items():
+        layers = [profile.layers[name] for name in names]
+        counts = Counter(best[name] for name in names)
+        mean = {key: sum(getattr(layer, key) for layer in layers) / len(layers) for key in ("kurtosis", "outliers")}
+        error = sum(layer.sizes[64]["error"] for layer in layers) / len(layers)
+        lines.append(
+            f"{f'{len(names)} {kind}':<20}{sum(math.prod(layer.shape) for layer in layers):>12,}"
+            f"{mean['kurtosis']:>10.2f}{mean['outliers']:>10.3%}{error:>8.2%}   "
+            + "".join(f"{counts[size] or '·':>6}" for size in sizes)
+        )
+    unit = "predicted rise (nats a token)" if cfg.sensitivity == "fisher" else "sum of relative output errors"
+    lines += ["", f"{'':<20}{'bits a weight':>15}{'constants / codes':>20}   {unit}"]
+    uniform = {
+        f"all {size}": dict.fromkeys(best, size)
+        for size in sizes
+        if all(size in rises for rises in problem.rises.values())
+    }
+    for title, choice in (uniform | {"greedy": solve_greedily(problem), "tuned": best}).items():
+        spent = problem.spent(choice)
+        bits, share = bits_per_weight(profile.shapes, spent), spent / code_bits(profile.shapes)
+        lines.append(f"{title:<20}{bits:>15.4f}{share:>20.2%}   {problem.rise(choice):.4g}")
+    return "\n".join(lines)
+
+
+@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="tune_blocks")
+def main(cfg: DictConfig) -> None:
+    try:
+        config: TuneConfig = OmegaConf.to_object(cfg)
+        text = tune(config)
+    except UserError as error:  # here, not in cli: Hydra would print a second message around it
+        sys.exit(f"error: {error}")
+    print(f"{text}\n\nWritten:", *sorted(Path(config.output_dir).iterdir()), sep="\n  ")
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
