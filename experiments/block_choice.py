@@ -8,8 +8,12 @@ knapsack. `solve` finds the best choice with SciPy's MILP solver (HiGHS); `solve
 fits, the smaller block that lowers the rise the most for its bits.
 """
 
+import contextlib
+import ctypes
 import math
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy
@@ -165,22 +169,35 @@ def solve(problem: Problem) -> dict[str, int]:
     row = {name: number for number, name in enumerate(problem.rises)}
     one_each = csr_array((numpy.ones(len(options)), ([row[name] for name, _ in options], range(len(options)))))
     scale = max(numpy.abs(rise).sum(), 1e-300) / 1e6  # HiGHS stops at an absolute gap of 1e-6
-    found = milp(
-        rise / scale,
-        integrality=1,
-        bounds=Bounds(0, 1),
-        constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(excess[None] / 8, -numpy.inf, (problem.budget - sum(floor.values())) / 8),
-        ],
-        options={"mip_rel_gap": 0},
-    )
+    constraints = [
+        LinearConstraint(one_each, 1, 1),
+        LinearConstraint(excess[None] / 8, -numpy.inf, (problem.budget - sum(floor.values())) / 8),
+    ]
+    with _nothing_printed():
+        found = milp(
+            rise / scale, integrality=1, bounds=Bounds(0, 1), constraints=constraints, options={"mip_rel_gap": 0}
+        )
     if found.x is None:
         raise RuntimeError(f"the solver gave up: {found.message}")
     choice = {name: size for (name, size), chosen in zip(options, found.x) if chosen > 0.5}
     if len(choice) < len(row) or problem.spent(choice) > problem.budget:
         raise RuntimeError("the solver's choice is none: it breaks the budget or leaves a linear out")
     return choice
+
+
+@contextlib.contextmanager
+def _nothing_printed() -> Iterator[None]:
+    """HiGHS prints a line that no setting silences, from C: https://github.com/jump-dev/HiGHS.jl/issues/312."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+        ctypes.CDLL(None).fflush(None)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def solve_greedily(problem: Problem) -> dict[str, int]:

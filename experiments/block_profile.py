@@ -178,7 +178,7 @@ def profile_layer(weight: Tensor, inputs: Tensor, squares: Tensor, tokens: int, 
     )
 
 
-def profile_model(calibration: Calibration, double: bool, progress: Callable[[Iterable], Iterable]) -> dict:
+def profile_model(calibration: Calibration, double: bool, progress: Callable[[Iterable], Iterable] = iter) -> dict:
     """The LayerProfile of each linear."""
     return {
         name: profile_layer(

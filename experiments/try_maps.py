@@ -5,9 +5,10 @@
     python -m experiments.try_maps profile=outputs/tuned/profile.csv data@second=text second.path=FILE
 
 For every candidate block size the model is packed with it everywhere, and with the map that the profile gives for just
-as many bits or fewer; also with the map for budget= or bits=, and with those in maps=. All see the same held-out
-tokens, of the data and of the second domain, so differences are of pairs: mean ± standard error over samples. Written
-to output_dir: the maps, trials.csv, trials.png.
+as many bits or fewer; also with the map for budget= or bits=, and with those in maps=. With alone=[64] each kind of
+linear is packed alone as well, q_proj, k_proj and so on. All see the same held-out tokens, of the data and of the
+second domain, so differences are of pairs: mean ± standard error over samples. How well the predicted rises agree with
+the measured ones is printed too. Written to output_dir: the maps, trials.csv, trials.png.
 """
 
 import csv
@@ -36,7 +37,8 @@ from experiments.files import PROJECT_ROOT, writable_dir, write_atomically
 from experiments.models import load_model
 from experiments.progress import bar
 from experiments.quant_map import QuantMap, blocksizes, write_map
-from experiments.tune_blocks import SENSITIVITIES, TuneConfig, check, load_profile, problem_of, share_of
+from experiments.tune_blocks import SENSITIVITIES, TuneConfig, by_kind, check, load_profile, problem_of, share_of
+from kernels.codebook import BLOCKSIZES
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito's palette, distinct to colour-blind readers
 
@@ -45,6 +47,7 @@ BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito's pale
 class TrialConfig(TuneConfig):
     second: DataConfig = field(default_factory=lambda: DataConfig(name="none", source="none"))  # measured on as well
     maps: list[str] = field(default_factory=list)  # more maps to try
+    alone: list[int] = field(default_factory=list)  # block sizes at which each kind of linear is packed alone
     batch_size: int = 16
 
 
@@ -56,8 +59,8 @@ class Trial:
     """One choice of block sizes.
 
     Attributes:
-        kind: uniform, tuned or map.
-        blocksizes: of each linear; none at all is the dense model.
+        kind: dense, uniform, tuned, map or alone.
+        blocksizes: of each linear that is packed.
         constants: bits of all constants.
         beside: the uniform block size with as many bits or more that it is compared with.
         losses: by the name of the data.
@@ -95,7 +98,17 @@ def plan(cfg: TrialConfig, profile: Profile) -> list[Trial]:
     for trial in tuned:
         fair = [other for other in uniform if other.constants >= trial.constants]
         trial.beside = min(fair, key=lambda other: other.constants).beside if fair else None
-    return [Trial("dense", "dense", {}), *uniform, *tuned]
+    return [Trial("dense", "dense", {}), *uniform, *tuned, *_alone(cfg, profile)]
+
+
+def _alone(cfg: TrialConfig, profile: Profile) -> Iterator[Trial]:
+    for size in cfg.alone:
+        if size not in BLOCKSIZES:
+            raise UserError(f"alone: {size} is no block size; choose from {', '.join(map(str, BLOCKSIZES))}")
+        for kind, names in by_kind(profile.layers).items():
+            fitting = {name: size for name in names if size in profile.layers[name].sizes}
+            if fitting:
+                yield Trial(f"only {kind} {size}", "alone", fitting)
 
 
 def run_trials(cfg: TrialConfig, trials: list[Trial]) -> None:
@@ -114,25 +127,34 @@ def run_trials(cfg: TrialConfig, trials: list[Trial]) -> None:
             measured_on[data.name] = loaded.heldout
             print(loaded.note)
     packable = Packable(model.to(device), cfg.quant.double)
+    known: dict[tuple, dict[str, Losses]] = {}  # at the ends of the range tuned and uniform are the same
     for trial in bar("trying")(trials):
-        packable.pack(trial.blocksizes)
-        for name, examples in measured_on.items():
-            trial.losses[name] = measure(model, examples, cfg.batch_size, tokenizer.pad_token_id)
+        choice = tuple(trial.blocksizes.items())
+        if choice not in known:
+            packable.pack(trial.blocksizes)
+            known[choice] = {
+                name: measure(model, examples, cfg.batch_size, tokenizer.pad_token_id)
+                for name, examples in measured_on.items()
+            }
+        trial.losses = known[choice]
 
 
-def agreement(profile: Profile, trials: list[Trial]) -> Iterator[str]:
-    """Lines that say how well each sensitivity predicts the rise of the loss over the packed trials."""
-    dense, *packed = trials
+def predicted_rise(profile: Profile, sensitivity: str, trial: Trial) -> float:
+    """In nats a token by `fisher`, without a unit by `output`."""
+    return sum(profile.layers[name].sizes[size][sensitivity] for name, size in trial.blocksizes.items())
+
+
+def agreement(profile: Profile, dense: Trial, packed: list[Trial]) -> Iterator[str]:
+    """Lines that say how well each sensitivity predicts the measured rises of the loss."""
     for sensitivity in SENSITIVITIES:
-        rises = profile.rises(sensitivity)
-        predicted = [sum(rises[name][size] for name, size in trial.blocksizes.items()) for trial in packed]
+        predicted = [predicted_rise(profile, sensitivity, trial) for trial in packed]
         for name in dense.losses:
             measured = [trial.losses[name].above(dense.losses[name])[0] for trial in packed]
-            yield (
-                f"{sensitivity:<8} on {name:<12} Spearman {spearmanr(predicted, measured).statistic:.2f}, Pearson "
-                f"{pearsonr(predicted, measured).statistic:.2f}, measured / predicted "
-                f"{sum(measured) / sum(predicted):.3g}"
-            )
+            line = f"  {sensitivity:<8}{name:<14}Spearman {spearmanr(predicted, measured).statistic:.2f}, Pearson "
+            line += f"{pearsonr(predicted, measured).statistic:.2f}"
+            if sensitivity == "fisher":
+                line += f"; measured / predicted {sum(measured) / sum(predicted):.2f}"
+            yield line
 
 
 def table(profile: Profile, trials: list[Trial]) -> str:
@@ -143,21 +165,24 @@ def table(profile: Profile, trials: list[Trial]) -> str:
     heads = "".join(f"{name:>16}{'above dense':>18}{'above uniform':>20}" for name in names)
     lines = [f"{'held-out loss':<18}{'bits':>8}{heads}"]
     for trial in trials:
-        bits = bits_per_weight(profile.shapes, trial.constants) if trial.kind != "dense" else math.nan
-        line = f"{trial.title:<18}{bits:>8.4f}" if trial.kind != "dense" else f"{trial.title:<26}"
+        line = f"{trial.title:<26}"
+        if trial.constants:
+            line = f"{trial.title:<18}{bits_per_weight(profile.shapes, trial.constants):>8.4f}"
         for name in names:
             line += f"{trial.losses[name].mean:>16.4f}"
             if trial.kind != "dense":
                 line += "{:>10.4f} ± {:.4f}".format(*trial.losses[name].above(dense.losses[name])).rjust(18)
-            if trial.kind not in ("dense", "uniform") and trial.beside:
-                above = trial.losses[name].above(uniform[trial.beside].losses[name])
-                line += "{:>+.4f} ± {:.4f}".format(*above).rjust(20)
-            elif trial.kind == "uniform":
-                line += " " * 20
+            versus = ""
+            if trial.kind in ("tuned", "map") and trial.beside:
+                versus = "{:+.4f} ± {:.4f}".format(*trial.losses[name].above(uniform[trial.beside].losses[name]))
+            line += f"{versus:>20}"
         lines.append(line.rstrip())
-    return "\n".join(
-        [*lines, "", "predicted and measured rise of the loss, over all of these:", *agreement(profile, trials)]
-    )
+    maps, alone = ([trial for trial in packed if (trial.kind == "alone") is flag] for flag in (False, True))
+    lines += ["", f"predicted and measured rise of the loss over these {len(maps)} choices:"]
+    lines += agreement(profile, dense, maps)
+    if alone:
+        lines += [f"and over {len(alone)} of one kind of linear alone:", *agreement(profile, dense, alone)]
+    return "\n".join(lines)
 
 
 def as_csv(profile: Profile, trials: list[Trial]) -> str:
@@ -173,16 +198,16 @@ def as_csv(profile: Profile, trials: list[Trial]) -> str:
     writer.writeheader()
     for trial in trials:
         row = {"title": trial.title, "kind": trial.kind, "beside": trial.beside}
-        if trial.kind != "dense":
+        if trial.constants:
             row["bits_per_weight"] = bits_per_weight(profile.shapes, trial.constants)
         for name, losses in trial.losses.items():
             row[f"loss_{name}"] = losses.mean
             row[f"rise_{name}"], row[f"rise_se_{name}"] = losses.above(dense.losses[name])
             if trial.beside:
                 row[f"above_{name}"], row[f"above_se_{name}"] = losses.above(uniform[trial.beside].losses[name])
-        for sensitivity in SENSITIVITIES:
-            rises = profile.rises(sensitivity)
-            row[f"predicted_{sensitivity}"] = sum(rises[layer][size] for layer, size in trial.blocksizes.items())
+        row |= {
+            f"predicted_{sensitivity}": predicted_rise(profile, sensitivity, trial) for sensitivity in SENSITIVITIES
+        }
         writer.writerow(row)
     return text.getvalue()
 

@@ -13,7 +13,7 @@ experiments.try_maps measures whether the prediction holds.
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -155,6 +155,14 @@ def tune(cfg: TuneConfig) -> str:
     return text
 
 
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Full names of linears by their last part, such as q_proj."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    return kinds
+
+
 def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str, int]) -> str:
     """The linears by kind with the sizes chosen, and the choice beside the greedy one and uniform block sizes."""
     about = profile.about
@@ -169,10 +177,7 @@ def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str
         f"{'linears':<20}{'weights':>12}{'kurtosis':>10}{'outliers':>10}{'error':>8}   how many with blocks of"
     )
     lines.append(f"{'':<52}{'at 64':>8}   " + "".join(f"{size:>6}" for size in sizes))
-    kinds: dict[str, list[str]] = {}
-    for name in best:
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    for kind, names in kinds.items():
+    for kind, names in by_kind(best).items():
         layers = [profile.layers[name] for name in names]
         counts = Counter(best[name] for name in names)
         mean = {key: sum(getattr(layer, key) for layer in layers) / len(layers) for key in ("kurtosis", "outliers")}
