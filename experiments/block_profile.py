@@ -37,6 +37,7 @@ from modules import NF4Linear, decoder_linears
 from modules.linear import dense_weight, is_conv1d
 
 OUTLIER = 4.0  # standard deviations; of Gaussian weights 6.3e-5 are beyond
+SENSITIVITIES = ("fisher", "output")  # what may predict the rise of the loss
 MEASURES = ("spread", "error", "output", "fisher")  # of a linear at a block size
 STATISTICS = ("std", "kurtosis", "outliers")  # of a linear
 
@@ -100,7 +101,7 @@ class Calibration:
         self._last: tuple[Tensor, Tensor] | None = None  # the input of the linear before, and its Σ xxᵀ
 
     def see(
-        self, examples: list[Example], generator: torch.Generator, progress: Callable[[Iterable], Iterable]
+        self, examples: list[Example], generator: torch.Generator, progress: Callable[[Iterable], Iterable] = iter
     ) -> None:
         """Add `examples`, one pass each. Labels are drawn with `generator`."""
         hooks = [linear.register_forward_pre_hook(self._watcher(name)) for name, linear in self.linears.items()]
@@ -178,7 +179,7 @@ def profile_layer(weight: Tensor, inputs: Tensor, squares: Tensor, tokens: int, 
     )
 
 
-def profile_model(calibration: Calibration, double: bool, progress: Callable[[Iterable], Iterable] = iter) -> dict:
+def profile_model(calibration: Calibration, double: bool, progress: Callable[[Iterable], Iterable]) -> dict:
     """The LayerProfile of each linear."""
     return {
         name: profile_layer(

@@ -6,7 +6,7 @@ NF4Linear computes with too.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy
 import torch
@@ -46,6 +46,26 @@ class Losses:
         mean = difference.sum() / self.tokens.sum()
         spread = numpy.square(difference - mean * self.tokens).sum() * n / max(1, n - 1)
         return float(mean), math.sqrt(spread) / float(self.tokens.sum())
+
+
+@dataclass
+class Trial:
+    """One choice of block sizes.
+
+    Attributes:
+        kind: dense, uniform, tuned, map or alone.
+        blocksizes: of each linear that is packed.
+        constants: bits of all constants.
+        beside: the uniform block size with as many bits or more that it is compared with.
+        losses: by the name of the data.
+    """
+
+    title: str
+    kind: str
+    blocksizes: Mapping[str, int]
+    constants: int = 0
+    beside: int | None = None
+    losses: dict[str, Losses] = field(default_factory=dict)
 
 
 class Packable:

@@ -33,7 +33,7 @@ from experiments.block_choice import (
     solve,
     solve_greedily,
 )
-from experiments.block_profile import Calibration, Profile, profile_model, read_profile, write_profile
+from experiments.block_profile import SENSITIVITIES, Calibration, Profile, profile_model, read_profile, write_profile
 from experiments.cli import run_command
 from experiments.config import DataConfig, ModelConfig, TrainerConfig
 from experiments.data import load_data
@@ -43,7 +43,6 @@ from experiments.models import load_architecture, load_model
 from experiments.progress import bar
 from experiments.quant_map import QuantMap, write_map
 
-SENSITIVITIES = ("fisher", "output")
 DEFAULT_BUDGET = 0.05
 
 
