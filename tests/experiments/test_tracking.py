@@ -10,8 +10,12 @@ from wandb.proto import wandb_internal_pb2
 BLOCK = 32768  # a .wandb file is a LevelDB log: a 7-byte file header, then records that do not cross blocks unsplit
 
 
-def wandb_records(directory: Path) -> list[wandb_internal_pb2.Record]:
-    [path] = directory.glob("wandb/offline-run-*/run-*.wandb")
+def wandb_files(directory: Path) -> list[Path]:
+    """A run's, from old to new: each process writes one."""
+    return sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def wandb_records(path: Path) -> list[wandb_internal_pb2.Record]:
     content = path.read_bytes()
     records, message, at = [], b"", 7
     while at + 7 <= len(content):
@@ -41,7 +45,8 @@ def offline(monkeypatch):
 def test_an_offline_run_holds_the_metrics_and_the_summary(offline, command, tmp_path):
     code, text = command("+method=qdora", "tracking=wandb", "tracking.group=g", "tracking.tags=[a,b]")
     assert code == 0, text
-    records = wandb_records(tmp_path / "out")
+    [path] = wandb_files(tmp_path / "out")
+    records = wandb_records(path)
     rows = history(records)
     ours = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     for key in ("loss", "lr", "heldout_loss"):
@@ -57,5 +62,20 @@ def test_an_offline_run_holds_the_metrics_and_the_summary(offline, command, tmp_
 def test_a_run_that_fails_is_finished_all_the_same(offline, command, tmp_path):
     code, text = command("+method=lora", "tracking=wandb", "lr=1e38", "trainer.max_grad_norm=0", "trainer.warmup=0")
     assert code == 1 and "loss became nan" in text
-    records = wandb_records(tmp_path / "out")
+    [path] = wandb_files(tmp_path / "out")
+    records = wandb_records(path)
     assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [1]
+
+
+def test_a_resumed_run_goes_on_as_the_same_one(offline, command, tmp_path):
+    settings = ["+method=lora", "tracking=wandb", "trainer.checkpoint_every=2", "trainer.samples=0"]
+    for more in (["trainer.steps=3"], ["trainer.steps=5", "resume=latest"]):
+        code, text = command(*settings, *more)
+        assert code == 0, text
+    files = wandb_files(tmp_path / "out")
+    assert len(files) == 2 and len({path.name for path in files}) == 1, "one id: `wandb sync` puts them together"
+    parts = [wandb_records(path) for path in files]
+    [one], [other] = ({r.run.run_id for r in part if r.WhichOneof("record_type") == "run"} for part in parts)
+    assert one == other
+    steps = [[row["_step"] for row in history(part) if "loss" in row] for part in parts]
+    assert steps == [[1, 2, 3], [4, 5]]

@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and is stored without outputs."""
+"""Every notebook runs from top to bottom, on its small path if it has one, and is stored without outputs."""
 
 from pathlib import Path
 
@@ -25,7 +25,8 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_runs_from_the_project_root(path, kernel):
+def test_runs_from_the_project_root(path, kernel, monkeypatch):
+    monkeypatch.setenv("QDORA_SMALL", "1")
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(ROOT)}}
     NotebookClient(notebook, timeout=SECONDS_A_CELL, kernel_name=kernel, resources=resources).execute()
