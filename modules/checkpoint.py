@@ -12,6 +12,7 @@ Files are written under a temporary name and renamed, so that no half file is ev
 import json
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,9 +115,9 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     if wrong := _differences(state, tensors) | unknown:
         detach(model, name)
         set_adapter(model, shown)
-        first = "; ".join(f"{key.removeprefix(PREFIX)} {what}" for key, what in list(wrong.items())[:3])
-        more = f"; … {len(wrong)} in all" if len(wrong) > 3 else ""
-        raise ValueError(f"{directory} is an adapter for another model: {first}{more}")
+        if ranks := _other_ranks(state, tensors, wrong):
+            raise ValueError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree: {_first_three(ranks)}")
+        raise ValueError(f"{directory} is an adapter for another model: {_first_three(wrong)}")
     for path in names:
         initialise(model.get_submodule(path), config.init)
     for key, tensor in state.items():
@@ -152,7 +153,10 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         raw = dict(json.loads((directory / name).read_text()))
         name = WEIGHTS_FILE
         return raw, load_file(directory / name)
-    except (ValueError, TypeError, SafetensorError) as error:
+    except SafetensorError as error:
+        what = f"{name} is damaged or no safetensors file: {error}"
+        raise ValueError(f"{directory} holds no readable adapter: {what}") from error
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
 
 
@@ -204,3 +208,23 @@ def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[s
         elif state[key].shape != tensors[key].shape:
             wrong[key] = f"is {list(tensors[key].shape)} in the file, {list(state[key].shape)} in the model"
     return wrong
+
+
+def _other_ranks(state: dict[str, Tensor], tensors: dict[str, Tensor], wrong: Iterable[str]) -> dict[str, str]:
+    """What to say of each layer whose rank is another in the file than in the config; nothing if more is wrong."""
+    found = {}
+    for key in wrong:
+        layer, _, factor = key.partition(".lora_")
+        axis = {"A.weight": 0, "B.weight": 1}.get(factor)
+        if axis is None or key not in state or key not in tensors or tensors[key].dim() != 2:
+            return {}
+        ours, theirs = state[key].shape, tensors[key].shape
+        if ours[1 - axis] != theirs[1 - axis]:
+            return {}
+        found[layer] = f"has rank {ours[axis]} in the one and {theirs[axis]} in the other"
+    return found
+
+
+def _first_three(wrong: dict[str, str]) -> str:
+    first = "; ".join(f"{key.removeprefix(PREFIX)} {what}" for key, what in list(wrong.items())[:3])
+    return first + (f"; … {len(wrong)} in all" if len(wrong) > 3 else "")
