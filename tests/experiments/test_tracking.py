@@ -5,13 +5,15 @@ import struct
 from pathlib import Path
 
 import pytest
+import wandb
 from wandb.proto import wandb_internal_pb2
 
 BLOCK = 32768  # a .wandb file is a LevelDB log: a 7-byte file header, then records that do not cross blocks unsplit
 
 
 def wandb_files(directory: Path) -> list[Path]:
-    """A run's, from old to new: each process writes one."""
+    """A run's, from old to new: each process writes one. They are whole when W&B's own process has ended."""
+    wandb.teardown()
     return sorted(directory.glob("wandb/offline-run-*/run-*.wandb"))
 
 
