@@ -5,7 +5,7 @@
         training.safetensors    the optimizer's state, <parameter>:<key>; the random generators of torch
         training.json           progress, schedule, loss scaler, the other random generators
         config.yaml             the run's
-        adapter/                the adapter in PEFT's format (not where every weight trains)
+        adapter/                the adapter (modules/checkpoint.py); not where every weight trains
     <run>/checkpoints/best-00000008/
         weights.safetensors, config.yaml, adapter/
 

@@ -38,7 +38,7 @@ class QuantConfig:
 @dataclass
 class MethodConfig:
     name: str = MISSING
-    adapter: str = MISSING  # none (train every weight) | lora | dora
+    adapter: str = MISSING  # none (train every weight) | lora | dora | bitfit | houlsby | prefix_embed | prefix_layer
     lr: float = MISSING
 
 
@@ -124,6 +124,8 @@ class Config:
     rslora: bool = False  # scale by lora_alpha / √rank
     init: str = "default"  # what adapters begin with: see modules/init.py
     freeze_A: bool = False  # only B trains (LoRA-FA)
+    prefix_tokens: int = 0  # l_p, trainable tokens before the text (prefix_embed, prefix_layer)
+    infix_tokens: int = 0  # l_i, trainable tokens at the end of the prompt
     lr: float = MISSING
     seed: int = 0
     output_dir: str = MISSING
@@ -164,6 +166,7 @@ def flat(cfg: Config) -> dict[str, Any]:
 # Of Config and of AdapterConfig alike, beside rank, lora_alpha, dropout and target_modules, which always have a value.
 ADAPTER_KEYS = (
     *("exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "rslora", "init", "freeze_A"),
+    *("prefix_tokens", "infix_tokens"),
 )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from experiments.data import collate, eval_batches
 from experiments.data_chat import IGNORED, Example
+from modules.prefix import prompt_lengths
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def label_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tens
     the vocabulary is the largest of a small model.
     """
     targets, labelled = label_positions(batch)
-    with _head_sees_only(model, labelled):
+    with _head_sees_only(model, labelled), prompt_lengths(model, label_starts(batch)):
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
     return output.logits, targets
 
@@ -44,6 +45,11 @@ def label_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)  # position t predicts token t + 1
     labelled = targets != IGNORED
     return targets[labelled], labelled
+
+
+def label_starts(batch: dict[str, Tensor]) -> Tensor:
+    """Where the first labelled token of each sample is, which ends its prompt: int64 [B]."""
+    return (batch["labels"] != IGNORED).int().argmax(1)
 
 
 @contextlib.contextmanager

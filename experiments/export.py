@@ -3,7 +3,8 @@
     python -m experiments.export run=outputs/mine to=merged
 
 to=merged     a Hugging Face directory with dense weights, which transformers loads by itself
-to=peft       the adapter in PEFT's format with the tokenizer, for peft.PeftModel or AutoPeftModelForCausalLM
+to=peft       the adapter in PEFT's format with the tokenizer, for peft.PeftModel or AutoPeftModelForCausalLM; what
+              prefix_layer learned as the keys and values of PEFT's prefix tuning
 to=bnb4       a Hugging Face directory packed in NF4, which transformers loads with bitsandbytes; the adapter is merged
               first and the result packed again, which loses some of it: how much is printed
 
@@ -21,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments import machine
 from experiments.cli import read_options, run_command
@@ -35,9 +37,13 @@ from experiments.progress import bar
 from experiments.quant_map import blocksizes
 from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
 from modules import adapters, decoder_linears, dequantize, merge, quantize
+from modules.adapter import named_adapter
+from modules.baseline_files import OUR_CONFIG_FILE, prefix_tuning
 from modules.bnb_files import by_definition, save_bnb4
-from modules.checkpoint import CONFIG_FILE
+from modules.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from modules.linear import weight_shape
+from modules.merge import can_merge
+from modules.targets import biased_modules
 
 CHECK_TOKENS = 256  # of this file's text
 # ‖logits − the run's‖ / ‖the run's‖ above which an export is wrong. Merging rounds each weight once more.
@@ -54,12 +60,43 @@ class Options:
 
 
 def _merged(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple[Reader, Tensor]:
+    _check_dense(run, "merged")
     expected = _logits(run.model, ids)
     make_dense(run.model)
+    _declare_biases(run.model, "merged")
     with quiet():
         run.model.save_pretrained(directory)
     dtype = run.dtype
     return lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=dtype), expected
+
+
+def _check_dense(run: FinishedRun, to: str) -> None:
+    if adapters(run.model) and not can_merge(named_adapter(run.model).config):
+        raise UserError(
+            f"to={to}: method={run.cfg.method.name} adds what dense weights cannot hold: take "
+            "experiments.generate or evaluate, or to=peft where PEFT has the method"
+        )
+
+
+def _declare_biases(model: PreTrainedModel, to: str) -> None:
+    """Let the config say that linears have biases that BitFit gave them.
+
+    Raises:
+        UserError: the architecture has no place for them.
+    """
+    config = model.config.get_text_config()
+    has = {name.rpartition(".")[0] for name in model.state_dict() if name.endswith(".bias")}
+
+    def missing() -> set[str]:
+        with torch.device("meta"), quiet():
+            return has - set(biased_modules(AutoModelForCausalLM.from_config(model.config)))
+
+    if missing():
+        for key in ("attention_bias", "mlp_bias"):
+            if hasattr(config, key):
+                setattr(config, key, True)
+    if homeless := sorted(missing()):
+        raise UserError(f"to={to}: {type(model).__name__} has no place for the bias that {homeless[0]} got")
 
 
 def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple[Reader, Tensor]:
@@ -68,10 +105,19 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
             f"{source} has no adapter, for method={run.cfg.method.name} trained every weight: "
             "take to=merged, or make an adapter with experiments.extract"
         )
+    cfg, dtype = over_own_base(run.cfg, run_of(source)), run.dtype
+    if cfg.method.adapter == "prefix_layer" and not cfg.infix_tokens:
+        config, tensors = prefix_tuning(run.model)
+        (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        print("PEFT's prefix tuning trains keys and values: these are what the trained activations give")
+    elif (source / ADAPTER / OUR_CONFIG_FILE).is_file():
+        infix = " with infix tokens" if cfg.infix_tokens else ""
+        raise UserError(f"to=peft: PEFT has nothing that computes method={cfg.method.name}{infix}")
+    else:
+        shutil.copytree(source / ADAPTER, directory, dirs_exist_ok=True)
     from peft import PeftModel  # here, because importing it takes seconds that other exports need not spend
 
-    shutil.copytree(source / ADAPTER, directory, dirs_exist_ok=True)
-    cfg, dtype = over_own_base(run.cfg, run_of(source)), run.dtype
     if cfg.model.source != "tiny":
         path, base = directory / CONFIG_FILE, str(model_directory(cfg.model).absolute())
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")
@@ -87,11 +133,13 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
 
 
 def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple[Reader, Tensor]:
+    _check_dense(run, "bnb4")
     model, learned = run.model, _logits(run.model, ids)
     quant = run.cfg.quant if run.cfg.quant.name != "none" else QuantConfig(name="nf4")
     if adapters(model) and (layers := merge(model, unload=True).values()):
         error, update = (sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("error", "update"))
         print(f"packing loses {error:.1%} of a merged matrix on average, where the adapter had changed {update:.1%}")
+    _declare_biases(model, "bnb4")
     shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
     quantize(model, blocksizes(quant, shapes), quant.double, progress=bar("quantizing"))
     packed = _logits(model, ids)
@@ -107,8 +155,8 @@ EXPORTS = {"merged": _merged, "peft": _peft, "bnb4": _bnb4}
 
 @torch.inference_mode()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [tokens, vocabulary], fp32 on the CPU."""
-    return model.eval()(input_ids=ids.to(model.device)).logits[0].float().cpu()
+    """Logits [tokens, vocabulary], fp32 on the CPU; PEFT's prompt tuning has some of its own tokens before."""
+    return model.eval()(input_ids=ids.to(model.device)).logits[0, -ids.shape[1] :].float().cpu()
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

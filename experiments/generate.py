@@ -36,6 +36,7 @@ from experiments.data_files import read_text
 from experiments.errors import UserError
 from experiments.generation import Generated, Sampling, decode, generate
 from experiments.runs import FinishedRun, load_run
+from modules.prefix import virtual_tokens
 
 QUOTES = '"""'  # around a message of several lines
 
@@ -85,7 +86,8 @@ class Writer:
         return self._checked(tokenize(self.tokenizer, text)["input_ids"])
 
     def _checked(self, ids: list[int]) -> list[int]:
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", 0)
+        longest -= sum(virtual_tokens(self.model)) if longest else 0
         if not ids:
             raise UserError("an empty prompt: give it some text to continue")
         if longest and len(ids) + self.sampling.max_new_tokens > longest:
@@ -95,8 +97,20 @@ class Writer:
             )
         return ids
 
-    def write(self, prompts: list[list[int]], stream: bool = False, cache: DynamicCache | None = None) -> Generated:
-        return generate(self.model, self.tokenizer, prompts, self.sampling, stream, cache)
+    def write(
+        self,
+        prompts: list[list[int]],
+        stream: bool = False,
+        cache: DynamicCache | None = None,
+        prompt_length: int | None = None,
+    ) -> Generated:
+        """The answers to prompts, see `generate`. A text that is continued has no prompt."""
+        prompt_length = prompt_length if self.chat else 0
+        return generate(self.model, self.tokenizer, prompts, self.sampling, stream, cache, prompt_length)
+
+    def new_cache(self) -> DynamicCache | None:
+        """An empty one; None for a model with a prefix, whose cache is longer than the text it has read."""
+        return None if any(virtual_tokens(self.model)) else DynamicCache(config=self.model.config)
 
 
 def _system(cfg: Config) -> str | None:
@@ -118,7 +132,7 @@ def answer_all(writer: Writer, prompts: list[str], batch_size: int) -> None:
 
 
 def converse(writer: Writer) -> None:
-    """Answer what is typed, turn by turn. Keys and values of the turns so far are kept."""
+    """Answer what is typed, turn by turn. Keys and values of the turns so far are kept, unless there is a prefix."""
     if not writer.chat:
         raise UserError("a conversation needs the chat template: give prompt=… to continue a text")
     interactive = sys.stdin.isatty()
@@ -126,27 +140,28 @@ def converse(writer: Writer) -> None:
         import readline  # noqa: F401  input() edits lines and knows earlier ones
 
         print(f"system: {writer.system}" if writer.system else "no system message", file=sys.stderr)
-    messages, cache, cached = writer.opening(), DynamicCache(config=writer.model.config), []
+    messages, cache, cached, prompt_length = writer.opening(), writer.new_cache(), [], None
     while (text := _read_message(interactive)) is not None:
         if text.strip() == "/new":
-            messages, cache, cached = writer.opening(), DynamicCache(config=writer.model.config), []
+            messages, cache, cached, prompt_length = writer.opening(), writer.new_cache(), [], None
             continue
         if not text.strip():
             continue
         messages.append({"role": "user", "content": text})
         ids = writer.encode_messages(messages)
+        prompt_length = prompt_length or len(ids)  # the first message's
         if ids[: len(cached)] != cached:  # the template renders earlier turns in another way
-            cache, cached = DynamicCache(config=writer.model.config), []
+            cache, cached = writer.new_cache(), []
         try:
-            generated = writer.write([ids], stream=True, cache=cache)
+            generated = writer.write([ids], stream=True, cache=cache, prompt_length=prompt_length)
         except KeyboardInterrupt:
             print("\n(stopped)", file=sys.stderr)
             messages.pop()
-            cache, cached = DynamicCache(config=writer.model.config), []
+            cache, cached = writer.new_cache(), []
             continue
         [new] = generated.ids
         messages.append({"role": "assistant", "content": decode(writer.tokenizer, new)})
-        cached = [*ids, *new][: cache.get_seq_length()]
+        cached = [*ids, *new][: cache.get_seq_length()] if cache else []
         print(generated.speed(), file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 from transformers.generation.streamers import BaseStreamer
 
 from experiments.errors import UserError
+from modules.prefix import prompt_lengths
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def generate(
     sampling: Sampling,
     stream: bool = False,
     cache: DynamicCache | None = None,
+    prompt_length: int | None = None,
 ) -> Generated:
     """Continue prompts, all in one batch.
 
@@ -101,6 +103,8 @@ def generate(
         prompts: token ids, none of them empty.
         stream: print the text as it comes; for one prompt.
         cache: keys and values of the beginning of the one prompt; it grows by the rest and the new tokens.
+        prompt_length: so many tokens of each prompt precede the first answer, if the model has infix tokens
+            (modules/prefix.py); by default all.
     """
     training = model.training
     model.eval()
@@ -110,16 +114,18 @@ def generate(
     stops = _stops(model, tokenizer)
     drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
     clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
-    output = model.generate(
-        input_ids=torch.tensor(rows, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        max_new_tokens=sampling.max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=stops,
-        streamer=clock,
-        past_key_values=cache,
-        **(drawn if sampling.temperature else {"do_sample": False}),
-    )
+    ends = longest if prompt_length is None else [longest - len(prompt) + prompt_length for prompt in prompts]
+    with prompt_lengths(model, torch.tensor(ends, device=model.device).expand(len(prompts))):
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=stops,
+            streamer=clock,
+            past_key_values=cache,
+            **(drawn if sampling.temperature else {"do_sample": False}),
+        )
     model.train(training)
     ids = [_until(row, stops) for row in output[:, longest:].tolist()]
     start, _, first, *_ = clock.times

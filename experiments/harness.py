@@ -11,6 +11,7 @@ from pathlib import Path
 from experiments.errors import UserError
 from experiments.models import quiet
 from experiments.runs import FinishedRun
+from modules.prefix import virtual_tokens
 
 
 def check_installed() -> None:
@@ -28,13 +29,15 @@ def measure(run: FinishedRun, tasks: list[str], limit: int | None, include_path:
         include_path: a folder of task files (YAML).
 
     Raises:
-        UserError: an unknown task.
+        UserError: an unknown task, or a model with infix tokens.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
+    if virtual_tokens(run.model)[1]:
+        raise UserError("tasks=… says not where a prompt ends, which infix_tokens need to know: measure with data=…")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: a model that is loaded
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"include_path={include_path}: no such directory")

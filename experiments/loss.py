@@ -16,8 +16,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from experiments.errors import UserError
-from experiments.evaluation import label_logits, label_positions
+from experiments.evaluation import label_logits, label_positions, label_starts
 from experiments.files import cache_dir
+from modules.prefix import prompt_lengths
 
 CHUNK_BYTES = 2**25  # of fp32 logits
 
@@ -115,7 +116,8 @@ class LabelLoss:
 
         hook = head.register_forward_pre_hook(keep)
         try:
-            self.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            with prompt_lengths(self.model, label_starts(batch)):
+                self.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         finally:
             hook.remove()
         return linear_cross_entropy(kept[0], head.weight, head.bias, targets)

@@ -14,6 +14,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -48,6 +49,7 @@ from modules import NF4Linear, attach, decoder_linears, quantize
 from modules.bnb_files import load_bnb4, quantization_of
 from modules.config import quantized_start
 from modules.linear import weight_shape
+from modules.targets import biased_modules
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
 CHATML = (
@@ -143,6 +145,15 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         more["calibration"] = _calibration(cfg, model, tokenizer)
     if cfg.init.startswith(("pissa", "olora")):
         more["progress"] = bar("initialising")
+    if cfg.method.adapter == "bitfit" and not biased_modules(model):
+        linears = len(decoder_linears(model))
+        print(f"{cfg.model.name} has no biases to train: each of its {linears} linears gets one, which starts at zero")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    if cfg.data.max_length + cfg.prefix_tokens + cfg.infix_tokens > positions:
+        raise UserError(
+            f"prefix_tokens={cfg.prefix_tokens} and infix_tokens={cfg.infix_tokens} beside data.max_length="
+            f"{cfg.data.max_length} are more than the {positions} positions of {cfg.model.name}"
+        )
     try:
         attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
     except ValueError as error:

@@ -16,6 +16,7 @@ from experiments.files import METRICS, RESULT, write_atomically
 from experiments.runs import write_config
 from experiments.spectrum import as_csv
 from modules import NF4Linear, adapters, decoder_linears
+from modules.config import SETTINGS
 from modules.linear import weight_shape
 
 VERSION = 1  # of the numbers in result.json: raise it when earlier ones can no longer be compared with new ones
@@ -91,11 +92,11 @@ class RunDirectory:
 
 
 def identity(cfg: Config) -> dict[str, Any]:
-    """The values that decide what a run computes, by their full keys: of a method without adapters no rank, of a dense
+    """The values that decide what a run computes, by their full keys: of a method without rank no rank, of a dense
     base no blocksize."""
-    unused = ()
-    if cfg.method.adapter == "none":
-        unused += ("rank", "lora_alpha", "dropout", "target_modules", *ADAPTER_KEYS)
+    used = SETTINGS.get(cfg.method.adapter, ())
+    about_adapters = ("rank", "lora_alpha", "dropout", "target_modules", *ADAPTER_KEYS)
+    unused = tuple(key for key in about_adapters if key not in used)
     if cfg.quant.name == "none":
         unused += ("quant.blocksize", "quant.double")
     return {key: value for key, value in flat(cfg).items() if key not in unused}

@@ -2,7 +2,8 @@
 
     python -m experiments.run +method=qdora rank=16
 
-Methods: full, lora, qlora, dora, qdora. Every key of conf/ can be set on the command line; `-m` runs a sweep:
+Methods: full, lora, qlora, dora, qdora; of the LoRA paper's baselines bitfit, adapter (Houlsby's), prefix_embed and
+prefix_layer. Every key of conf/ can be set on the command line; `-m` runs a sweep:
 
     python -m experiments.run -m +method=lora,dora rank=4,16 seed=0,1,2
     python -m experiments.run sweep=rank                                 ready ones are in conf/sweep/
@@ -47,6 +48,9 @@ from experiments.resuming import checkpoint_of, configured
 from experiments.runs import over_own_base, save_base, save_weights
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
+from modules import set_adapter
+from modules.adapter import DEFAULT
+from modules.prefix import virtual_tokens
 
 
 def run(cfg: Config) -> dict:
@@ -176,8 +180,13 @@ class _Run:
             self.checkpoints.save(trainer, asdict(self.story) | {"seconds": self._seconds(), "joules": self._joules()})
 
         if self.story.before is None:
+            prefix = any(virtual_tokens(self.model))
+            if prefix:  # it starts with tokens drawn at random, so the model as it was is the one without
+                set_adapter(self.model, None)
             measures = self.measures.measure(self.model)
             self.story = _Story(measure(), self._answers(), measures, tracker_id=tracking.run_id)
+            if prefix:
+                set_adapter(self.model, DEFAULT)
         trainer.fit(self.data, log, measure, save, lambda: self.checkpoints.save_best(trainer))
         kept = trained.evaluation
         if cfg.trainer.keep_best:

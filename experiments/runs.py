@@ -1,8 +1,9 @@
 """A run's configuration and model, written to its directory and read back from it.
 
-A run's directory holds config.yaml and adapter/ in PEFT's format or, where every weight trained, model/, a Hugging Face
-directory. A checkpoint's holds config.yaml, weights.safetensors with the parameters that train, and adapter/ too. Where
-`init` chose the codes of the packed base, as qpissa does, the run's directory has it in base/, as bitsandbytes has it.
+A run's directory holds config.yaml and adapter/ (modules/checkpoint.py) or, where every weight trained, model/, a
+Hugging Face directory. A checkpoint's holds config.yaml, weights.safetensors with the parameters that train, and
+adapter/ too. Where `init` chose the codes of the packed base, as qpissa does, the run's directory has it in base/, as
+bitsandbytes has it.
 """
 
 import itertools
@@ -24,9 +25,10 @@ from experiments.errors import UserError
 from experiments.files import directory_atomically, write_atomically
 from experiments.models import load_base, load_model, quiet
 from modules import adapters, dequantize, load_adapter, merge, save_adapter, set_adapter
-from modules.adapter import DEFAULT
+from modules.adapter import DEFAULT, named_adapter
 from modules.bnb_files import save_bnb4
 from modules.config import changes_base
+from modules.merge import can_merge
 
 CONFIG, ADAPTER, MODEL, BASE, WEIGHTS = "config.yaml", "adapter", "model", "base", "weights.safetensors"
 
@@ -150,8 +152,11 @@ def _load(cfg: Config, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedM
 
 
 def make_dense(model: nn.Module) -> None:
-    """Merge the adapters and unpack the linears of `model`, in place: a plain model that computes the same."""
-    if adapters(model):
+    """Merge the adapters and unpack the linears of `model`, in place: a plain model that computes the same.
+
+    An adapter that no dense layers amount to stays, and so do packed linears that it is on.
+    """
+    if adapters(model) and can_merge(named_adapter(model).config):
         merge(model, unload=True, report=False)
     dequantize(model)
 

@@ -1,11 +1,11 @@
 """Put adapters on a model, switch between them, merge them, take them off.
 
-An adapter is a set of modules that take the place of the model's own: a LoRALinear or DoRALinear over each target
-linear, which it holds as its base, and own copies (`modules/own.py`) of modules that train whole. Several named
-adapters share one base. Attaching, switching, merging and detaching put modules into the tree and never write to a
-weight of the base, so the base comes back bit for bit. What is in the tree is all that forward, parameters() and
-state_dict() see; what is not rests in
-`model._adapters` and follows to the device when it is shown again.
+An adapter is a set of modules that take the place of the model's own: a LoRALinear, DoRALinear or BottleneckLinear over
+each target linear, which it holds as its base, a decoder that reads a prefix, and own copies (`modules/own.py`) of
+modules that train whole or in their bias. Several named adapters share one base. Attaching, switching, merging and
+detaching put modules into the tree and never write to a weight of the base, so the base comes back bit for bit. What is
+in the tree is all that forward, parameters() and state_dict() see; what is not rests in `model._adapters` and follows
+to the device when it is shown again.
 
     modules.attach(model, "dora", rank=16)                 a new adapter, named "default", shown
     modules.load_adapter(model, "dir", name="b")           another
@@ -21,11 +21,13 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from modules.bottleneck import BottleneckLinear
 from modules.config import ALL_LINEAR, AdapterConfig
 from modules.init import check_init, initialise, principal_inputs
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 from modules.own import own_copy
-from modules.targets import adapted_linears, all_linears, find_saved, find_targets
+from modules.prefix import prefix_modules
+from modules.targets import all_linears, biased_modules, decoder_linears, find_saved, find_targets, wrapped_linears
 
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
 DEFAULT = "default"
@@ -126,7 +128,8 @@ def attach(
 
     Args:
         adapter, rank, lora_alpha, target_modules, dropout, and `more`, which are exclude_modules, rank_pattern,
-            alpha_pattern, modules_to_save, bias, rslora, init and freeze_A: see `AdapterConfig`.
+            alpha_pattern, modules_to_save, bias, rslora, init, freeze_A, prefix_tokens and infix_tokens: see
+            `AdapterConfig`.
         name: of the adapter. It is shown; others on the model stay there.
         calibration: batches for init="eva": keyword arguments of the model, on its device.
         progress: wraps the iteration over the layers' names in which A and B are initialised.
@@ -144,12 +147,12 @@ def attach(
         names = find_targets(model, config)
         linears = all_linears(model)
         check_init(config.init, [linears[target] for target in names], calibration)
-        own = _own_tensors(model, config, names)
+        own = own_tensors(model, config, names)
         eva = {} if calibration is None else principal_inputs(model, {n: config.rank_of(n) for n in names}, calibration)
+        add_adapter(model, name, config, names, own)
     except ValueError:
         set_adapter(model, shown)
         raise
-    add_adapter(model, name, config, names, own)
     for target in progress(names):
         layer = model.get_submodule(target)
         initialise(layer, config.init)
@@ -174,11 +177,11 @@ def hide(model: nn.Module, name: str) -> str | None:
 def refuse_parts(model: nn.Module) -> None:
     """Raise ValueError if a part of `model` carries adapters that the model as a whole does not know of."""
     state = state_of(model)
-    if unknown := [path for path in adapted_linears(model) if state is None or path not in state.base]:
+    if unknown := [path for path in wrapped_linears(model) if state is None or path not in state.base]:
         raise ValueError(f"{unknown[0]} has an adapter that was attached to a part of the model: use that part instead")
 
 
-def _own_tensors(model: nn.Module, config: AdapterConfig, names: list[str]) -> dict[str, list[str]]:
+def own_tensors(model: nn.Module, config: AdapterConfig, names: list[str]) -> dict[str, list[str]]:
     """The tensors of the base, beside the adapted linears, that `config` trains: names in a module, by its full name.
 
     Raises:
@@ -192,10 +195,11 @@ def _own_tensors(model: nn.Module, config: AdapterConfig, names: list[str]) -> d
             buffers = module._buffers.keys() - module._non_persistent_buffers_set
             if tensors := [*module._parameters, *sorted(buffers)]:
                 own[path] = [tensor for tensor in tensors if getattr(module, tensor) is not None]
-    if config.bias == "all":
-        for path, module in model.named_modules():
-            if path not in own and path not in names and module._parameters.get("bias") is not None:
-                own[path] = ["bias"]
+    if config.bias == "all" or config.adapter == "bitfit":
+        biased = biased_modules(model)
+        if not biased and config.adapter == "bitfit":
+            biased = list(decoder_linears(model))
+        own |= {path: ["bias"] for path in biased if path not in own and path not in names}
     return own
 
 
@@ -205,25 +209,39 @@ def add_adapter(
     """Make the adapter of `config` over the linears `names` and the tensors `own` of the base, and show it.
 
     The base alone is in the tree. A and B begin as `default`.
+
+    Raises:
+        ValueError: the model has no decoder that could read a prefix; the model is unchanged.
     """
     state = state_of(model) or AdapterState([p for p in model.parameters() if p.requires_grad])
     linears = all_linears(model)
-    base = {path: model.get_submodule(path) for path in [*names, *own]}
-    modules: dict[str, nn.Module] = {path: own_copy(base[path], tensors) for path, tensors in own.items()}
+    modules: dict[str, nn.Module] = {}
+    for path, tensors in own.items():
+        modules[path] = own_copy(model.get_submodule(path), tensors)
     for path in names:
-        layer = ADAPTERS[config.adapter](
-            linears[path], config.rank_of(path), config.lora_alpha_of(path), config.dropout, config.rslora
-        )
-        layer.lora_A.requires_grad_(not config.freeze_A)
-        if config.bias != "none":
-            layer.train_bias()
-        modules[path] = layer
+        modules[path] = _layer(linears[path], path, config)
+    if config.adapter.startswith("prefix"):
+        modules |= prefix_modules(model, config)
+    base = {path: model.get_submodule(path) for path in modules}
     for parameter in state.trainable:
         parameter.requires_grad_(False)
     state.base |= base
     state.named[name] = Adapter(config, modules, own)
     model._adapters = state
     set_adapter(model, name)
+
+
+def _layer(linear: nn.Module, path: str, config: AdapterConfig) -> LoRALinear | BottleneckLinear:
+    """What takes the place of `linear`, which is `path` in the model."""
+    if config.adapter == "houlsby":
+        return BottleneckLinear(linear, config.rank_of(path))
+    layer = ADAPTERS[config.adapter](
+        linear, config.rank_of(path), config.lora_alpha_of(path), config.dropout, config.rslora
+    )
+    layer.lora_A.requires_grad_(not config.freeze_A)
+    if config.bias != "none":
+        layer.train_bias()
+    return layer
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:

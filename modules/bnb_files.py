@@ -32,9 +32,9 @@ from kernels import QuantState
 from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.double_quant import nested_blocks
 from kernels.quant_state import FLOATS, packed_sizes
-from modules.adapter import replace_module
+from modules.adapter import adapters, replace_module
 from modules.linear import NF4Linear
-from modules.targets import adapted_linears
+from modules.targets import wrapped_linears
 from modules.tensor_files import TensorFiles, describe
 
 QUANT_STATE = "quant_state.bitsandbytes__nf4"
@@ -112,7 +112,7 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
     packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     if not packed:
         raise ValueError("no linear of the model is packed in NF4: quantize it first")
-    if adapted_linears(model):
+    if wrapped_linears(model) or adapters(model):
         raise ValueError("the model has adapters, which a bitsandbytes directory cannot hold: detach or merge them")
     if directory.exists():
         raise ValueError(f"{directory} exists already: nothing is overwritten")

@@ -6,7 +6,8 @@
     base_model.model.<path>.base_layer.bias         [out], an adapted linear's bias that trained
     base_model.model.<path>.<tensor>                a tensor of another module that trained whole
 
-Files are written under a temporary name and renamed, so that no half file is ever left.
+The baselines' files: `modules/baseline_files.py`. Files are written under a temporary name and renamed, so that no half
+file is ever left.
 """
 
 import json
@@ -21,24 +22,47 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.adapter import DEFAULT, adapters, add_adapter, detach, hide, named_adapter, set_adapter
+from modules.adapter import (
+    DEFAULT,
+    Adapter,
+    adapters,
+    add_adapter,
+    detach,
+    hide,
+    named_adapter,
+    own_tensors,
+    set_adapter,
+)
+from modules.baseline_files import (
+    OUR_CONFIG_FILE,
+    baseline_state,
+    is_prompt_tuning,
+    our_config,
+    prompt_learning_config,
+    read_our_config,
+    read_prompt_tuning,
+)
+from modules.config import BASELINES, AdapterConfig
 from modules.init import initialise
 from modules.linear import DoRALinear, LoRALinear
 from modules.own import own_tensor
 from modules.peft_config import read_config, targets_in_file, write_config
-from modules.targets import means
+from modules.targets import find_targets, means
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILES = (CONFIG_FILE, OUR_CONFIG_FILE)
 PREFIX = "base_model.model."
 _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 
 
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The tensors of the adapter `name` (None: of the shown one) under PEFT's names.
+    """The tensors of the adapter `name` (None: of the shown one) under the names in its file: PEFT's, if it has any.
 
     PiSSA and OLoRA appear as the plain LoRA of twice the rank that they amount to.
     """
     adapter = named_adapter(model, name)
+    if adapter.config.adapter in BASELINES:
+        return baseline_state(adapter)
     state = {}
     for path, module in adapter.modules.items():
         if not isinstance(module, LoRALinear):
@@ -67,18 +91,32 @@ def save_adapter(
     """
     if not adapters(model):
         raise ValueError("the model has no adapter to save")
-    adapter = named_adapter(model, name)
-    adapted = [path for path, module in adapter.modules.items() if isinstance(module, LoRALinear)]
-    config = write_config(model, adapter.config, adapted, base_model_name)
     state = {key: tensor.detach().contiguous() for key, tensor in adapter_state(model, name).items()}
+    file, config = _config_file(model, named_adapter(model, name), state, base_model_name)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{WEIGHTS_FILE}.partial"
     save_file(state, partial, metadata={"format": "pt"})
     os.replace(partial, directory / WEIGHTS_FILE)
-    partial = directory / f".{CONFIG_FILE}.partial"
+    partial = directory / f".{file}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, directory / CONFIG_FILE)
+    os.replace(partial, directory / file)
+
+
+def _config_file(
+    model: nn.Module, adapter: Adapter, state: dict[str, Tensor], base_model_name: str | None
+) -> tuple[str, dict]:
+    """The name and the content of the file that describes `adapter`, whose tensors are `state`."""
+    config = adapter.config
+    if config.adapter not in BASELINES:
+        adapted = [path for path, module in adapter.modules.items() if isinstance(module, LoRALinear)]
+        return CONFIG_FILE, write_config(model, config, adapted, base_model_name)
+    if not is_prompt_tuning(config):
+        return OUR_CONFIG_FILE, our_config(config, base_model_name)
+    [(tokens, d)] = (tensor.shape for tensor in state.values())
+    heads = model.config.get_text_config().num_attention_heads
+    peft = prompt_learning_config(model, "PROMPT_TUNING", tokens, d, heads)
+    return CONFIG_FILE, peft | {"prompt_tuning_init": "RANDOM", "base_model_name_or_path": base_model_name}
 
 
 @torch.no_grad()
@@ -101,16 +139,11 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     raw, tensors = _read(directory)
     shown = hide(model, name)
     try:
-        config = read_config(raw)
-        names = targets_in_file(model, raw, config)
-        own, unknown = _own_tensors(model, names, tensors)
-        modules = [name for name, _ in model.named_modules()]
-        there = [suffix for suffix in config.modules_to_save if any(means([suffix], name) for name in modules)]
-        config = replace(config, modules_to_save=there)  # PEFT's may name what some classifiers have
+        config, names, own, unknown = _contents(model, raw, tensors)
+        add_adapter(model, name, config, names, own)
     except ValueError as error:
         set_adapter(model, shown)
         raise ValueError(f"{directory}: {error}") from error
-    add_adapter(model, name, config, names, own)
     state = adapter_state(model, name)
     if wrong := _differences(state, tensors) | unknown:
         detach(model, name)
@@ -122,18 +155,42 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         initialise(model.get_submodule(path), config.init)
     for key, tensor in state.items():
         tensor.copy_(tensors[key])
-    if not config.modules_to_save and config.bias != "all":  # PEFT saves embeddings that were resized, not trained
+    trained = config.adapter == "bitfit" or config.modules_to_save or config.bias == "all"
+    if not trained:  # PEFT saves embeddings that were resized, not trained
         for path in own:
             model.get_submodule(path).requires_grad_(False)
     return names
 
 
+def _contents(
+    model: nn.Module, raw: dict, tensors: dict[str, Tensor]
+) -> tuple[AdapterConfig, list[str], dict[str, list[str]], dict[str, str]]:
+    """What a file has for `model`: its settings, the linears they mean, the base's tensors that it has of its own, and
+    what is wrong with tensors that are in the file.
+
+    Raises:
+        ValueError: settings that cannot be represented, or do not fit the model.
+    """
+    if "adapter" in raw:
+        config = read_our_config(raw)
+        names = find_targets(model, config)
+        return config, names, own_tensors(model, config, names), {}
+    if raw.get("peft_type") == "PROMPT_TUNING":
+        return read_prompt_tuning(raw), [], {}, {}
+    config = read_config(raw)
+    names = targets_in_file(model, raw, config)
+    own, unknown = _own_tensors(model, names, tensors)
+    modules = [name for name, _ in model.named_modules()]
+    there = [suffix for suffix in config.modules_to_save if any(means([suffix], name) for name in modules)]
+    return replace(config, modules_to_save=there), names, own, unknown  # PEFT's may name what some classifiers have
+
+
 def _find(directory: Path, name: str | None) -> Path:
     """The directory of the adapter `name` in `directory`: itself, or a folder in it."""
-    folders = sorted(path.parent.name for path in directory.glob(f"*/{CONFIG_FILE}"))
+    folders = sorted({path.parent.name for file in CONFIG_FILES for path in directory.glob(f"*/{file}")})
     if name in folders:
         return directory / name
-    here = (directory / CONFIG_FILE).is_file()
+    here = any((directory / file).is_file() for file in CONFIG_FILES)
     if not folders or (here and name == DEFAULT):
         return directory
     if not here and name is None and len(folders) == 1:
@@ -143,12 +200,13 @@ def _find(directory: Path, name: str | None) -> Path:
 
 
 def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    config_file = OUR_CONFIG_FILE if (directory / OUR_CONFIG_FILE).is_file() else CONFIG_FILE
+    for name in (config_file, WEIGHTS_FILE):
         if not (directory / name).is_file():
             pickled = (directory / "adapter_model.bin").is_file()
             instead = ": adapter_model.bin is a pickle, which can run code; save it as safetensors" if pickled else ""
             raise ValueError(f"{directory} holds no adapter: {name} is missing{instead}")
-    name = CONFIG_FILE
+    name = config_file
     try:
         raw = dict(json.loads((directory / name).read_text()))
         name = WEIGHTS_FILE

@@ -2,10 +2,25 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 ALL_LINEAR = "all-linear"
-ADAPTER_NAMES = ("lora", "dora")
+_LORA = (
+    *("rank", "lora_alpha", "target_modules", "dropout", "exclude_modules", "rank_pattern", "alpha_pattern"),
+    *("modules_to_save", "bias", "rslora", "init", "freeze_A"),
+)
+_PREFIX = ("prefix_tokens", "infix_tokens")
+# The adapters, and of each the settings that it has.
+SETTINGS = {
+    "lora": _LORA,
+    "dora": _LORA,
+    "bitfit": ("modules_to_save",),
+    "houlsby": ("rank", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"),
+    "prefix_embed": _PREFIX,
+    "prefix_layer": _PREFIX,
+}
+ADAPTER_NAMES = tuple(SETTINGS)
+BASELINES = ("bitfit", "houlsby", "prefix_embed", "prefix_layer")  # that are no LoRA, in a file neither
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "qpissa", "eva")
 INITS_WITH_NUMBER = ("pissa_niter_N", "loftq_iter_N", "qpissa_iter_N")
 _WITH_NUMBER = re.compile(r"pissa_niter_\d+|(loftq|qpissa)_iter_[1-9]\d*")
@@ -14,14 +29,16 @@ QPISSA_ITERATIONS = 5  # its authors' choice
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of one adapter, under the names of the field.
+    """The settings of one adapter, under the names of the field; each adapter has those that SETTINGS names.
 
     Attributes:
-        adapter: "lora" or "dora".
+        adapter: "lora", "dora", or a baseline: "bitfit" (`modules/own.py`), "houlsby" (`modules/bottleneck.py`),
+            "prefix_embed" or "prefix_layer" (`modules/prefix.py`).
         rank: of every layer that `rank_pattern` does not name.
         lora_alpha: of every layer that `alpha_pattern` does not name; by default 2 · rank.
         target_modules: "all-linear" (all but the output embeddings), a list of suffixes (`q_proj` means every
-            `….q_proj`), or a regular expression that must match the full name.
+            `….q_proj`), or a regular expression that must match the full name. To "houlsby" all-linear means the last
+            linear of each attention and of each MLP.
         dropout: on the adapters' input, in training mode.
         exclude_modules: linears to leave out, a list of suffixes or a regular expression as above.
         rank_pattern, alpha_pattern: the rank and lora_alpha of single layers, by the end of their names: a key is a
@@ -31,6 +48,7 @@ class AdapterConfig:
         rslora: scale by lora_alpha / √rank.
         init: what the adapters begin with, see `modules/init.py`: one of INITS or INITS_WITH_NUMBER.
         freeze_A: only B (and the magnitude) train: LoRA-FA, Zhang et al. 2023.
+        prefix_tokens, infix_tokens: how many trainable tokens precede the text and the end of its prompt.
 
     Raises:
         ValueError: a value that no adapter can have.
@@ -49,6 +67,8 @@ class AdapterConfig:
     rslora: bool = False
     init: str = "default"
     freeze_A: bool = False
+    prefix_tokens: int = 0
+    infix_tokens: int = 0
 
     def __post_init__(self):
         for name, default in (
@@ -61,6 +81,7 @@ class AdapterConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default)
         self._check_choices()
+        self._check_used()
         self._check_modules()
         self._check_numbers()
 
@@ -71,6 +92,14 @@ class AdapterConfig:
             raise ValueError(f"init={self.init!r} is not one of {', '.join((*INITS, *INITS_WITH_NUMBER))}")
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias={self.bias!r} is not one of none, lora_only, all")
+
+    def _check_used(self) -> None:
+        """What the adapter has no use for must be as it is by default; rank and lora_alpha always have a value."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            unset = value == f.default or not value
+            if f.name not in ("adapter", "rank", "lora_alpha", *SETTINGS[self.adapter]) and not unset:
+                raise ValueError(f"{f.name}={value!r} is no setting of adapter {self.adapter!r}")
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -97,6 +126,12 @@ class AdapterConfig:
         for where, alpha in _entries("lora_alpha", self.lora_alpha, self.alpha_pattern):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
                 raise ValueError(f"{where}={alpha}: choose a number above 0")
+        for name in _PREFIX:
+            tokens = getattr(self, name)
+            if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+                raise ValueError(f"{name}={tokens}: choose a whole number, 0 or more")
+        if "prefix_tokens" in SETTINGS[self.adapter] and not self.prefix_tokens + self.infix_tokens:
+            raise ValueError(f"{self.adapter} without tokens: set prefix_tokens or infix_tokens to 1 or more")
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer `name`."""

@@ -76,7 +76,8 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax", quant_state.absmax)
         self.register_buffer("nested_absmax", quant_state.nested_absmax)
         self.register_buffer("nested_offset", quant_state.nested_offset)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Module, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":

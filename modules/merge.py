@@ -25,6 +25,11 @@ class Requantized:
     update: float
 
 
+def can_merge(config: AdapterConfig) -> bool:
+    """Whether dense layers compute what an adapter does: no network behind a layer and no tokens amount to any."""
+    return config.adapter not in ("houlsby", "prefix_embed", "prefix_layer")
+
+
 @torch.no_grad()
 def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[str, Requantized]:
     """Put dense layers that compute what the shown adapter does in its place; NF4 bases are merged in their dtype.
@@ -38,11 +43,13 @@ def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[s
         Of every layer over NF4, by full name, what packing it again would lose; nothing without `report`.
 
     Raises:
-        ValueError: no adapter is shown, or it is merged already.
+        ValueError: no adapter is shown, it is merged already, or no dense layer computes what it does.
     """
     adapter, state = named_adapter(model), state_of(model)
     if state.merged:
         raise ValueError(f"the adapter {state.active!r} is merged already")
+    if not can_merge(adapter.config):
+        raise ValueError(f"the adapter {state.active!r} is {adapter.config.adapter}, which no dense layers amount to")
     if unload:
         state.named = {state.active: adapter}
     requantized = {}
@@ -105,14 +112,14 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str)
         The full names of the adapted linears.
 
     Raises:
-        ValueError: an adapter that is not there, or one whose effect is no sum: DoRA, own biases or modules.
+        ValueError: one that is not there, or whose effect is no sum: another than LoRA, own biases or modules.
     """
     parts = {part: named_adapter(model, part) for part in weights}
     if not parts:
         raise ValueError("no adapter to add: name one or more")
     for part, adapter in parts.items():
         for what, found in (
-            ("DoRA", adapter.config.adapter != "lora"),
+            (adapter.config.adapter, adapter.config.adapter != "lora"),
             ("modules_to_save", adapter.config.modules_to_save),
             ("bias", adapter.config.bias != "none"),
         ):

@@ -1,4 +1,8 @@
-"""Modules with parameters of their own in place of the base's: what `modules_to_save` and `bias` train.
+"""Modules with parameters of their own in place of the base's: what `modules_to_save`, `bias` and BitFit train.
+
+BitFit (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199) trains the biases and nothing else, those of norms
+included. Of a model that has no biases, such as Llama, it cannot train any: there each decoder linear gets one that
+starts at zero, so that the method is what the paper's models would have learned, y = xWᵀ + b with b alone trained.
 
 An own copy of a module shares everything with it but the parameters named. Those are fp32, because small updates of
 bf16 weights round to nothing; the module computes with them in the dtype its base has.
@@ -10,6 +14,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from modules.linear import NF4Linear, weight_shape
 
 
 class _InDtype(nn.Module):
@@ -29,10 +35,13 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 
 def own_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
-    """A copy of `module` whose tensors `names`, direct parameters or buffers, are its own; parameters train in fp32."""
+    """A copy of `module` whose tensors `names`, direct parameters or buffers, are its own; parameters train in fp32.
+
+    A bias that a linear lacks starts at zero.
+    """
     clone = _shallow(module)
     for name in names:
-        tensor = getattr(module, name).detach()
+        tensor = _zero_bias(module) if getattr(module, name) is None else getattr(module, name).detach()
         if name in module._buffers:
             clone._buffers[name] = tensor.clone()
             continue
@@ -40,6 +49,11 @@ def own_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
         if tensor.dtype != torch.float32:
             parametrize.register_parametrization(clone, name, _InDtype(tensor.dtype), unsafe=True)
     return clone
+
+
+def _zero_bias(linear: nn.Module) -> Tensor:
+    dtype = linear.dtype if isinstance(linear, NF4Linear) else linear.weight.dtype
+    return torch.zeros(weight_shape(linear)[0], dtype=dtype, device=linear.weight.device)
 
 
 def own_tensor(clone: nn.Module, name: str) -> Tensor:

@@ -27,7 +27,7 @@ def read_config(raw: dict) -> AdapterConfig:
         ValueError: a setting that cannot be represented, by name, or a value that no adapter can have.
     """
     if raw.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type {raw.get('peft_type')!r} cannot be represented, only LORA (LoRA and DoRA)")
+        raise ValueError(f"peft_type {raw.get('peft_type')!r} cannot be represented, only LORA and PROMPT_TUNING")
     if unknown := [f"{key}={value!r}" for key, value in raw.items() if key not in _HARMLESS and value]:
         raise ValueError(f"{unknown[0]} cannot be represented")
     init = raw.get("init_lora_weights")

@@ -5,17 +5,18 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from modules.config import ALL_LINEAR, AdapterConfig, compile_patterns, matching_key
+from modules.bottleneck import BottleneckLinear
+from modules.config import ALL_LINEAR, SETTINGS, AdapterConfig, compile_patterns, matching_key
 from modules.linear import LoRALinear, NF4Linear, is_conv1d, weight_shape
 
 
 def all_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every nn.Linear, Conv1D and NF4Linear of `model` by its full name; of an adapted layer, its base."""
-    adapted = adapted_linears(model)
-    inner = {f"{name}.base" for name in adapted} | _read_not_called(model)
+    wrapped = wrapped_linears(model)
+    inner = {f"{name}.base" for name in wrapped} | _read_not_called(model)
     found = {}
     for name, module in model.named_modules():
-        if name in adapted:
+        if name in wrapped:
             found[name] = module.base
         elif name not in inner and (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)):
             found[name] = module
@@ -37,12 +38,60 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Module]:
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The linear that gives the logits; of an adapted one, its base. None where the model does not say."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head.base if isinstance(head, LoRALinear) else head
+    return head.base if isinstance(head, LoRALinear | BottleneckLinear) else head
 
 
 def adapted_linears(model: nn.Module) -> dict[str, LoRALinear]:
-    """The linears with an adapter, by their full name."""
+    """The linears with a LoRA or DoRA adapter, by their full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def wrapped_linears(model: nn.Module) -> dict[str, LoRALinear | BottleneckLinear]:
+    """The linears that an adapter holds as its base, by their full name."""
+    return {n: module for n, module in model.named_modules() if isinstance(module, LoRALinear | BottleneckLinear)}
+
+
+def decoder_blocks(model: nn.Module) -> tuple[str, list[str]]:
+    """The full name of the module that holds the decoder's blocks, and those of the blocks, in their order.
+
+    Raises:
+        ValueError: `model` is no decoder of transformers' with as many blocks in one list as its config says.
+    """
+    config = model.config.get_text_config() if hasattr(model, "config") else None
+    layers = getattr(config, "num_hidden_layers", None)
+    inside = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and module in inside and len(module) == layers:
+            return name.rpartition(".")[0], [f"{name}.{number}" for number in range(layers)]
+    raise ValueError(f"{type(model).__name__} has no list of decoder blocks: this adapter needs them")
+
+
+def biased_modules(model: nn.Module) -> list[str]:
+    """The full names of the modules that have a bias."""
+    return [name for name, module in model.named_modules() if module._parameters.get("bias") is not None]
+
+
+def sublayer_ends(model: nn.Module) -> list[str]:
+    """The full names of the last linear of the attention and that of the MLP of each decoder block.
+
+    Raises:
+        ValueError: no decoder blocks, or other ones than of an attention and an MLP with linears.
+    """
+    d, linears, found = model.config.get_text_config().hidden_size, all_linears(model), []
+    for block in decoder_blocks(model)[1]:
+        parts: dict[str, str] = {}  # OPT's MLP is linears of the block itself
+        for name in linears:
+            if name.startswith(f"{block}."):
+                part, dot, _ = name.removeprefix(f"{block}.").partition(".")
+                parts[part if dot else ""] = name
+        if len(parts) != 2 or any(weight_shape(linears[name])[0] != d for name in parts.values()):
+            ends = ", ".join(name.removeprefix(f"{block}.") for name in parts.values()) or "no linears"
+            raise ValueError(
+                f"{block} is no attention and MLP that each end with a linear of width {d}, but has {ends}: "
+                "name the linears with target_modules=[…]"
+            )
+        found += parts.values()
+    return found
 
 
 def means(pattern: str | Iterable[str], name: str) -> bool:
@@ -87,11 +136,16 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     Raises:
         ValueError: a setting that names nothing, or a rank that a layer cannot have.
     """
-    linears = decoder_linears(model) if config.target_modules == ALL_LINEAR else all_linears(model)
     saved = find_saved(model, config.modules_to_save)
+    if "target_modules" not in SETTINGS[config.adapter]:
+        return []
+    linears = decoder_linears(model) if config.target_modules == ALL_LINEAR else all_linears(model)
+    asked = config.target_modules
+    if config.adapter == "houlsby" and asked == ALL_LINEAR:
+        asked = sublayer_ends(model)
     names = [
         name
-        for name in match_targets(linears, config.target_modules)
+        for name in match_targets(linears, asked)
         if not any(f"{name}.".startswith(f"{module}.") for module in saved)
     ]
     if config.exclude_modules:

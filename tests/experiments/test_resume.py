@@ -14,7 +14,7 @@ from experiments.runs import load_run
 from tests.experiments.conftest import CHECKPOINTS, SMALL, TINY
 from tests.experiments.killed import kill
 
-METHODS = ["full", "lora", "qlora", "dora", "qdora"]
+METHODS = ["full", "lora", "qlora", "dora", "qdora", "bitfit", "adapter", "prefix_embed", "prefix_layer"]
 
 
 def records(directory: Path) -> list[dict]:
@@ -53,7 +53,8 @@ def killed(tmp_path, chats):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_goes_on_as_if_it_had_not_been(killed, command, tmp_path, method):
-    overrides = [f"+method={method}", "dropout=0.1", "trainer.keep_best=true", "lr=1e-2"]
+    dropout = ["dropout=0.1"] if method.endswith(("lora", "dora")) else []
+    overrides = [f"+method={method}", *dropout, "trainer.keep_best=true", "lr=1e-2"]
     out = killed("log 5", *overrides)
     assert checkpoints.of_run(out)[-1].name == "step-00000004" and not (out / "result.json").exists()
     assert not (out / "metrics.jsonl").read_text().endswith("\n")

@@ -177,7 +177,7 @@ def test_weighted_sum(architecture):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"adapter": "dora"}, "the adapter 'a' has DoRA, which has no weighted sum: only LoRA layers add up"),
+        ({"adapter": "dora"}, "the adapter 'a' has dora, which has no weighted sum: only LoRA layers add up"),
         ({"modules_to_save": ["lm_head"]}, "the adapter 'a' has modules_to_save, which has no weighted sum"),
         ({"bias": "lora_only"}, "the adapter 'a' has bias, which has no weighted sum"),
     ],

@@ -149,7 +149,7 @@ def test_half_precision_files_are_read_to_fp32(tmp_path):
 # ------------------------------------------------------------------------------------ refused
 
 REFUSED = {
-    "peft_type 'IA3' cannot be represented, only LORA (LoRA and DoRA)": {"peft_type": "IA3"},
+    "peft_type 'IA3' cannot be represented, only LORA and PROMPT_TUNING": {"peft_type": "IA3"},
     "lora_bias=True cannot be represented": {"lora_bias": True},
     "target_parameters=['mlp.experts.gate_up_proj'] cannot": {"target_parameters": ["mlp.experts.gate_up_proj"]},
     "layer_replication=[[0, 2]] cannot be represented": {"layer_replication": [[0, 2]]},
