@@ -22,12 +22,13 @@ from kernels.dispatch import use_triton
 from kernels.dora_backward import dora_linear_backward
 from kernels.dropout import launch_dropout, new_seed
 from kernels.gemm import gemm
+from kernels.library import define_op, register_autograd, register_fake
 from kernels.low_rank import project
 from kernels.quant_state import QuantState
 from kernels.row_norm import launch_norm
 
 
-@torch.library.custom_op("qdora::dora_linear", mutates_args=())
+@define_op("dora_linear")
 def _dora_linear(
     x: Tensor,
     weight: Tensor,
@@ -70,7 +71,7 @@ def _dora_linear(
     return y, xa, norm, gain, x.new_empty(0) if z is None else z
 
 
-@_dora_linear.register_fake
+@register_fake("dora_linear")
 def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, norm, lora_A, lora_B, *rest):
     y = x.new_empty(x.shape[0], lora_B.shape[0])
     _, bias, _, dropout, _ = rest
@@ -79,7 +80,7 @@ def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, norm,
     return y, xa, norm_sq.new_empty(norm_sq.shape), norm_sq.new_empty(norm_sq.shape), z
 
 
-@torch.library.custom_op("qdora::dora_linear_backward", mutates_args=())
+@define_op("dora_linear_backward")
 def _dora_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -109,7 +110,7 @@ def _dora_linear_backward(
     return dora_linear_backward(dy, x.contiguous(), xa, y, z, norm, gain, *rest)
 
 
-@_dora_linear_backward.register_fake
+@register_fake("dora_linear_backward")
 def _(dy, x, xa, y, z, norm, gain, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
     dx = x.new_empty(x.shape) if rest[-1] else x.new_empty(0)
     magnitude = rest[0]
@@ -155,7 +156,7 @@ def _backward(ctx, dy, *_):
     return dx, None, None, None, None, None, None, None, dA, dB, dm, dbias, None, None, None
 
 
-_dora_linear.register_autograd(_backward, setup_context=_setup_context)
+register_autograd("dora_linear", _backward, _setup_context)
 
 
 def dora_linear(

@@ -13,11 +13,12 @@ from torch import Tensor
 from kernels import reference
 from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dispatch import use_triton
+from kernels.library import define_op, register_fake
 from kernels.quant_state import QuantState
 from kernels.row_norm import launch_norm, sums_of_squares
 
 
-@torch.library.custom_op("qdora::weight_norm_sq", mutates_args=())
+@define_op("weight_norm_sq")
 def _weight_norm_sq(
     weight: Tensor,
     absmax: Tensor | None,
@@ -32,12 +33,12 @@ def _weight_norm_sq(
     return reference.weight_norm_sq(dense_weight(base, (shape[0], shape[1]), torch.float32))
 
 
-@_weight_norm_sq.register_fake
+@register_fake("weight_norm_sq")
 def _(weight, absmax, nested_absmax, nested_offset, blocksize, shape):
     return weight.new_empty(shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("qdora::dora_norm", mutates_args=())
+@define_op("dora_norm")
 def _dora_norm(
     weight: Tensor,
     absmax: Tensor | None,
@@ -57,7 +58,7 @@ def _dora_norm(
     return reference.dora_norm(dense_weight(base, shape, dtype), norm_sq, lora_A, lora_B, scaling)
 
 
-@_dora_norm.register_fake
+@register_fake("dora_norm")
 def _(weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, lora_A, lora_B, scaling, dtype):
     return torch.empty_like(norm_sq)
 

@@ -27,11 +27,12 @@ from kernels.base_weight import base_args, check_adapter, dense_weight
 from kernels.dispatch import use_triton
 from kernels.dropout import new_seed
 from kernels.gemm import gemm
+from kernels.library import define_op, register_autograd, register_fake
 from kernels.low_rank import outer, project
 from kernels.quant_state import QuantState
 
 
-@torch.library.custom_op("qdora::lora_linear", mutates_args=())
+@define_op("lora_linear")
 def _lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -60,12 +61,12 @@ def _lora_linear(
     return y, xa
 
 
-@_lora_linear.register_fake
+@register_fake("lora_linear")
 def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, bias, scaling, dropout, seed):
     return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
-@torch.library.custom_op("qdora::lora_linear_backward", mutates_args=())
+@define_op("lora_linear_backward")
 def _lora_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -107,7 +108,7 @@ def lora_linear_backward_kernels(
     return dx, dA, dB
 
 
-@_lora_linear_backward.register_fake
+@register_fake("lora_linear_backward")
 def _(dy, x, xa, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
     dx = x.new_empty(x.shape) if rest[-1] else x.new_empty(0)
     return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
@@ -145,7 +146,7 @@ def _backward(ctx, dy, _dxa):
     return dx, None, None, None, None, None, dA, dB, dbias, None, None, None
 
 
-_lora_linear.register_autograd(_backward, setup_context=_setup_context)
+register_autograd("lora_linear", _backward, _setup_context)
 
 
 def lora_linear(

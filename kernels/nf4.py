@@ -22,10 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu_dequantize
 from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.dispatch import use_triton
 from kernels.double_quant import load_absmax
+from kernels.library import define_op, register_fake
 from kernels.quant_state import FLOATS, QuantState, check_packed
 from kernels.spec import KernelSpec
 
@@ -150,7 +151,7 @@ def _launch_dequantize(
     return out
 
 
-@torch.library.custom_op("qdora::dequantize_4bit", mutates_args=())
+@define_op("dequantize_4bit")
 def _dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
@@ -164,7 +165,7 @@ def _dequantize_4bit(
     return dequantize_impl(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype)
 
 
-@_dequantize_4bit.register_fake
+@register_fake("dequantize_4bit")
 def _(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype):
     return packed.new_empty(shape, dtype=dtype)
 
@@ -180,7 +181,7 @@ def dequantize_impl(
     dtype: torch.dtype,
 ) -> Tensor:
     """The op's body, for ops that dequantize inside themselves."""
-    dequantize = _launch_dequantize if use_triton(packed) else reference.dequantize_4bit
+    dequantize = _launch_dequantize if use_triton(packed) else cpu_dequantize.dequantize_4bit
     return dequantize(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype)
 
 

@@ -11,10 +11,11 @@ from kernels import nf4_gemm, reference
 from kernels.base_weight import base_args, check_bias, dense_weight
 from kernels.dispatch import use_triton
 from kernels.gemm import gemm
+from kernels.library import define_op, register_autograd, register_fake
 from kernels.quant_state import QuantState
 
 
-@torch.library.custom_op("qdora::nf4_linear", mutates_args=())
+@define_op("nf4_linear")
 def _nf4_linear(
     x: Tensor,
     packed: Tensor,
@@ -32,12 +33,12 @@ def _nf4_linear(
     return reference.linear(x, dense_weight(base, (out_features, x.shape[1]), x.dtype), bias)
 
 
-@_nf4_linear.register_fake
+@register_fake("nf4_linear")
 def _(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias):
     return x.new_empty(x.shape[0], out_features)
 
 
-@torch.library.custom_op("qdora::nf4_linear_backward", mutates_args=())
+@define_op("nf4_linear_backward")
 def _nf4_linear_backward(
     dy: Tensor,
     packed: Tensor,
@@ -51,7 +52,7 @@ def _nf4_linear_backward(
     return dy @ dense_weight(base, (dy.shape[1], in_features), dy.dtype)
 
 
-@_nf4_linear_backward.register_fake
+@register_fake("nf4_linear_backward")
 def _(dy, packed, absmax, nested_absmax, nested_offset, blocksize, in_features):
     return dy.new_empty(dy.shape[0], in_features)
 
@@ -72,7 +73,7 @@ def _backward(ctx, dy):
     return dx, None, None, None, None, None, None, dbias
 
 
-_nf4_linear.register_autograd(_backward, setup_context=_setup_context)
+register_autograd("nf4_linear", _backward, _setup_context)
 
 
 def nf4_linear(x: Tensor, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None) -> Tensor:

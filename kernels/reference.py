@@ -109,8 +109,8 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """(y [T, out], xa = s·drop(x)Aᵀ [T, r])"""
     xa = dropout(x, p, seed) @ (lora_A * scaling).to(x.dtype).t()
-    y = linear(x, w, bias)
-    y.addmm_(xa, lora_B.to(x.dtype).t())
+    y = linear(xa, lora_B.to(x.dtype), bias)  # the small term first: rounding it loses the least
+    y.addmm_(x, w.t())
     return y, xa
 
 
@@ -147,26 +147,20 @@ def weight_norm_sq(w: Tensor) -> Tensor:
 def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """‖W + sBA‖ of each row, fp32 [out]; `norm_sq` is ‖W‖², fp32 [out]."""
     a, b = lora_A.float(), lora_B.float() * scaling
-    u = (w @ lora_A.to(w.dtype).t()).float()  # WAᵀ [out, r]
-    ba_sq = ((b @ (a @ a.t())) * b).sum(dim=1)
-    total = norm_sq + 2 * (b * u).sum(dim=1) + ba_sq
-    # Where little is left of the terms they have cancelled, and their rounding with them has grown: compute the row
-    # directly. The coarsest rounding is that of WAᵀ, in w's dtype.
-    cancelled = total < max(1e-3, 16 * torch.finfo(w.dtype).eps) * (norm_sq + ba_sq)
+    u = w @ lora_A.to(w.dtype).t()  # WAᵀ [out, r]
+    total = norm_sq + (b * torch.addmm(u.float(), b, a @ a.t(), beta=2)).sum(dim=1)
+    # Where little is left of ‖W‖² the terms have cancelled, and their rounding with them has grown: compute the row
+    # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
+    cancelled = total < norm_sq * max(4e-3, 64 * torch.finfo(w.dtype).eps)
     rows = cancelled.nonzero().squeeze(1)
     if rows.numel():
         total[rows] = (w[rows].float() + b[rows] @ a).square().sum(dim=1)
-    return total.sqrt()
+    return total.sqrt_()
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     """m / ‖W + sBA‖, fp32 [out]; 0 for a row of zeros, which has no direction to scale."""
-    return magnitude.float() * _inverse(norm)
-
-
-def _inverse(x: Tensor) -> Tensor:
-    """1 / x, and 0 where x is 0."""
-    return torch.where(x == 0, 0.0, 1 / x)
+    return (magnitude / norm).masked_fill_(norm == 0, 0.0)
 
 
 def dora_linear(
@@ -222,16 +216,17 @@ def dora_linear_backward(
         dx = dropout(dx, p, seed)
         through_base = dy @ w
         dx += through_base - dropout(through_base, p, seed)
-    dm = _magnitude_grad(dy, y, z, norm, magnitude)
-    if y is not None:  # columns with m = 0, or nearly: y has lost z's digits there, so compute z again
-        rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
-        if rows.numel():
-            z_rows, _ = lora_linear(xd, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
-            dm[rows] = _magnitude_grad(dy[:, rows], None, z_rows, norm[rows], magnitude)
-    return dx, dA, dB, dm
+    if y is None:
+        return dx, dA, dB, _magnitude_grad(dy, z, norm).to(magnitude.dtype)
+    dm = (dy * y).sum(dim=0, dtype=torch.float32).div_(magnitude)  # z / ‖W + sBA‖ = y / m
+    # Where m = 0, or nearly, y has lost z's digits: compute z again.
+    rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
+    if rows.numel():
+        z_rows, _ = lora_linear(xd, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
+        dm[rows] = _magnitude_grad(dy[:, rows], z_rows, norm[rows])
+    return dx, dA, dB, dm.to(magnitude.dtype)
 
 
-def _magnitude_grad(dy: Tensor, y: Tensor | None, z: Tensor, norm: Tensor, magnitude: Tensor) -> Tensor:
-    """dm = Σ_t dy ⊙ z / ‖W + sBA‖ [out], where z / ‖W + sBA‖ = y / m if z was not kept."""
-    kept, divisor = (z, norm) if y is None else (y, magnitude.float())
-    return ((dy * kept).sum(dim=0, dtype=torch.float32) * _inverse(divisor)).to(magnitude.dtype)
+def _magnitude_grad(dy: Tensor, z: Tensor, norm: Tensor) -> Tensor:
+    """dm = Σ_t dy ⊙ z / ‖W + sBA‖, fp32 [out]."""
+    return ((dy * z).sum(dim=0, dtype=torch.float32) / norm).masked_fill_(norm == 0, 0.0)
