@@ -20,7 +20,8 @@ from experiments.evaluation import label_logits, label_positions, label_starts
 from experiments.files import cache_dir
 from modules.prefix import prompt_lengths
 
-CHUNK_BYTES = 2**25  # of fp32 logits
+CHUNK_BYTES = 2**25  # of logits: enough tokens for a product that reads the whole of w
+FP32_BYTES = 2**22  # of fp32 softmax: it stays in a CPU's cache
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -32,17 +33,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dbias = torch.zeros_like(bias) if needs_db else None
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=precise, device=hidden.device)
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        rows = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
         for start in range(0, hidden.shape[0], rows):
-            h, target = hidden[start : start + rows], targets[start : start + rows].unsqueeze(1)
-            logits = F.linear(h, weight, bias)
-            log_p = torch.log_softmax(logits, 1, dtype=precise)
-            loss -= log_p.gather(1, target).sum()
-            dlogits = log_p.exp_().scatter_add_(1, target, log_p.new_full(target.shape, -1.0)).to(logits.dtype)
+            h = hidden[start : start + rows]
+            dlogits = F.linear(h, weight, bias)  # the logits, until their gradient takes their place
+            loss += _cross_entropy(dlogits, targets[start : start + rows], precise)
             if needs_dh:
-                dhidden[start : start + rows] = dlogits @ weight.to(logits.dtype)
+                dhidden[start : start + rows] = dlogits @ weight.to(dlogits.dtype)
             if needs_dw:
-                dweight += dlogits.t() @ h.to(logits.dtype)
+                dweight += dlogits.t() @ h.to(dlogits.dtype)
             if needs_db:
                 dbias += dlogits.sum(0)
         ctx.gradients = dhidden, dweight, dbias
@@ -51,6 +50,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dloss: Tensor):
         return *(None if gradient is None else gradient * dloss for gradient in ctx.gradients), None
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, precise: torch.dtype) -> Tensor:
+    """Σ cross-entropy of logits [n, vocabulary], in `precise`; they become their gradient."""
+    loss = torch.zeros((), dtype=precise, device=logits.device)
+    rows = max(1, FP32_BYTES // (4 * logits.shape[1]) if logits.is_cpu else len(logits))
+    for part, target in zip(logits.split(rows), targets.unsqueeze(1).split(rows)):
+        x = part.to(precise)
+        p = torch.softmax(x, 1)
+        logsumexp = x.amax(1) - p.amax(1).log()
+        loss += (logsumexp - x.gather(1, target).squeeze(1)).sum()
+        part.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)))
+    return loss
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:

@@ -1,0 +1,140 @@
+"""Attention of many queries on a CPU, with the precision of torch's kernel in a fraction of its time.
+
+    P = softmax(scale · QKᵀ + mask),  O = P V
+    dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ − Σ_d dO ⊙ O),  dQ = scale · dS K,  dK = scale · dSᵀ Q
+
+As in torch's (Dao 2023, FlashAttention-2, §3.1), scores, P and dO Vᵀ are fp32, the other products run in the compute
+dtype, and backward computes P again. Here each product is the library's own, of all heads and a block of
+queries at once. Queries that share keys and values (GQA) are rows of the same product. Not materialised: scores of more
+queries than a block, repeated keys and values, keys to the right of a causal block.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "blocked_on_cpu"
+BLOCK = 128  # queries
+BLOCK_BYTES = 2**24  # of fp32 scores, unless 16 queries have more
+
+
+def _block(q: Tensor, keys: int) -> int:
+    """Queries at once."""
+    return min(BLOCK, max(16, BLOCK_BYTES // (4 * keys * q.shape[0] * q.shape[1])))
+
+
+def _rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """Queries of x [groups, heads, queries, d] as rows of one matrix a group: [groups, heads · (stop - start), d]."""
+    return x[:, :, start:stop].flatten(1, 2)
+
+
+def _probabilities(q: Tensor, k: Tensor, heads: int, mask: Tensor | None, start: int, scale: float) -> Tensor:
+    """P of rows q, which begin at query `start`, in their dtype: [groups, heads · queries, keys]."""
+    scores = torch.bmm(q * scale, k.mT).unflatten(1, (heads, -1))
+    queries, keys = scores.shape[-2:]
+    lowest = torch.finfo(scores.dtype).min  # not -inf: a query that sees nothing would be NaN
+    if mask is None:
+        scores += torch.full((queries, keys), lowest, dtype=scores.dtype).triu_(start + 1)
+    else:
+        seen = mask[..., start : start + queries, :keys]  # [batch, 1, queries, keys]
+        if seen.dtype == torch.bool:
+            seen = torch.where(seen, 0.0, lowest)
+        scores.view(seen.shape[0], -1, queries, keys).add_(seen).clamp_(min=lowest)
+    return torch.softmax(scores.flatten(1, 2), -1)
+
+
+class _Attention(torch.autograd.Function):
+    """q [groups, heads, queries, d], k and v [groups, keys, d]; mask [batch, 1, queries, keys] or None: causal."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        groups, heads, queries, _ = q.shape
+        out = q.new_empty(groups, heads, queries, v.shape[-1])
+        wide_k = k.to(torch.promote_types(q.dtype, torch.float32))
+        step = _block(q, k.shape[1])
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            seen = stop if mask is None else k.shape[1]
+            rows = _rows(q, start, stop).to(wide_k.dtype)
+            p = _probabilities(rows, wide_k[:, :seen], heads, mask, start, scale).to(q.dtype)
+            out[:, :, start:stop] = torch.bmm(p, v[:, :seen]).unflatten(1, (heads, -1))
+        ctx.save_for_backward(q, k, v, mask, out)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        q, k, v, mask, out = ctx.saved_tensors
+        heads, queries = q.shape[1:3]
+        precise = torch.promote_types(q.dtype, torch.float32)
+        wide_k, wide_v = k.to(precise), v.to(precise)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        step = _block(q, k.shape[1])
+        for start in range(0, queries, step):
+            stop = min(start + step, queries)
+            seen = stop if mask is None else k.shape[1]
+            rows, drows = _rows(q, start, stop), _rows(dout, start, stop)
+            wide = drows.to(precise)
+            p = _probabilities(rows.to(precise), wide_k[:, :seen], heads, mask, start, ctx.scale)
+            dv[:, :seen] += torch.bmm(p.to(q.dtype).mT, drows)
+            correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
+            ds = torch.bmm(wide, wide_v[:, :seen].mT).sub_(correction).mul_(p).mul_(ctx.scale).to(q.dtype)
+            dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
+            dk[:, :seen] += torch.bmm(ds.mT, rows)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention.
+
+    Args:
+        q: [batch, heads, queries, d]. k, v: [batch, groups, keys, d], groups dividing heads.
+        mask: bool [batch, 1, queries, keys], True where a query sees a key, or floats to add to the scores; None: a
+            query sees the keys up to its own place.
+
+    Returns:
+        [batch, heads, queries, d of v]. Differentiable in q, k and v.
+    """
+    batch, groups = k.shape[:2]
+    q = q.unflatten(1, (groups, -1)).flatten(0, 1)
+    out = _Attention.apply(q, k.flatten(0, 1), v.flatten(0, 1), mask, scale)
+    return out.unflatten(0, (batch, groups)).flatten(1, 2)
+
+
+def _forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """As transformers' `sdpa_attention_forward`, to which everything goes that is not here."""
+    batch, _, queries, d = query.shape
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    fits = causal if attention_mask is None else attention_mask.shape[:3] == (batch, 1, queries)
+    ours = fits and query.is_cpu and queries > 1 and dropout == 0.0 and not torch.compiler.is_compiling()
+    if not ours or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    if attention_mask is None:  # of a static cache the rest is still empty
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    out = attention(query, key, value, attention_mask, d**-0.5 if scaling is None else scaling)
+    return out.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+
+
+def use_on_cpu(model: PreTrainedModel) -> None:
+    """Have `model` compute attention here while it is on a CPU, if it would call torch's kernel."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(NAME)
