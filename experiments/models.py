@@ -39,7 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments import attention
+from experiments import lean
 from experiments.config import ADAPTER_KEYS, Config, ModelConfig
 from experiments.data import batches, collate, load_data
 from experiments.errors import UserError
@@ -76,7 +76,7 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
         raise UserError(f"model.source={cfg.source}: choose {', '.join(sources)} or tiny")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    attention.use_on_cpu(model)
+    lean.use_on_cpu(model)
     return model.eval(), tokenizer
 
 

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments import attention, machine
+from experiments import lean, machine
 from experiments.config import TrainerConfig
 from experiments.loss import LabelLoss
 from experiments.models import quiet, release_file
@@ -113,7 +113,7 @@ class Worker:
 def _ours(job: Job, dtype: torch.dtype) -> tuple[PreTrainedModel, Callable[[Tensor], Tensor]]:
     machine.set_up_cpu(TrainerConfig(threads=job.threads))
     model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=dtype, local_files_only=True)
-    attention.use_on_cpu(model)
+    lean.use_on_cpu(model)
     if job.quantized:
         quantize(model)
         release_file(model)

@@ -36,7 +36,7 @@ def test_has_the_bits_of_the_twin(dtype, double_quant):
     pytest.importorskip("bitsandbytes")
     assert cpu_dequantize._routine(dtype) is not None
     for blocksize in BLOCKSIZES:
-        for n in (1, blocksize - 1, blocksize, 3 * blocksize, 16 * blocksize + 7, 333 * blocksize + blocksize // 2):
+        for n in (1, blocksize - 1, blocksize, 3 * blocksize, 16 * blocksize + 7, 33 * blocksize + blocksize // 2):
             args = arguments(n, blocksize, double_quant, dtype)
             got, want = cpu_dequantize.dequantize_4bit(*args), reference.dequantize_4bit(*args)
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), (blocksize, n)

@@ -1,0 +1,111 @@
+"""Parts of a transformers model computed on a CPU with fewer passes, and less kept for backward.
+
+    RMSNorm     y = w ⊙ x · rsqrt(mean x² + ε)           keeps x as it came; eager PyTorch keeps it in fp32
+    gated MLP   down(act(gate(x)) ⊙ up(x))               keeps gate(x) and up(x); act(gate(x)) is computed again
+
+Results are those of the model's own code bit for bit, or a module is left as it is: what it does to random numbers is
+compared first. Attention has its own file (attention.py).
+"""
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from experiments import attention
+from modules import NF4Linear
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return weight * (wide * scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, scale = ctx.saved_tensors
+        dx = (dy * weight).to(scale.dtype).mul_(scale)
+        along = (dx * x).mean(-1, keepdim=True).mul_(scale.square())
+        return dx.addcmul_(x, along, value=-1).to(x.dtype), None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.act(leaf)
+        (dgate,) = torch.autograd.grad(activated, leaf, dy * up)
+        return dgate, dy * activated.detach(), None
+
+
+def _eps(norm: nn.Module) -> float | None:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
+    return _RMSNorm.apply(x, self.weight, _eps(self))
+
+
+def _mlp(self: nn.Module, x: Tensor) -> Tensor:
+    return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+
+
+def _rms_norm_or_own(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    ours = hidden_states.is_cpu and not self.weight.requires_grad and not torch.compiler.is_compiling()
+    return _rms_norm(self, hidden_states) if ours else type(self).forward(self, hidden_states)
+
+
+def _mlp_or_own(self: nn.Module, x: Tensor) -> Tensor:
+    return _mlp(self, x) if x.is_cpu and not torch.compiler.is_compiling() else type(self).forward(self, x)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    named = type(module).__name__.endswith("RMSNorm")
+    return named and isinstance(getattr(module, "weight", None), Tensor) and isinstance(_eps(module), float)
+
+
+def _is_mlp(module: nn.Module) -> bool:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    return all(type(part) in (nn.Linear, NF4Linear) for part in parts) and isinstance(
+        getattr(module, "act_fn", None), nn.Module
+    )
+
+
+def _input_of(module: nn.Module) -> Tensor:
+    """Zeros [1, 3, features] as the module takes them."""
+    if _is_rms_norm(module):
+        return module.weight.new_zeros(1, 3, module.weight.numel())
+    gate = module.gate_proj
+    dtype = gate.dtype if isinstance(gate, NF4Linear) else gate.weight.dtype
+    return torch.zeros(1, 3, gate.in_features, dtype=dtype)
+
+
+@torch.no_grad()
+def _computes_the_same(module: nn.Module, forward) -> bool:
+    x = _input_of(module).normal_(generator=torch.Generator().manual_seed(0))
+    try:
+        return torch.equal(module(x), forward(module, x))
+    except (TypeError, RuntimeError):  # takes or does something else
+        return False
+
+
+def use_on_cpu(model: PreTrainedModel) -> None:
+    """Have `model`, while it is on a CPU, compute norms, gated MLPs and attention here where it can."""
+    attention.use_on_cpu(model)
+    for module in model.modules():
+        if _is_rms_norm(module) and _computes_the_same(module, _rms_norm):
+            module.forward = MethodType(_rms_norm_or_own, module)
+        elif _is_mlp(module) and _computes_the_same(module, _mlp):
+            module.forward = MethodType(_mlp_or_own, module)
