@@ -8,6 +8,7 @@ import contextlib
 import io
 import itertools
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +16,11 @@ from hydra import compose, initialize_config_dir
 
 from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT, RESULT
+from experiments.files import PROJECT_ROOT
 from experiments.report.runs import Group, group, read_runs
 from experiments.run import run
 
-RESULTS, SMALL_RESULTS = PROJECT_ROOT / "notebooks" / "results", PROJECT_ROOT / "outputs" / "small"
+RESULTS = PROJECT_ROOT / "notebooks" / "results"
 SHORT = (
     *("model=tiny", "rank=4", "trainer=debug", "trainer.steps=2", "trainer.eval_every=1", "trainer.batch_size=2"),
     *("trainer.samples=0", "trainer.threads=1", "data.max_train=8", "data.max_heldout=2"),
@@ -37,18 +38,19 @@ def load(name: str, small: dict[str, Sequence]) -> Group:
     """
     folder = RESULTS / name
     if os.environ.get("QDORA_SMALL") == "1":
-        folder = SMALL_RESULTS / name
-        _make(folder, small)
-    runs, problems = read_runs(folder)
+        with tempfile.TemporaryDirectory() as made:
+            _make(Path(made), small)
+            runs, problems = read_runs(Path(made))
+    else:
+        runs, problems = read_runs(folder)
     for problem in problems:
         print(f"note: {problem}")
     groups = group(runs)
     if not groups:
-        raise UserError(
-            f"{folder}: no results; `make sweep-{name}` makes them in hours, QDORA_SMALL=1 a stand-in at once"
-        )
+        how = f"`make sweep-{name}` makes them in hours; QDORA_SMALL=1 in the environment gives a stand-in"
+        raise UserError(f"{folder}: no results; {how}")
     if len(groups) > 1:
-        raise UserError(f"{folder} holds what cannot be compared: {'; '.join(one.title for one in groups)}")
+        raise UserError(f"{name}: results that cannot be compared: {'; '.join(one.title for one in groups)}")
     return groups[0]
 
 
@@ -56,8 +58,6 @@ def _make(folder: Path, values: dict[str, Sequence]) -> None:
     for combination in itertools.product(*values.values()):
         overrides = [f"{key}={value}" for key, value in zip(values, combination)]
         directory = folder / ",".join(overrides).replace("+", "")
-        if (directory / RESULT).exists():
-            continue
         with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
             cfg = resolve(compose("config", [*SHORT, *overrides, f"output_dir='{directory}'"]))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
