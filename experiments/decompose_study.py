@@ -1,0 +1,228 @@
+"""What a low rank keeps of a matrix, by which decomposition and in what time; where adapters over packed weights begin.
+
+    python -m experiments.decompose_study
+    python -m experiments.run +method=full output_dir=outputs/full
+    python -m experiments.decompose_study tuned=outputs/full
+
+Every decomposition of modules/decompose.py × rank on the weights W of a model, and on the changes ΔW that full
+fine-tuning made of them if `tuned` names such a model. Then ‖W − Q − BA‖ / ‖W‖ where a packed base Q and an adapter
+begin: nothing but Q (QLoRA's init=default), LoftQ and quantized PiSSA with one and with five iterations. Printed as
+tables; written to output_dir: decompose.csv and starts.csv with a row a layer, and decompose.png.
+"""
+
+import csv
+import io
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from experiments import machine
+from experiments.cli import run_command
+from experiments.config import TrainerConfig
+from experiments.errors import UserError
+from experiments.extract import load_pair, model_config
+from experiments.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.models import load_model
+from experiments.progress import bar
+from experiments.quant_types import quantize_dequantize
+from experiments.report.plots import COLOURS, MARKERS
+from kernels.codebook import BLOCKSIZES, CODEBOOKS
+from modules import NF4Linear, decoder_linears
+from modules.decompose import METHODS, decompose
+from modules.quantized_init import quantized_init
+
+WEIGHTS, CHANGES = "W", "ΔW"
+STARTS = {  # what each is called as init=, and what quantized_init takes for it
+    "default": None,
+    "loftq": ("loftq", 1),
+    "loftq_iter_5": ("loftq", 5),
+    "qpissa_iter_1": ("pissa", 1),
+    "qpissa": ("pissa", 5),
+}
+
+
+@dataclass
+class DecomposeConfig:
+    base: str = ""  # a name in conf/model, a Hugging Face directory or a GGUF file
+    tuned: str | None = None  # a run's directory or a Hugging Face directory of the same architecture
+    ranks: list[int] = field(default_factory=list)
+    every: int = 10  # every so many-th linear of the decoder is decomposed
+    blocksize: int = 64  # of the packed base, with double quantization
+    quant_type: str = "nf4"  # of the packed base: nf4 | fp4 | int4
+    output_dir: str = ""
+
+
+ConfigStore.instance().store(name="decompose_study_schema", node=DecomposeConfig)
+
+
+def check(cfg: DecomposeConfig) -> None:
+    """Raise UserError for values that the schema's types cannot exclude."""
+    if not cfg.ranks or min(cfg.ranks) < 1:
+        raise UserError(f"ranks={cfg.ranks}: name one or more, each 1 or more")
+    if cfg.every < 1:
+        raise UserError(f"every={cfg.every}: choose 1 or more")
+    if cfg.blocksize not in BLOCKSIZES:
+        raise UserError(f"blocksize={cfg.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
+    if cfg.quant_type not in CODEBOOKS:
+        raise UserError(f"quant_type={cfg.quant_type}: choose {', '.join(CODEBOOKS)}")
+
+
+def matrices(cfg: DecomposeConfig) -> dict[str, dict[str, Tensor]]:
+    """W and, with `cfg.tuned`, ΔW of every `cfg.every`-th linear [out, in], fp32, by name.
+
+    Raises:
+        UserError: a model that is not there or packed, or a rank that a linear cannot have.
+    """
+    if cfg.tuned is None:
+        base, tuned = load_model(model_config(cfg.base), torch.float32, seed=0)[0], None
+    else:
+        base, tuned, _ = load_pair(cfg.base, cfg.tuned)
+    linears = decoder_linears(base)
+    if any(isinstance(linear, NF4Linear) for linear in linears.values()):
+        raise UserError(f"{cfg.base} is packed: choose a dense model")
+    weights = {name: linear.weight.detach() for name, linear in list(linears.items())[:: cfg.every]}
+    smallest = min(weights, key=lambda name: min(weights[name].shape))
+    if max(cfg.ranks) > min(weights[smallest].shape):
+        raise UserError(f"ranks: {smallest} is {list(weights[smallest].shape)}, too small for rank {max(cfg.ranks)}")
+    if tuned is None:
+        return {WEIGHTS: weights}
+    changes = {name: tuned.get_submodule(name).weight.detach() - w for name, w in weights.items()}
+    if not any(change.any() for change in changes.values()):
+        raise UserError(f"{cfg.tuned} has the weights of {cfg.base}: nothing changed")
+    return {WEIGHTS: weights, CHANGES: {name: change for name, change in changes.items() if change.any()}}
+
+
+def _rows(tensors: dict[str, Tensor], title: str, measure: Callable[[Tensor], Iterable[dict]]) -> list[dict]:
+    rows = []
+    for name, w in bar(title)(list(tensors.items())):
+        rows += [{"layer": name, "norm": w.norm().item(), **row} for row in measure(w)]
+    return rows
+
+
+def measure_decompositions(tensors: dict[str, Tensor], ranks: list[int]) -> list[dict]:
+    """A row for each matrix, method and rank: error ‖W − BA‖ / ‖W‖ and seconds."""
+
+    def measure(w: Tensor) -> Iterable[dict]:
+        for method, rank in itertools.product(METHODS, ranks):
+            start = time.perf_counter()
+            lora_A, lora_B = decompose(w, rank, method)
+            seconds = time.perf_counter() - start
+            error = ((w - lora_B @ lora_A).norm() / w.norm()).item()
+            yield {"method": method, "rank": rank, "error": error, "seconds": seconds}
+
+    return _rows(tensors, "decomposing", measure)
+
+
+def measure_starts(weights: dict[str, Tensor], cfg: DecomposeConfig) -> list[dict]:
+    """A row for each weight, rank and start: ‖W − Q − BA‖ / ‖W‖."""
+
+    def measure(w: Tensor) -> Iterable[dict]:
+        plain = quantize_dequantize(w, cfg.quant_type, cfg.blocksize, True)
+        for (init, how), rank in itertools.product(STARTS.items(), cfg.ranks):
+            error = ((w - plain).norm() / w.norm()).item()
+            if how is not None:
+                error = quantized_init(w, rank, *how, cfg.blocksize, True, cfg.quant_type).errors[-1]
+            yield {"init": init, "rank": rank, "error": error}
+
+    return _rows(weights, "packing", measure)
+
+
+def pooled(rows: list[dict], **chosen) -> tuple[float, float]:
+    """Of all layers together, in the rows with these values: (error, mean seconds)."""
+    rows = [row for row in rows if all(row[key] == value for key, value in chosen.items())]
+    squares = sum(row["norm"] ** 2 for row in rows)
+    error = (sum((row["error"] * row["norm"]) ** 2 for row in rows) / squares) ** 0.5
+    return error, sum(row.get("seconds", 0.0) for row in rows) / len(rows)
+
+
+def tables(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[dict]) -> str:
+    """What the terminal shows."""
+    lines = []
+    heads = "".join(f"{f'rank {rank}':>18}" for rank in cfg.ranks)
+    for kind, rows in decomposed.items():
+        title = f"{kind} of {len({row['layer'] for row in rows})} linears"
+        lines += [f"{title:<24}{heads}    error ‖{kind} − BA‖ / ‖{kind}‖, ms a matrix"]
+        for method in METHODS:
+            cells = [pooled(rows, method=method, rank=rank) for rank in cfg.ranks]
+            lines.append(f"{method:<24}" + "".join(f"{e:>9.2%}{1000 * s:>6.0f} ms" for e, s in cells))
+        lines.append("")
+    lines.append(f"{f'{cfg.quant_type}, block {cfg.blocksize}':<24}{heads}    error ‖W − Q − BA‖ / ‖W‖ at the start")
+    for init in STARTS:
+        errors = [pooled(starts, init=init, rank=rank)[0] for rank in cfg.ranks]
+        lines.append(f"init={init:<19}" + "".join(f"{error:>18.2%}" for error in errors))
+    return "\n".join(lines)
+
+
+def plot(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[dict]) -> Figure:
+    """Error against time, a panel for W and ΔW each, and the starts' error against the rank."""
+    figure = Figure(figsize=(4.6 * (1 + len(decomposed)), 4.8), layout="constrained")
+    *panels, last = figure.subplots(1, 1 + len(decomposed))
+    for axes, (kind, rows) in zip(panels, decomposed.items()):
+        for position, method in enumerate(METHODS):
+            points = [pooled(rows, method=method, rank=rank) for rank in cfg.ranks]
+            look = {"color": COLOURS[position], "marker": MARKERS[position], "label": method}
+            axes.plot([1000 * s for _, s in points], [e for e, _ in points], **look)
+        for rank in cfg.ranks:
+            error, seconds = pooled(rows, method="svd", rank=rank)
+            place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": "small"}
+            axes.annotate(f"rank {rank}", (1000 * seconds, error), **place)
+        axes.set(title=kind, xscale="log", xlabel="ms a matrix", ylabel=f"error, ‖{kind} − BA‖ / ‖{kind}‖")
+        axes.margins(x=0.2)
+    for position, init in enumerate(STARTS):
+        errors = [pooled(starts, init=init, rank=rank)[0] for rank in cfg.ranks]
+        last.plot(cfg.ranks, errors, color=COLOURS[position], marker=MARKERS[position], label=f"init={init}")
+    last.set_xscale("log", base=2)
+    last.set_xticks(cfg.ranks, map(str, cfg.ranks))
+    last.set(title=f"{cfg.quant_type}, block {cfg.blocksize}", xlabel="rank", ylabel="error, ‖W − Q − BA‖ / ‖W‖")
+    for axes in (panels[0], last):
+        axes.legend(frameon=False, fontsize="small")
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def as_csv(rows: list[dict]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return file.getvalue()
+
+
+@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="decompose_study")
+def main(cfg: DictConfig) -> None:
+    try:
+        config: DecomposeConfig = OmegaConf.to_object(cfg)
+        check(config)
+        machine.set_up_cpu(TrainerConfig())
+        found = matrices(config)
+        directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
+    except UserError as error:  # here, not in cli: Hydra would print a second message around it
+        sys.exit(f"error: {error}")
+    decomposed = {kind: measure_decompositions(tensors, config.ranks) for kind, tensors in found.items()}
+    starts = measure_starts(found[WEIGHTS], config)
+    print(tables(config, decomposed, starts))
+    rows = [{"matrix": kind, **row} for kind, rows in decomposed.items() for row in rows]
+    write_atomically(directory / "decompose.csv", as_csv(rows))
+    write_atomically(directory / "starts.csv", as_csv(starts))
+    plot(config, decomposed, starts).savefig(directory / "decompose.png", dpi=120)
+    files = (directory / name for name in ("decompose.csv", "starts.csv", "decompose.png"))
+    print("\nWritten:", *files, sep="\n  ")
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()
