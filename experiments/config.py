@@ -11,9 +11,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments.errors import UserError
-from kernels.codebook import BLOCKSIZES
+from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, CODEBOOKS
 from modules import AdapterConfig
-from modules.config import quantized_start
+from modules.config import changes_base, quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -28,8 +28,9 @@ class ModelConfig:
 
 @dataclass
 class QuantConfig:
-    name: str = MISSING  # nf4 | tuned | none
-    blocksize: int = 64  # weights that share an absmax (nf4)
+    name: str = MISSING  # nf4 | fp4 | int4 | tuned | none
+    type: str = "nf4"  # nf4 | fp4 | int4, in conf/quant/; of a tuned base to choose
+    blocksize: int = 64  # weights that share an absmax (not tuned)
     map: str | None = None  # file with the block size of each linear (tuned)
     double: bool = True  # store absmax in 8 bits
     align: str = "none"  # none | row: refuse block sizes whose blocks would run across rows
@@ -191,6 +192,11 @@ def _check_adapter(cfg: Config) -> None:
     adapter_config(cfg)
     if quantized_start(cfg.init) and cfg.quant.name == "none":
         raise UserError(f"init={cfg.init} makes up for what quantizing loses: choose +method=qlora or +method=qdora")
+    if changes_base(cfg.init) and cfg.quant.name != "none" and cfg.quant.type not in BITSANDBYTES_TYPES:
+        raise UserError(
+            f"init={cfg.init} keeps its base as bitsandbytes does, which has no {cfg.quant.type}: "
+            f"choose quant={' or quant='.join(BITSANDBYTES_TYPES)}"
+        )
 
 
 def resolve(cfg: DictConfig) -> Config:
@@ -232,8 +238,12 @@ def resolve(cfg: DictConfig) -> Config:
 
 
 def _check_quant(quant: QuantConfig) -> None:
-    if quant.name not in ("nf4", "tuned", "none"):
-        raise UserError(f"quant.name={quant.name}: choose nf4, tuned or none")
+    if quant.name not in (*CODEBOOKS, "tuned", "none"):
+        raise UserError(f"quant.name={quant.name}: choose {', '.join(CODEBOOKS)}, tuned or none")
+    if quant.type not in CODEBOOKS:
+        raise UserError(f"quant.type={quant.type}: choose {', '.join(CODEBOOKS)}")
+    if quant.name in CODEBOOKS and quant.type != quant.name:
+        raise UserError(f"quant.type={quant.type} is not quant={quant.name}: choose quant={quant.type}")
     if quant.blocksize not in BLOCKSIZES:
         raise UserError(f"quant.blocksize={quant.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
     if quant.name == "tuned" and quant.map is None:

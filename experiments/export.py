@@ -5,8 +5,9 @@
 to=merged     a Hugging Face directory with dense weights, which transformers loads by itself
 to=peft       the adapter in PEFT's format with the tokenizer, for peft.PeftModel or AutoPeftModelForCausalLM; what
               prefix_layer learned as the keys and values of PEFT's prefix tuning
-to=bnb4       a Hugging Face directory packed in NF4, which transformers loads with bitsandbytes; the adapter is merged
-              first and the result packed again, which loses some of it: how much is printed
+to=bnb4       a Hugging Face directory packed in NF4, or FP4 if the base was, which transformers loads with
+              bitsandbytes; the adapter is merged first and the result packed again, which loses some of it: how much
+              is printed
 
 run=DIR           a run's directory, or one of its checkpoints'
 output_dir=DIR    where to; must not exist; by default a folder named after `to` in the run's directory
@@ -36,6 +37,7 @@ from experiments.models import load_base, model_directory, quiet
 from experiments.progress import bar
 from experiments.quant_map import blocksizes
 from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
+from kernels.codebook import BITSANDBYTES_TYPES
 from modules import adapters, decoder_linears, dequantize, merge, quantize
 from modules.adapter import named_adapter
 from modules.baseline_files import OUR_CONFIG_FILE, prefix_tuning
@@ -122,7 +124,7 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
         path, base = directory / CONFIG_FILE, str(model_directory(cfg.model).absolute())
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")
     if cfg.quant.name != "none":
-        print("trained over NF4: the adapter gives these logits over a base that is packed as the run's was")
+        print(f"trained over {cfg.quant.type}: the adapter gives these logits over a base that is packed as the run's")
 
     def read() -> nn.Module:
         base, _ = load_base(cfg, dtype)
@@ -136,12 +138,14 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     _check_dense(run, "bnb4")
     model, learned = run.model, _logits(run.model, ids)
     quant = run.cfg.quant if run.cfg.quant.name != "none" else QuantConfig(name="nf4")
+    if quant.type not in BITSANDBYTES_TYPES:
+        raise UserError(f"bitsandbytes has no {quant.type}, in which the base of {source} is packed: take to=merged")
     if adapters(model) and (layers := merge(model, unload=True).values()):
         error, update = (sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("error", "update"))
         print(f"packing loses {error:.1%} of a merged matrix on average, where the adapter had changed {update:.1%}")
     _declare_biases(model, "bnb4")
     shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
-    quantize(model, blocksizes(quant, shapes), quant.double, progress=bar("quantizing"))
+    quantize(model, blocksizes(quant, shapes), quant.double, bar("quantizing"), quant.type)
     packed = _logits(model, ids)
     print(f"packing changes the logits by {_relative(packed, learned):.2g} of their size")
     directory.rmdir()  # save_bnb4 makes it

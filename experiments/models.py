@@ -2,7 +2,7 @@
 
     python -m experiments.models        unpacks the default model into the cache
 
-A directory that transformers and bitsandbytes saved in 4-bit NF4 is loaded as it is packed (modules/bnb_files.py).
+A directory that transformers and bitsandbytes saved in 4 bits is loaded as it is packed (modules/bnb_files.py).
 
 A GGUF file is dequantized in full. Reading one takes transformers half a minute for 135M weights, so the result is
 kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), from which the next load takes a second.
@@ -97,17 +97,22 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
     if not packed:
         if cfg.quant.name != "none":
             shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
-            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, progress=bar("quantizing"))
+            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, bar("quantizing"), cfg.quant.type)
             release_file(model)
         return
     if cfg.quant.name == "none":
         raise UserError(
-            f"model.path={cfg.model.path} is packed in NF4, and method={cfg.method.name} takes a dense model: "
+            f"model.path={cfg.model.path} is packed in four bits, and method={cfg.method.name} takes a dense model: "
             "choose +method=qlora or +method=qdora"
         )
     expected = blocksizes(cfg.quant, {name: weight_shape(linear) for name, linear in packed.items()})
     for name, linear in packed.items():
         blocksize, double = linear.blocksize, linear.quant_state.nested
+        if linear.quant_type != cfg.quant.type:
+            raise UserError(
+                f"model.path={cfg.model.path}: {name} is packed in {linear.quant_type}, not in {cfg.quant.type}: "
+                f"choose quant={linear.quant_type}"
+            )
         if (blocksize, double) != (expected[name], cfg.quant.double):
             raise UserError(
                 f"model.path={cfg.model.path}: {name} is packed with blocksize {blocksize} and "

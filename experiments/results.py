@@ -98,7 +98,7 @@ def identity(cfg: Config) -> dict[str, Any]:
     about_adapters = ("rank", "lora_alpha", "dropout", "target_modules", *ADAPTER_KEYS)
     unused = tuple(key for key in about_adapters if key not in used)
     if cfg.quant.name == "none":
-        unused += ("quant.blocksize", "quant.double")
+        unused += ("quant.type", "quant.blocksize", "quant.double")
     return {key: value for key, value in flat(cfg).items() if key not in unused}
 
 

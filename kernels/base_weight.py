@@ -1,7 +1,7 @@
-"""The frozen base weight of an adapted linear, dense or NF4, as ops take it.
+"""The frozen base weight of an adapted linear, dense or packed in four bits, as ops take it.
 
-A `torch.library` op takes tensors and numbers, so a weight travels as five arguments: the dense weight [out, in] or
-the packed codes, the tensors of its QuantState (None for a dense one) and its blocksize (0 for a dense one).
+A `torch.library` op takes tensors and numbers, so a weight travels as six arguments: the dense weight [out, in] or
+the packed codes, the tensors of its QuantState, its blocksize and its data type (None, 0 and "" for a dense one).
 """
 
 import torch
@@ -13,7 +13,7 @@ from kernels.codebook import NESTED_BLOCKSIZE
 from kernels.nf4 import dequantize_impl
 from kernels.quant_state import FLOATS, QuantState, check_packed
 
-BaseArgs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int]
+BaseArgs = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, int, str]
 
 _NESTED = tl.constexpr(NESTED_BLOCKSIZE)
 
@@ -32,19 +32,17 @@ def base_args(weight: Tensor, quant_state: QuantState | None, x: Tensor) -> Base
     if quant_state is None:
         if weight.dtype != x.dtype:
             raise ValueError(f"x is {x.dtype} but the weight is {weight.dtype}")
-        return weight, None, None, None, 0
+        return weight, None, None, None, 0, ""
     check_packed(weight, quant_state)
-    if quant_state.quant_type != "nf4":
-        raise ValueError(f"quant_type {quant_state.quant_type!r}: linears multiply with nf4 only")
-    return weight, *quant_state.tensors(), quant_state.blocksize
+    return weight, *quant_state.tensors(), quant_state.blocksize, quant_state.quant_type
 
 
 def dense_weight(base: BaseArgs, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight [out, in] in `dtype`: itself if dense, dequantized if packed."""
-    weight, absmax, nested_absmax, nested_offset, blocksize = base
+    weight, absmax, nested_absmax, nested_offset, blocksize, quant_type = base
     if absmax is None:
         return weight
-    return dequantize_impl(weight, absmax, nested_absmax, nested_offset, blocksize, "nf4", list(shape), dtype)
+    return dequantize_impl(weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, list(shape), dtype)
 
 
 def check_adapter(

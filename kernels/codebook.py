@@ -42,6 +42,8 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
     "int4": tuple((code - 8) / 7 for code in range(16)),
 }
 
+BITSANDBYTES_TYPES = ("nf4", "fp4")  # that bitsandbytes has too, the same byte for byte
+
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # block of the second quantization; bitsandbytes writes no other
 

@@ -36,6 +36,7 @@ def _dora_linear(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     norm_sq: Tensor,
     norm: Tensor | None,
     lora_A: Tensor,
@@ -46,7 +47,7 @@ def _dora_linear(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     shape = (lora_B.shape[0], lora_A.shape[1])
     if not use_triton(x, products=True):
         w = dense_weight(base, shape, x.dtype)
@@ -72,7 +73,7 @@ def _dora_linear(
 
 
 @register_fake("dora_linear")
-def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, norm, lora_A, lora_B, *rest):
+def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, norm_sq, norm, lora_A, lora_B, *rest):
     y = x.new_empty(x.shape[0], lora_B.shape[0])
     _, bias, _, dropout, _ = rest
     z = torch.empty_like(y) if dropout or bias is not None else x.new_empty(0)
@@ -94,6 +95,7 @@ def _dora_linear_backward(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -102,7 +104,7 @@ def _dora_linear_backward(
     seed: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
     rest = (w, lora_A, lora_B, magnitude, scaling, dropout, seed, needs_dx)
     if not use_triton(x, products=True):
@@ -111,7 +113,7 @@ def _dora_linear_backward(
 
 
 @register_fake("dora_linear_backward")
-def _(dy, x, xa, y, z, norm, gain, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
+def _(dy, x, xa, y, z, norm, gain, weight, absmax, nested, offset, blocksize, quant_type, lora_A, lora_B, *rest):
     dx = x.new_empty(x.shape) if rest[-1] else x.new_empty(0)
     magnitude = rest[0]
     dA, dB = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
@@ -119,11 +121,11 @@ def _(dy, x, xa, y, z, norm, gain, weight, absmax, nested_absmax, nested_offset,
 
 
 def _setup_context(ctx, inputs, output):
-    x, *base, blocksize, _, _, lora_A, lora_B, magnitude, bias, scaling, dropout, seed = inputs
+    x, *base, blocksize, quant_type, _, _, lora_A, lora_B, magnitude, bias, scaling, dropout, seed = inputs
     y, xa, norm, gain, z = output
     y = None if dropout or bias is not None else y
     ctx.save_for_backward(x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed)
-    ctx.blocksize, ctx.scaling, ctx.dropout = blocksize, scaling, dropout
+    ctx.blocksize, ctx.quant_type, ctx.scaling, ctx.dropout = blocksize, quant_type, scaling, dropout
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)  # or zeros are made for the outputs that have no gradient
     ctx.mark_non_differentiable(xa, norm, gain, z)
@@ -143,6 +145,7 @@ def _backward(ctx, dy, *_):
         gain,
         *base,
         ctx.blocksize,
+        ctx.quant_type,
         lora_A,
         lora_B,
         magnitude,
@@ -151,9 +154,9 @@ def _backward(ctx, dy, *_):
         seed,
         ctx.needs_input_grad[0],
     )
-    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[11] else None
+    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[12] else None
     dx = dx if ctx.needs_input_grad[0] else None
-    return dx, None, None, None, None, None, None, None, dA, dB, dm, dbias, None, None, None
+    return dx, None, None, None, None, None, None, None, None, dA, dB, dm, dbias, None, None, None
 
 
 register_autograd("dora_linear", _backward, _setup_context)
@@ -177,7 +180,7 @@ def dora_linear(
 
     Args:
         x: [..., in], fp32, fp16 or bf16: the compute dtype.
-        weight: [out, in] in x's dtype, or packed NF4 codes with their `quant_state`. Frozen.
+        weight: [out, in] in x's dtype, or packed codes with their `quant_state`. Frozen.
         norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
         lora_A: [rank, in], lora_B: [out, rank], magnitude: [out], fp32 in training (a bf16 magnitude stops learning:
             its updates round to zero).

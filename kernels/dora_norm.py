@@ -25,16 +25,17 @@ def _weight_norm_sq(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     shape: list[int],
 ) -> Tensor:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     if use_triton(weight):
         return sums_of_squares(base, (shape[0], shape[1]), torch.float32 if blocksize else weight.dtype).sum(dim=0)
     return reference.weight_norm_sq(dense_weight(base, (shape[0], shape[1]), torch.float32))
 
 
 @register_fake("weight_norm_sq")
-def _(weight, absmax, nested_absmax, nested_offset, blocksize, shape):
+def _(weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape):
     return weight.new_empty(shape[0], dtype=torch.float32)
 
 
@@ -45,13 +46,14 @@ def _dora_norm(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     norm_sq: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     shape = (lora_B.shape[0], lora_A.shape[1])
     if use_triton(weight, products=True):
         return launch_norm(base, shape, dtype, lora_A, lora_B, scaling)[0]
@@ -59,12 +61,12 @@ def _dora_norm(
 
 
 @register_fake("dora_norm")
-def _(weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, lora_A, lora_B, scaling, dtype):
+def _(weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, norm_sq, lora_A, lora_B, scaling, dtype):
     return torch.empty_like(norm_sq)
 
 
 def weight_norm_sq(weight: Tensor, quant_state: QuantState | None = None) -> Tensor:
-    """‖W‖² of each row, fp32 [out], of a dense weight [out, in] or of packed NF4 codes with their quant_state."""
+    """‖W‖² of each row, fp32 [out], of a dense weight [out, in] or of packed codes with their quant_state."""
     shape = weight.shape if quant_state is None else quant_state.shape
     dtype = weight.dtype if quant_state is None else quant_state.dtype
     base = base_args(weight, quant_state, weight.new_empty(0, shape[-1], dtype=dtype))
@@ -82,7 +84,7 @@ def dora_norm(
     """‖W + scaling·BA‖ of each row, fp32 [out]. Not differentiable.
 
     Args:
-        weight: [out, in], or packed NF4 codes with their `quant_state`.
+        weight: [out, in], or packed codes with their `quant_state`.
         norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
         lora_A: [rank, in], lora_B: [out, rank].
         scaling: α / rank, or α / √rank.

@@ -40,6 +40,7 @@ def _lora_linear(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -47,7 +48,7 @@ def _lora_linear(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     shape = (lora_B.shape[0], lora_A.shape[1])
     if not use_triton(x, products=True):
         w = dense_weight(base, shape, x.dtype)
@@ -62,7 +63,7 @@ def _lora_linear(
 
 
 @register_fake("lora_linear")
-def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, bias, scaling, dropout, seed):
+def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, lora_A, lora_B, *rest):
     return x.new_empty(x.shape[0], lora_B.shape[0]), x.new_empty(x.shape[0], lora_A.shape[0])
 
 
@@ -76,6 +77,7 @@ def _lora_linear_backward(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
@@ -83,7 +85,7 @@ def _lora_linear_backward(
     seed: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize)
+    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype) if needs_dx else None
     if not use_triton(x, products=True):
         return reference.lora_linear_backward(dy, x, xa, w, lora_A, lora_B, scaling, dropout, seed)
@@ -109,16 +111,16 @@ def lora_linear_backward_kernels(
 
 
 @register_fake("lora_linear_backward")
-def _(dy, x, xa, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest):
+def _(dy, x, xa, weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, lora_A, lora_B, *rest):
     dx = x.new_empty(x.shape) if rest[-1] else x.new_empty(0)
     return dx, lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    x, *base, blocksize, lora_A, lora_B, bias, scaling, dropout, seed = inputs
+    x, *base, blocksize, quant_type, lora_A, lora_B, bias, scaling, dropout, seed = inputs
     xa = output[1]
     ctx.save_for_backward(x, xa, *base, lora_A, lora_B, seed)
-    ctx.blocksize, ctx.scaling, ctx.dropout = blocksize, scaling, dropout
+    ctx.blocksize, ctx.quant_type, ctx.scaling, ctx.dropout = blocksize, quant_type, scaling, dropout
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.set_materialize_grads(False)  # or zeros are made for the outputs that have no gradient
     ctx.mark_non_differentiable(xa)
@@ -134,6 +136,7 @@ def _backward(ctx, dy, _dxa):
         xa,
         *base,
         ctx.blocksize,
+        ctx.quant_type,
         lora_A,
         lora_B,
         ctx.scaling,
@@ -142,8 +145,8 @@ def _backward(ctx, dy, _dxa):
         ctx.needs_input_grad[0],
     )
     dx = dx if ctx.needs_input_grad[0] else None
-    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[8] else None
-    return dx, None, None, None, None, None, dA, dB, dbias, None, None, None
+    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[9] else None
+    return dx, None, None, None, None, None, None, dA, dB, dbias, None, None, None
 
 
 register_autograd("lora_linear", _backward, _setup_context)
@@ -164,7 +167,7 @@ def lora_linear(
 
     Args:
         x: [..., in], fp32, fp16 or bf16: the compute dtype.
-        weight: [out, in] in x's dtype, or packed NF4 codes with their `quant_state`. Frozen.
+        weight: [out, in] in x's dtype, or packed codes with their `quant_state`. Frozen.
         lora_A: [rank, in], lora_B: [out, rank], of any float dtype (fp32 in training); cast to x's for the products.
         scaling: α / rank, or α / √rank (rsLoRA).
         bias: [out] or None.

@@ -83,12 +83,12 @@ def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str
 
 def takes(x: Tensor, base: BaseArgs) -> bool:
     """Whether `nf4_gemm` can multiply x [M, K] with this weight, and is taken to be the fastest way."""
-    return bool(base[-1]) and 0 < x.shape[0] <= FEW_TOKENS and x.shape[1] % 32 == 0
+    return base[1] is not None and 0 < x.shape[0] <= FEW_TOKENS and x.shape[1] % 32 == 0
 
 
 def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int) -> Tensor:
     """Terms of x Wᵀ, fp32 [splits, M, N], for `gemm` to add up; x [M, K] contiguous, M ≤ 64, K a multiple of 32."""
-    weight, absmax, nested_absmax, nested_offset, blocksize = base
+    weight, absmax, nested_absmax, nested_offset, blocksize, quant_type = base
     (m, k), n, device = x.shape, out_features, x.device
     tiles = _tiles(m, k, blocksize, x.dtype)
     rows = triton.cdiv(n, tiles["BLOCK_N"])
@@ -99,7 +99,8 @@ def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int) -> Tensor:
     with torch.cuda.device_of(x):
         _nf4_gemm_kernel[(rows, splits)](
             x, weight, absmax, nested_absmax, nested_offset,
-            None if nested_absmax is None else dynamic_map(device), levels("nf4", device), partial, m, n, k, columns,
+            None if nested_absmax is None else dynamic_map(device), levels(quant_type, device),
+            partial, m, n, k, columns,
             BLOCKSIZE=blocksize, **tiles, num_warps=NUM_WARPS, num_stages=2, enable_fp_fusion=False,
         )  # fmt: skip
     return partial

@@ -23,10 +23,11 @@ def _nf4_linear(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    base = (packed, absmax, nested_absmax, nested_offset, blocksize)
+    base = (packed, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     if use_triton(x, products=True) and nf4_gemm.takes(x, base):
         x = x.contiguous()
         return gemm(x, None, bias=bias, xw=nf4_gemm.nf4_gemm(x, base, out_features))[0]
@@ -34,7 +35,7 @@ def _nf4_linear(
 
 
 @register_fake("nf4_linear")
-def _(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias):
+def _(x, packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, out_features, bias):
     return x.new_empty(x.shape[0], out_features)
 
 
@@ -46,31 +47,33 @@ def _nf4_linear_backward(
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
     blocksize: int,
+    quant_type: str,
     in_features: int,
 ) -> Tensor:
-    base = (packed, absmax, nested_absmax, nested_offset, blocksize)
+    base = (packed, absmax, nested_absmax, nested_offset, blocksize, quant_type)
     return dy @ dense_weight(base, (dy.shape[1], in_features), dy.dtype)
 
 
 @register_fake("nf4_linear_backward")
-def _(dy, packed, absmax, nested_absmax, nested_offset, blocksize, in_features):
+def _(dy, packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, in_features):
     return dy.new_empty(dy.shape[0], in_features)
 
 
 def _setup_context(ctx, inputs, output):
-    x, *base, blocksize, _, bias = inputs
+    x, *base, blocksize, quant_type, _, bias = inputs
     ctx.save_for_backward(*base)
-    ctx.blocksize, ctx.in_features = blocksize, x.shape[1]
+    ctx.blocksize, ctx.quant_type, ctx.in_features = blocksize, quant_type, x.shape[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx, dy):
     dx = dbias = None
     if ctx.needs_input_grad[0]:
-        dx = torch.ops.qdora.nf4_linear_backward(dy.contiguous(), *ctx.saved_tensors, ctx.blocksize, ctx.in_features)
-    if ctx.needs_input_grad[7]:
+        base = (*ctx.saved_tensors, ctx.blocksize, ctx.quant_type)
+        dx = torch.ops.qdora.nf4_linear_backward(dy.contiguous(), *base, ctx.in_features)
+    if ctx.needs_input_grad[8]:
         dbias = dy.sum(0).to(ctx.bias_dtype)
-    return dx, None, None, None, None, None, None, dbias
+    return dx, None, None, None, None, None, None, None, dbias
 
 
 register_autograd("nf4_linear", _backward, _setup_context)

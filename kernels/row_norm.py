@@ -191,7 +191,7 @@ def sums_of_squares(
     """Σ_k (W + sBA)² of the rows of W [N, K] = `shape`, or of W alone, in splits of K: fp32 [splits, N]."""
     n, k = shape
     rank = 0 if lora_A is None else lora_A.shape[0]
-    weight, absmax, nested_absmax, nested_offset, blocksize = base
+    weight, absmax, nested_absmax, nested_offset, blocksize, quant_type = base
     tiles = _tiles(rank, k, dtype, blocksize > 0)
     if blocksize == 32:
         tiles["BLOCK_K"] = 32
@@ -210,7 +210,7 @@ def sums_of_squares(
                 nested_absmax,
                 nested_offset,
                 None if nested_absmax is None else dynamic_map(weight.device),
-                levels("nf4", weight.device),
+                levels(quant_type, weight.device),
                 lora_A,
                 lora_B,
                 partial,

@@ -1,13 +1,13 @@
-"""Models on disk as transformers and bitsandbytes save them in 4-bit NF4, in and out; neither needs bitsandbytes.
+"""Models on disk as transformers and bitsandbytes save them in 4 bits, in and out; neither needs bitsandbytes.
 
 A packed linear [out, in] of n weights in blocks is
 
     <linear>.weight                      the codes: uint8 [ceil(n / 2), 1], or the same bytes as another dtype
     <linear>.weight.absmax               fp32 [blocks], or with double quantization uint8 [blocks]
-    <linear>.weight.quant_map            fp32 [16]: the NF4 levels
+    <linear>.weight.quant_map            fp32 [16]: the levels of NF4 or FP4
     <linear>.weight.nested_absmax        fp32 [ceil(blocks / 256)]   } with double
     <linear>.weight.nested_quant_map     fp32 [256]: the 8-bit map   } quantization
-    <linear>.weight.quant_state.bitsandbytes__nf4
+    <linear>.weight.quant_state.bitsandbytes__nf4 or …__fp4
                                          uint8: JSON of quant_type, blocksize, dtype, shape and, with double
                                          quantization, nested_blocksize, nested_dtype, nested_offset
 
@@ -29,15 +29,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from kernels import QuantState
-from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.double_quant import nested_blocks
 from kernels.quant_state import FLOATS, packed_sizes
-from modules.adapter import adapters, replace_module
+from modules.adapter import replace_module, state_of
 from modules.linear import NF4Linear
 from modules.targets import wrapped_linears
 from modules.tensor_files import TensorFiles, describe
 
-QUANT_STATE = "quant_state.bitsandbytes__nf4"
+QUANT_STATE = "quant_state.bitsandbytes__"  # and the data type
 ROTARY = r"rotary_emb\.inv_freq$"  # computed from the config; files of old transformers hold it all the same
 
 
@@ -56,7 +56,7 @@ def quantization_of(directory: str | Path) -> dict | None:
 
 
 def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The causal language model that transformers and bitsandbytes, or `save_bnb4`, saved in NF4 to `directory`.
+    """The causal language model that transformers and bitsandbytes, or `save_bnb4`, saved in NF4 or FP4 to `directory`.
 
     Codes and constants go from the memory-mapped files into `NF4Linear`s as they are; no dense weight of a packed
     linear is ever made.
@@ -68,10 +68,10 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
         The model on the CPU in evaluation mode.
 
     Raises:
-        ValueError: not in NF4, or a tensor that is missing, damaged or does not fit the model; the message names it.
+        ValueError: not in NF4 or FP4, or a tensor that is missing, damaged or does not fit the model; it is named.
     """
     directory = Path(directory)
-    _check_nf4(directory)
+    quant_type = _quant_type(directory)
     files = TensorFiles(directory)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -90,7 +90,7 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
     _load_dense(model, files, {f"{name}.weight" for name in packed})
     for name, module in packed.items():
         shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
-        codes, quant_state = _read_packed(files, f"{name}.weight", shape)
+        codes, quant_state = _read_packed(files, f"{name}.weight", shape, quant_type)
         linear = NF4Linear(codes, quant_state, module.bias, conv1d=isinstance(module, Conv1D))
         replace_module(model, name, linear if dtype is None else linear.to(dtype))
     expected_leftovers = [*(model._keys_to_ignore_on_load_unexpected or ()), ROTARY]
@@ -106,27 +106,33 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
     """Write `model`, its NF4Linears packed as they are, so that transformers and bitsandbytes load it.
 
     Raises:
-        ValueError: `directory` exists, no linear of the model is packed, or one has an adapter; nothing is written.
+        ValueError: `directory` exists, no linear of the model is packed, one has an adapter, or they are packed in a
+            data type that bitsandbytes lacks or in several; nothing is written.
     """
     directory = Path(directory)
     packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     if not packed:
-        raise ValueError("no linear of the model is packed in NF4: quantize it first")
-    if wrapped_linears(model) or adapters(model):
+        raise ValueError("no linear of the model is packed: quantize it first")
+    quant_type, *others = sorted({linear.quant_type for linear in packed.values()})
+    if others or quant_type not in BITSANDBYTES_TYPES:
+        found = ", ".join([quant_type, *others])
+        raise ValueError(f"packed in {found}, of which bitsandbytes takes one of {', '.join(BITSANDBYTES_TYPES)}")
+    state = state_of(model)
+    if wrapped_linears(model) or (state is not None and state.active is not None):
         raise ValueError("the model has adapters, which a bitsandbytes directory cannot hold: detach or merge them")
     if directory.exists():
         raise ValueError(f"{directory} exists already: nothing is overwritten")
-    state = model.state_dict()
+    tensors = model.state_dict()
     for name, linear in packed.items():
         for key in linear.state_dict().keys() - {"bias"}:
-            del state[f"{name}.{key}"]
-        state |= {f"{name}.{key}": tensor for key, tensor in _packed_state(linear).items()}
+            del tensors[f"{name}.{key}"]
+        tensors |= {f"{name}.{key}": tensor for key, tensor in _packed_state(linear).items()}
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     model.config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": quant_type,
         "bnb_4bit_use_double_quant": any(linear.quant_state.nested for linear in packed.values()),
         "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
@@ -134,7 +140,7 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
     }
     try:
         partial.mkdir(parents=True)
-        model.save_pretrained(partial, state_dict=state)
+        model.save_pretrained(partial, state_dict=tensors)
         os.rename(partial, directory)
     finally:
         del model.config.quantization_config
@@ -156,16 +162,18 @@ def by_definition(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_nf4(directory: Path) -> None:
-    """Raise ValueError unless config.json says that the weights are bitsandbytes' NF4."""
+def _quant_type(directory: Path) -> str:
+    """The data type that config.json says the weights are packed in; ValueError unless it is one of bitsandbytes'."""
     found = quantization_of(directory)
     if found is None:
         raise ValueError(f"{directory}: config.json has no quantization_config: the weights are not packed")
     if found.get("quant_method") != "bitsandbytes" or not found.get("load_in_4bit"):
         kind = found.get("quant_method", "an unknown method") if not found.get("load_in_8bit") else "8-bit bitsandbytes"
-        raise ValueError(f"{directory}: the weights are packed with {kind}; only bitsandbytes' 4-bit NF4 can be read")
-    if found.get("bnb_4bit_quant_type", "fp4") != "nf4":
-        raise ValueError(f"{directory}: bnb_4bit_quant_type is {found.get('bnb_4bit_quant_type', 'fp4')}, not nf4")
+        raise ValueError(f"{directory}: the weights are packed with {kind}; only bitsandbytes' NF4 and FP4 can be read")
+    quant_type = found.get("bnb_4bit_quant_type", "fp4")
+    if quant_type not in BITSANDBYTES_TYPES:
+        raise ValueError(f"{directory}: bnb_4bit_quant_type is {quant_type}, not {' or '.join(BITSANDBYTES_TYPES)}")
+    return quant_type
 
 
 @contextlib.contextmanager
@@ -220,11 +228,12 @@ def _load_dense(model: nn.Module, files: TensorFiles, packed: set[str]) -> None:
             (module._parameters if isinstance(old, nn.Parameter) else module._buffers)[leaf] = value
 
 
-def _read_packed(files: TensorFiles, weight: str, shape: torch.Size) -> tuple[Tensor, QuantState]:
+def _read_packed(files: TensorFiles, weight: str, shape: torch.Size, quant_type: str) -> tuple[Tensor, QuantState]:
     """Codes uint8 [ceil(n / 2)] and quant_state of the packed weight called `weight`, checked against each other."""
-    if f"{weight}.quant_state.bitsandbytes__fp4" in files:
-        raise ValueError(f"{files.path(weight)}: {weight} is packed in fp4, not in nf4")
-    state = _read_quant_state(files, f"{weight}.{QUANT_STATE}", shape)
+    for other in BITSANDBYTES_TYPES:
+        if other != quant_type and f"{weight}.{QUANT_STATE}{other}" in files:
+            raise ValueError(f"{files.path(weight)}: {weight} is packed in {other}, not in {quant_type}")
+    state = _read_quant_state(files, weight, shape, quant_type)
     nested = "nested_blocksize" in state or f"{weight}.nested_absmax" in files
     n_bytes, blocks = packed_sizes(shape.numel(), state["blocksize"])
     codes = files.read(weight)
@@ -233,7 +242,7 @@ def _read_packed(files: TensorFiles, weight: str, shape: torch.Size) -> tuple[Te
             f"{files.path(weight)}: {weight} is {describe(codes.dtype, codes.shape)}; "
             f"the codes of a weight {list(shape)} are {n_bytes} bytes"
         )
-    _check_map(files, f"{weight}.quant_map", levels("nf4"))
+    _check_map(files, f"{weight}.quant_map", levels(quant_type))
     absmax = files.read(f"{weight}.absmax", torch.uint8 if nested else torch.float32, (blocks,))
     nested_absmax = nested_offset = None
     if nested:
@@ -241,7 +250,7 @@ def _read_packed(files: TensorFiles, weight: str, shape: torch.Size) -> tuple[Te
         nested_absmax = files.read(f"{weight}.nested_absmax", torch.float32, (nested_blocks(blocks),))
         nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
     dtype = getattr(torch, state["dtype"])
-    quant_state = QuantState(absmax, shape, dtype, state["blocksize"], nested_absmax, nested_offset)
+    quant_state = QuantState(absmax, shape, dtype, state["blocksize"], nested_absmax, nested_offset, quant_type)
     return codes.view(-1).view(torch.uint8), quant_state
 
 
@@ -249,11 +258,12 @@ def _check_map(files: TensorFiles, name: str, expected: Tensor) -> None:
     found = files.read(name, torch.float32, expected.shape)
     # torch computes the 8-bit map on each machine anew, and its last bits may differ there.
     if not torch.allclose(found, expected, rtol=1e-6, atol=0):
-        raise ValueError(f"{files.path(name)}: {name} does not hold the values that bitsandbytes' NF4 has")
+        raise ValueError(f"{files.path(name)}: {name} does not hold the values that bitsandbytes has")
 
 
-def _read_quant_state(files: TensorFiles, name: str, shape: torch.Size) -> dict:
+def _read_quant_state(files: TensorFiles, weight: str, shape: torch.Size, quant_type: str) -> dict:
     """What the JSON of a packed weight says, checked."""
+    name = f"{weight}.{QUANT_STATE}{quant_type}"
     raw = files.read(name, torch.uint8)
     try:
         state = json.loads(raw.numpy().tobytes())
@@ -265,11 +275,11 @@ def _read_quant_state(files: TensorFiles, name: str, shape: torch.Size) -> dict:
             raise ValueError(f"{files.path(name)}: {name} has {key}={state.get(key)!r}; it must be {what}")
 
     floats = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
-    check("quant_type", state.get("quant_type") == "nf4", "nf4")
+    check("quant_type", state.get("quant_type") == quant_type, quant_type)
     check("blocksize", state.get("blocksize") in BLOCKSIZES, f"one of {', '.join(map(str, BLOCKSIZES))}")
     check("dtype", state.get("dtype") in floats, f"one of {', '.join(floats)}")
     check("shape", state.get("shape") == list(shape), f"{list(shape)}, the model's")
-    if any(key.startswith("nested_") for key in state) or f"{name.removesuffix(QUANT_STATE)}nested_absmax" in files:
+    if any(key.startswith("nested_") for key in state) or f"{weight}.nested_absmax" in files:
         check("nested_blocksize", state.get("nested_blocksize") == NESTED_BLOCKSIZE, str(NESTED_BLOCKSIZE))
         check("nested_dtype", state.get("nested_dtype") == "float32", "float32")
         offset = state.get("nested_offset")
@@ -284,7 +294,7 @@ def _packed_state(linear: NF4Linear) -> dict[str, Tensor]:
     """The tensors of a packed weight under bitsandbytes' names. Those that are the same for every weight are copies."""
     quant_state = linear.quant_state
     state = {
-        "quant_type": "nf4",
+        "quant_type": quant_state.quant_type,
         "blocksize": quant_state.blocksize,
         "dtype": str(quant_state.dtype).removeprefix("torch."),
         "shape": list(quant_state.shape),
@@ -292,7 +302,7 @@ def _packed_state(linear: NF4Linear) -> dict[str, Tensor]:
     tensors = {
         "weight": linear.weight.view(-1, 1),
         "weight.absmax": linear.absmax,
-        "weight.quant_map": levels("nf4").clone(),
+        "weight.quant_map": levels(quant_state.quant_type).clone(),
     }
     if quant_state.nested:
         state |= {
@@ -302,5 +312,6 @@ def _packed_state(linear: NF4Linear) -> dict[str, Tensor]:
         }
         tensors["weight.nested_absmax"] = linear.nested_absmax
         tensors["weight.nested_quant_map"] = dynamic_map().clone()
-    tensors[f"weight.{QUANT_STATE}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    as_json = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f"weight.{QUANT_STATE}{quant_state.quant_type}"] = as_json
     return tensors

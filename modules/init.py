@@ -60,16 +60,19 @@ def _orthogonal(layer: LoRALinear) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def pack(layer: LoRALinear, init: str, linear: nn.Module, blocksize: int, double_quant: bool) -> NF4Linear:
+def pack(
+    layer: LoRALinear, init: str, linear: nn.Module, blocksize: int, double_quant: bool, quant_type: str
+) -> NF4Linear:
     """The packed base of a new `layer` over the dense `linear`; A and B make up for what it loses, as far as they can.
 
     Args:
         init: loftq, qpissa, or one of them with _iter_N.
-        blocksize, double_quant: see `kernels.quantize_4bit`.
+        blocksize, double_quant, quant_type: see `kernels.quantize_4bit`.
     """
     start, iterations = quantized_start(init)
     method = "svd" if iterations == 1 else "randomized"
-    found = quantized_init(dense_weight(linear), layer.rank, start, iterations, blocksize, double_quant, method=method)
+    how = (blocksize, double_quant, quant_type, method)
+    found = quantized_init(dense_weight(linear), layer.rank, start, iterations, *how)
     layer.start_at(found.lora_A / layer.scaling**0.5, found.lora_B / layer.scaling**0.5)
     return NF4Linear(found.packed, found.quant_state, linear.bias, is_conv1d(linear))
 

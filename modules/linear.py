@@ -59,7 +59,7 @@ def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear whose weight [out, in] is packed in NF4.
+    """A frozen linear whose weight [out, in] is packed in NF4, or in another data type of `kernels.codebook`.
 
     Args:
         packed: uint8 codes and `quant_state`, as `kernels.quantize_4bit` returns them.
@@ -71,7 +71,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = quant_state.shape
         self.dtype, self.blocksize = quant_state.dtype, quant_state.blocksize
-        self.conv1d = conv1d
+        self.quant_type, self.conv1d = quant_state.quant_type, conv1d
         self.register_buffer("weight", packed)
         self.register_buffer("absmax", quant_state.absmax)
         self.register_buffer("nested_absmax", quant_state.nested_absmax)
@@ -80,15 +80,18 @@ class NF4Linear(nn.Module):
         self.register_parameter("bias", bias)
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, blocksize: int = 64, double_quant: bool = True) -> "NF4Linear":
+    def from_linear(
+        cls, linear: nn.Module, blocksize: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+    ) -> "NF4Linear":
         """Pack nn.Linear or Conv1D."""
-        packed, quant_state = kernels.quantize_4bit(dense_weight(linear), blocksize, double_quant)
+        packed, quant_state = kernels.quantize_4bit(dense_weight(linear), blocksize, double_quant, quant_type)
         return cls(packed, quant_state, linear.bias, is_conv1d(linear))
 
     @property
     def quant_state(self) -> QuantState:
         shape = torch.Size((self.out_features, self.in_features))
-        return QuantState(self.absmax, shape, self.dtype, self.blocksize, self.nested_absmax, self.nested_offset)
+        nested = self.nested_absmax, self.nested_offset
+        return QuantState(self.absmax, shape, self.dtype, self.blocksize, *nested, quant_type=self.quant_type)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.nf4_linear(x, self.weight, self.quant_state, self.bias)
@@ -114,7 +117,8 @@ class NF4Linear(nn.Module):
     def extra_repr(self) -> str:
         double = ", double_quant" if self.nested_absmax is not None else ""
         return (
-            f"{self.in_features}, {self.out_features}, blocksize={self.blocksize}{double}, bias={self.bias is not None}"
+            f"{self.in_features}, {self.out_features}, {self.quant_type}, blocksize={self.blocksize}{double}, "
+            f"bias={self.bias is not None}"
         )
 
 

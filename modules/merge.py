@@ -14,7 +14,7 @@ from modules.own import settled
 
 @dataclass(frozen=True)
 class Requantized:
-    """What packing a merged layer in NF4 again would do to it, as shares of ‖W′‖ (Frobenius), W′ the merged weight.
+    """What packing a merged layer again would do to it, as shares of ‖W′‖ (Frobenius), W′ the merged weight.
 
     Attributes:
         error: ‖NF4(W′) − W′‖ / ‖W′‖, at the block size the layer had.
@@ -71,7 +71,8 @@ def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[s
 
 
 def _requantized(layer: LoRALinear, dense: nn.Module) -> Requantized:
-    packed = NF4Linear.from_linear(dense, layer.base.blocksize, layer.base.nested_absmax is not None)
+    state = layer.base.quant_state
+    packed = NF4Linear.from_linear(dense, state.blocksize, state.nested, state.quant_type)
     merged = dense_weight(dense).float()
     size = merged.norm().clamp(min=torch.finfo(torch.float32).tiny)
     error = (packed.dense_weight().float() - merged).norm() / size

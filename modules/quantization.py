@@ -1,10 +1,10 @@
-"""Pack the linears of a model in NF4, and unpack them."""
+"""Pack the linears of a model in four bits, and unpack them."""
 
 from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from kernels.quant_state import check_blocksize
+from kernels.quant_state import check_blocksize, check_quant_type
 from modules.adapter import refuse_parts, replace_module, state_of
 from modules.config import changes_base, quantized_start
 from modules.init import pack
@@ -17,22 +17,24 @@ def quantize(
     blocksize: int | Mapping[str, int] = 64,
     double_quant: bool = True,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    quant_type: str = "nf4",
 ) -> None:
-    """Pack every decoder linear of `model` in NF4, in place; each dense weight is released as its layer is packed.
+    """Pack every decoder linear of `model` in four bits, in place; a dense weight is released as its layer is packed.
 
     Adapters that are on the model stay on it. One with init="loftq" or "qpissa" begins here; qpissa and loftq_iter_N
     choose other codes than those nearest to the weights, and such an adapter must be alone on the model.
 
     Args:
         blocksize: see `kernels.quantize_4bit`; of each linear by its full name, or one for all.
-        double_quant: see `kernels.quantize_4bit`.
+        double_quant, quant_type: see `kernels.quantize_4bit`.
         progress: wraps the iteration over the layers' names, e.g. in a progress bar.
 
     Raises:
-        ValueError: no such block size, or none for a linear; adapters are merged, train a linear whole, or share a base
-            that one of them changes; the model is unchanged.
+        ValueError: no such block size or data type, or no size for a linear; adapters are merged, train a linear whole,
+            or share a base that one of them changes; the model is unchanged.
     """
     refuse_parts(model)
+    check_quant_type(quant_type)
     linears = decoder_linears(model)
     state = state_of(model)
     if state is not None:
@@ -54,11 +56,12 @@ def quantize(
     for name in progress(dense):
         linear = linears.pop(name)
         over = [] if state is None else [a for a in state.named.values() if name in a.modules]
+        how = (sizes[name], double_quant, quant_type)
         packed = None
         for adapter in over:
             if quantized_start(adapter.config.init):
-                packed = pack(adapter.modules[name], adapter.config.init, linear, sizes[name], double_quant)
-        packed = packed or NF4Linear.from_linear(linear, sizes[name], double_quant)
+                packed = pack(adapter.modules[name], adapter.config.init, linear, *how)
+        packed = packed or NF4Linear.from_linear(linear, *how)
         packed.train(linear.training)
         if linear is model.get_submodule(name):
             replace_module(model, name, packed)
@@ -69,7 +72,7 @@ def quantize(
 
 
 def dequantize(model: nn.Module) -> None:
-    """Unpack every NF4 linear of `model` that has no adapter, in place, in the dtype it computes in."""
+    """Unpack every packed linear of `model` that has no adapter, in place, in the dtype it computes in."""
     for name, linear in decoder_linears(model).items():
         if linear is model.get_submodule(name) and isinstance(linear, NF4Linear):
             replace_module(model, name, linear.dequantize().train(linear.training))
