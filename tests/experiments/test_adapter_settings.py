@@ -98,6 +98,27 @@ def test_a_base_packed_for_its_adapter_stays_with_the_run(command, terminal, tmp
     assert code == 1 and "base is missing: the adapter of init=qpissa is nothing without its base" in text
 
 
+@pytest.mark.parametrize("quant_type", ["fp4", "int4"])
+def test_another_data_type(command, terminal, tmp_path, quant_type):
+    """It trains, comes back as it was, and leaves in bitsandbytes' format where that has it."""
+    out = tmp_path / "out"
+    code, text = command("+method=qdora", f"quant={quant_type}", "trainer.samples=0", "lr=1e-2")
+    assert code == 0, text
+    assert result(out)["loss_after"] < result(out)["loss_before"]
+    linears = decoder_linears(load_run(out).model)
+    assert {linear.quant_type for linear in linears.values()} == {quant_type}
+    code, text = terminal(export, f"run={out}", "to=bnb4", f"output_dir={tmp_path / 'bnb4'}")
+    if quant_type == "int4":
+        assert code == 1 and f"bitsandbytes has no int4, in which the base of {out} is packed: take to=merged" in text
+        assert not (tmp_path / "bnb4").exists()
+    else:
+        assert code == 0, text
+        config = json.loads((tmp_path / "bnb4" / "config.json").read_text())
+        assert config["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
+        code, text = command("+method=qlora", "model=hf", f"model.path={tmp_path / 'bnb4'}", "quant=nf4")
+        assert code == 1 and "is packed in fp4, not in nf4: choose quant=fp4" in text
+
+
 def test_every_setting_reaches_the_model():
     settings = [*MANY, "freeze_A=true", "rank=4", "dropout=0.1", "model=tiny", "output_dir=unused"]
     model, _ = prepare_model(resolve(composed("+method=dora", *settings)), torch.device("cpu"), torch.float32)
@@ -141,6 +162,12 @@ BAD = {  # and in tests/modules/test_config.py
     "init": (["init=svd"], "init='svd' is not one of default, gaussian"),
     "loftq without packing": (["init=loftq"], "init=loftq makes up for what quantizing loses: choose +method=qlora"),
     "qpissa without packing": (["init=qpissa"], "init=qpissa makes up for what quantizing loses: choose +method=qlora"),
+    "base without a format": (
+        ["init=qpissa", "quant=int4"],
+        "init=qpissa keeps its base as bitsandbytes does, which has no int4: choose quant=nf4 or quant=fp4",
+    ),
+    "data type": (["quant=nf4", "quant.type=fp4"], "quant.type=fp4 is not quant=nf4: choose quant=fp4"),
+    "no data type": (["quant=tuned", "quant.type=int5"], "quant.type=int5: choose nf4, fp4, int4"),
     "rank pattern": (["rank_pattern={q_proj:x}"], "rank of q_proj=x is no rank: choose a whole number"),
     "idle pattern": (["rank_pattern={qproj:2}"], "rank_pattern: qproj names no adapted linear"),
     "modules to save": (["modules_to_save=[head]"], "modules_to_save: the model has no module head"),

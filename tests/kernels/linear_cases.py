@@ -87,8 +87,10 @@ def assert_as_accurate(got: dict[str, Tensor], torch_at_dtype: dict, exact: dict
 
 
 def op_args(weight: Tensor, state: QuantState | None) -> tuple:
-    """A base weight as an op's five arguments."""
-    return (weight, None, None, None, 0) if state is None else (weight, *state.tensors(), state.blocksize)
+    """A base weight as an op's six arguments."""
+    if state is None:
+        return weight, None, None, None, 0, ""
+    return weight, *state.tensors(), state.blocksize, state.quant_type
 
 
 def peft_layer(base: nn.Module, rank: int, alpha: float, **config) -> tuple[nn.Module, nn.Module]:

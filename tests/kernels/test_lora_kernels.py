@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import use_backend
-from tests.kernels.linear_cases import assert_as_accurate, plain_linear, randn, with_gradients
+from tests.kernels.linear_cases import assert_as_accurate, op_args, plain_linear, randn, with_gradients
 from tests.kernels.nf4_cases import embedded, guarded_memory, needs_triton
 
 
@@ -22,7 +22,7 @@ def test_kernels_over_many_tiles_write_all_of_their_outputs_and_nothing_else(dty
     w = randn(out_features, in_features, seed=1, dtype=dtype) / in_features**0.5
     lora_A, lora_B = randn(rank, in_features, seed=3) / in_features**0.5, randn(out_features, rank, seed=4) / rank**0.5
     x, dy, w, lora_A, lora_B = (embedded(t, 64) for t in (x, dy, w, lora_A, lora_B))
-    base, adapter = (w, None, None, None, 0), (lora_A, lora_B)
+    base, adapter = op_args(w, None), (lora_A, lora_B)
 
     def forward_and_backward():
         y, xa = torch.ops.qdora.lora_linear(x, *base, *adapter, None, 1.5, p, seed)

@@ -9,7 +9,18 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from kernels import QuantState, codebook, dequantize_4bit, quantize_4bit, use_backend
+from kernels import (
+    QuantState,
+    codebook,
+    dequantize_4bit,
+    dora_linear,
+    dora_norm,
+    lora_linear,
+    nf4_linear,
+    quantize_4bit,
+    use_backend,
+    weight_norm_sq,
+)
 from kernels.codebook import CODEBOOKS, NF4_LEVELS, code_table, decision_bounds, levels, normal_float
 from tests.kernels.nf4_cases import DTYPES, KINDS, assert_same, bnb_dequantize, bnb_quantize, needs_triton, weights
 from tests.kernels.nf4_cases import triton_device as device_of_kernels
@@ -132,6 +143,33 @@ def test_the_state_says_which_data_type():
     as_nf4 = QuantState(state.absmax, state.shape, state.dtype, state.blocksize)
     assert as_nf4.quant_type == "nf4"
     assert not torch.equal(dequantize_4bit(packed, state), dequantize_4bit(packed, as_nf4))
+
+
+@pytest.mark.parametrize("quant_type", ["fp4", "int4"])
+@pytest.mark.parametrize("tokens, columns", [(5, 96), (70, 50)], ids=["few tokens", "many tokens, odd columns"])
+def test_linears_multiply_with_any_data_type(backend, quant_type, tokens, columns):
+    """As with the dense weight that the codes stand for: the same kernels with another table."""
+    device = torch.get_default_device()
+    packed, state = quantize_4bit(weights(48 * columns).view(48, columns).to(device), 32, True, quant_type)
+    w = dequantize_4bit(packed, state)
+    generator = torch.Generator().manual_seed(1)
+    x, lora_A, lora_B, magnitude = (
+        torch.randn(*shape, generator=generator, device="cpu").to(device)
+        for shape in ((tokens, columns), (4, columns), (48, 4), (48,))
+    )
+    norm_sq = [weight_norm_sq(packed, state), weight_norm_sq(w)]
+    torch.testing.assert_close(*norm_sq, rtol=1e-5, atol=0)
+    torch.testing.assert_close(nf4_linear(x, packed, state), x @ w.t(), rtol=1e-4, atol=1e-4)
+    results = []
+    for base, sq, how in ((packed, norm_sq[0], {"quant_state": state}), (w, norm_sq[1], {})):
+        leaves = [t.clone().requires_grad_() for t in (x, lora_A, lora_B, magnitude)]
+        y = lora_linear(leaves[0], base, leaves[1], leaves[2], 0.5, **how)
+        z = dora_linear(leaves[0], base, sq, leaves[1], leaves[2], leaves[3], 0.5, **how)
+        (y.square().sum() + z.square().sum()).backward()
+        norm = dora_norm(base, sq, lora_A, lora_B, 0.5, **how)
+        results.append([y, z, norm, *(leaf.grad for leaf in leaves)])
+    for got, want in zip(*results):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())
 
 
 # ---------------------------------------------------------------------------------- k-bit NormalFloat

@@ -1,5 +1,6 @@
 """4-bit model directories of transformers and bitsandbytes: the same logits in both directions, damage is named."""
 
+import copy
 import json
 import shutil
 
@@ -74,7 +75,16 @@ def theirs(directory, dtype=None):
 @pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_both_directions(packed, tmp_path, architecture, double):
-    directory = packed(architecture, bnb_4bit_use_double_quant=double)
+    both_directions(packed(architecture, bnb_4bit_use_double_quant=double), tmp_path)
+
+
+def test_both_directions_in_fp4(packed, tmp_path):
+    directory = packed("llama", bnb_4bit_use_double_quant=True, bnb_4bit_quant_type="fp4")
+    assert load_bnb4(directory).get_submodule(LINEAR).quant_type == "fp4"
+    both_directions(directory, tmp_path)
+
+
+def both_directions(directory, tmp_path):
     ours = load_bnb4(directory)
     expected = logits(theirs(directory))
     torch.testing.assert_close(logits(ours), expected, rtol=1e-5, atol=1e-5)
@@ -88,8 +98,9 @@ def test_both_directions(packed, tmp_path, architecture, double):
     assert not hasattr(ours.config, "quantization_config")
 
 
-def test_what_quantize_packed_loads_in_bitsandbytes(llama, tmp_path):
-    quantize(llama.eval(), blocksize=32, double_quant=False)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_what_quantize_packed_loads_in_bitsandbytes(llama, tmp_path, quant_type):
+    quantize(llama.eval(), blocksize=32, double_quant=False, quant_type=quant_type)
     save_bnb4(llama, tmp_path / "saved")
     model = theirs(tmp_path / "saved")
     assert model.model.layers[0].mlp.up_proj.weight.quant_state.blocksize == 32
@@ -258,11 +269,15 @@ def test_shards_and_their_index_must_agree(packed, tmp_path):
     "quantization, message",
     [
         (None, "has no quantization_config: the weights are not packed"),
-        ({"quant_method": "gptq", "bits": 4}, "packed with gptq; only bitsandbytes' 4-bit NF4 can be read"),
+        ({"quant_method": "gptq", "bits": 4}, "packed with gptq; only bitsandbytes' NF4 and FP4 can be read"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "packed with 8-bit bitsandbytes; only"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bnb_4bit_quant_type is fp4, not nf4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "q_proj.weight is packed in nf4, not in fp4"),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "af4"},
+            "bnb_4bit_quant_type is af4, not nf4 or fp4",
+        ),
     ],
-    ids=["dense", "gptq", "8 bits", "fp4"],
+    ids=["dense", "gptq", "8 bits", "fp4", "af4"],
 )
 def test_other_quantizations_are_refused(llama_copy, quantization, message):
     path = llama_copy / "config.json"
@@ -281,8 +296,12 @@ def test_a_packed_head_tied_to_the_embeddings_is_refused(packed, tmp_path):
 
 
 def test_save_overwrites_nothing_and_drops_nothing(llama, tmp_path):
-    with pytest.raises(ValueError, match="no linear of the model is packed in NF4: quantize it first"):
+    with pytest.raises(ValueError, match="no linear of the model is packed: quantize it first"):
         save_bnb4(llama, tmp_path / "new")
+    other = copy.deepcopy(llama)
+    quantize(other, quant_type="int4")
+    with pytest.raises(ValueError, match="packed in int4, of which bitsandbytes takes one of nf4, fp4"):
+        save_bnb4(other, tmp_path / "new")
     quantize(llama)
     (tmp_path / "old").mkdir()
     with pytest.raises(ValueError, match="old exists already: nothing is overwritten"):
