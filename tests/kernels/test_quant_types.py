@@ -21,7 +21,7 @@ from kernels import (
     use_backend,
     weight_norm_sq,
 )
-from kernels.codebook import CODEBOOKS, NF4_LEVELS, code_table, decision_bounds, levels, normal_float
+from kernels.codebook import BITSANDBYTES_TYPES, CODEBOOKS, NF4_LEVELS, code_table, decision_bounds, levels, normal_float
 from tests.kernels.nf4_cases import DTYPES, KINDS, assert_same, bnb_dequantize, bnb_quantize, needs_triton, weights
 from tests.kernels.nf4_cases import triton_device as device_of_kernels
 
@@ -90,7 +90,7 @@ def test_codes_at_the_decision_bounds(quant_type, absmax):
     w = torch.full((len(values), 32), absmax)  # each value in a block whose absmax is known
     w[:, 5] = values
     packed, _, _ = on_both(w, 32, False, quant_type)
-    if quant_type != "int4":
+    if quant_type in BITSANDBYTES_TYPES:
         assert_same(packed, bnb_quantize(w, 32, False, quant_type)[0], "packed")
 
 
