@@ -145,7 +145,7 @@ def test_decompositions_and_starts(decomposition, tmp_path):
 BAD_DECOMPOSITION = {
     "rank": (["ranks=[0]"], "ranks=[0]: name one or more, each 1 or more"),
     "no rank": (["ranks=[]"], "ranks=[]: name one or more"),
-    "too large": (["ranks=[33]"], "too small for rank 33"),
+    "too large": (["ranks=[33]", "every=1"], "too small for rank 33"),
     "every": (["every=0", "ranks=[2]"], "every=0: choose 1 or more"),
     "blocksize": (["blocksize=48", "ranks=[2]"], "blocksize=48: choose one of 32, 64"),
     "type": (["quant_type=nf3", "ranks=[2]"], "quant_type=nf3: choose nf4, fp4, int4"),

@@ -21,7 +21,15 @@ from kernels import (
     use_backend,
     weight_norm_sq,
 )
-from kernels.codebook import BITSANDBYTES_TYPES, CODEBOOKS, NF4_LEVELS, code_table, decision_bounds, levels, normal_float
+from kernels.codebook import (
+    BITSANDBYTES_TYPES,
+    CODEBOOKS,
+    NF4_LEVELS,
+    code_table,
+    decision_bounds,
+    levels,
+    normal_float,
+)
 from tests.kernels.nf4_cases import DTYPES, KINDS, assert_same, bnb_dequantize, bnb_quantize, needs_triton, weights
 from tests.kernels.nf4_cases import triton_device as device_of_kernels
 
