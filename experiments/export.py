@@ -124,7 +124,7 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
         path, base = directory / CONFIG_FILE, str(model_directory(cfg.model).absolute())
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")
     if cfg.quant.name != "none":
-        print(f"trained over {cfg.quant.type}: the adapter gives these logits over a base that is packed as the run's")
+        print(f"trained over {cfg.quant.type}: the logits are those over a base that is packed as the run's was")
 
     def read() -> nn.Module:
         base, _ = load_base(cfg, dtype)
