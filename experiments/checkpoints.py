@@ -15,14 +15,16 @@ data need not be kept: the batches of a step are a function of its number (exper
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from experiments import parallel
 from experiments.config import Config
 from experiments.data import Data
 from experiments.errors import UserError
@@ -55,20 +57,19 @@ class Checkpoints:
             "dtype": str(trainer.dtype),
             "story": story,
         }
-        with directory_atomically(self.folder / f"step-{trainer.trained.steps:08}") as directory:
-            self._write_weights(trainer.model, directory)
+
+        def write_training(directory: Path) -> None:
             save_file(tensors, directory / TENSORS)
             (directory / STATE).write_text(json.dumps(state) + "\n")
-        self._prune(trainer.trained.best_step)
+
+        self._write(trainer, self.folder / f"step-{trainer.trained.steps:08}", write_training)
 
     def save_best(self, trainer: Trainer) -> None:
-        with directory_atomically(self._best(trainer.trained.best_step)) as directory:
-            self._write_weights(trainer.model, directory)
-        self._prune(trainer.trained.best_step)
+        self._write(trainer, self._best(trainer.trained.best_step), lambda directory: None)
 
     def restore_best(self, trainer: Trainer) -> None:
         """Give the model the weights that had the best held-out loss."""
-        load_trained(trainer.model, self._best(trainer.trained.best_step))
+        load_trained(trainer.model, self._best(trainer.trained.best_step), trainer.engine)
 
     def restore(self, checkpoint: Path, trainer: Trainer) -> dict:
         """Put `trainer`, its model and the random generators in the state of `checkpoint`; return its story.
@@ -85,19 +86,27 @@ class Checkpoints:
         tensors = read_tensors(checkpoint / TENSORS)
         if missing := set(state["tensors"]) - tensors.keys():
             raise UserError(f"{checkpoint / TENSORS} lacks {', '.join(sorted(missing)[:3])}")
-        load_trained(trainer.model, checkpoint)
+        load_trained(trainer.model, checkpoint, trainer.engine)
         trainer.trained = state["trained"]
         trainer.schedule.load_state_dict(state["schedule"])
         trainer.scaler.load_state_dict(state["scaler"])
         _load_optimizer(trainer, state["optimizer"], tensors)
-        _restore_random(state["random"], tensors)
+        _restore_random(state["random"], tensors, self.cfg.seed + trainer.trained.steps)
         return state["story"]
 
-    def _write_weights(self, model: nn.Module, directory: Path) -> None:
-        save_trained(model, directory)
-        write_config(self.cfg, directory)
-        if self.cfg.method.adapter != "none":
-            save_adapter(model, directory / ADAPTER, base_name(self.cfg, self.folder.parent))
+    def _write(self, trainer: Trainer, path: Path, write_more: Callable[[Path], None]) -> None:
+        """Write the weights and more to `path`, where every process finds them afterwards."""
+        model = trainer.model
+        with trainer.engine.whole(model):
+            if parallel.is_main():
+                with directory_atomically(path) as directory:
+                    save_trained(model, directory)
+                    write_config(self.cfg, directory)
+                    if self.cfg.method.adapter != "none":
+                        save_adapter(model, directory / ADAPTER, base_name(self.cfg, self.folder.parent))
+                    write_more(directory)
+                self._prune(trainer.trained.best_step)
+        parallel.wait()
 
     def _best(self, step: int) -> Path:
         return self.folder / f"best-{step:08}"
@@ -161,17 +170,20 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def _training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
-    tensors: dict[str, Tensor] = {"random:torch": torch.get_rng_state()}
-    if trainer.model.device.type == "cuda":
-        tensors["random:cuda"] = torch.cuda.get_rng_state(trainer.model.device)
+    """(tensors, the rest) of what training.* hold, in process 0; every process must call it."""
     optimizer = trainer.optimizer.state_dict()
     numbers: dict[str, dict] = {}
-    for name, index in _numbering(trainer).items():
+    own: dict[str, Tensor] = {}
+    parameters = _parameters(trainer)
+    for index, name in enumerate(parameters):
         for key, value in optimizer["state"].get(index, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"{name}:{key}"] = value.contiguous()
+                own[f"{name}:{key}"] = value.contiguous()
             else:
                 numbers.setdefault(name, {})[key] = value
+    tensors = trainer.engine.gather_state(parameters, own)
+    for process, states in enumerate(parallel.gather(_random_states(trainer.model.device))):
+        tensors |= {_random_name(kind, process): state for kind, state in states.items()}
     version, words, gauss = random.getstate()
     _, keys, position, has_gauss, cached = numpy.random.get_state()
     return tensors, {
@@ -183,29 +195,46 @@ def _training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
     }
 
 
-def _numbering(trainer: Trainer) -> dict[str, int]:
-    """The number that the optimizer's state_dict gives each parameter, by the parameter's name."""
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """Of torch's random generators, which differ between processes."""
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _random_name(kind: str, process: int) -> str:
+    return f"random:{kind}:{process}" if process else f"random:{kind}"
+
+
+def _parameters(trainer: Trainer) -> dict[str, Tensor]:
+    """The optimizer's parameters by name, in the order in which its state_dict numbers them."""
     names = {id(p): name for name, p in trainer.model.named_parameters()}
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    return {names[id(p)]: number for number, p in enumerate(parameters)}
+    return {names[id(p)]: p for group in trainer.optimizer.param_groups for p in group["params"]}
 
 
 def _load_optimizer(trainer: Trainer, saved: dict, tensors: dict[str, Tensor]) -> None:
+    parameters = _parameters(trainer)
+    numbering = {name: index for index, name in enumerate(parameters)}
     state: dict[int, dict] = {}
-    numbering = _numbering(trainer)
     for name, numbers in saved["numbers"].items():
         state.setdefault(numbering[name], {}).update(numbers)
-    for full_name, tensor in tensors.items():
+    whole = {name: tensor for name, tensor in tensors.items() if not name.startswith("random:")}
+    for full_name, tensor in trainer.engine.own_state(parameters, whole).items():
         name, _, key = full_name.rpartition(":")
-        if name != "random":
-            state.setdefault(numbering[name], {})[key] = tensor
+        state.setdefault(numbering[name], {})[key] = tensor
     trainer.optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
 
 
-def _restore_random(saved: dict, tensors: dict[str, Tensor]) -> None:
-    torch.set_rng_state(tensors["random:torch"])
-    if "random:cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random:cuda"])
+def _restore_random(saved: dict, tensors: dict[str, Tensor], seed: int) -> None:
+    """`seed`: for a process that the run had not when it was saved."""
+    process = parallel.rank()
+    if _random_name("torch", process) in tensors:
+        torch.set_rng_state(tensors[_random_name("torch", process)])
+    else:
+        torch.manual_seed(parallel.seed_of(seed))
+    if _random_name("cuda", process) in tensors:
+        torch.cuda.set_rng_state(tensors[_random_name("cuda", process)])
     version, words, gauss = saved["python"]
     random.setstate((version, tuple(words), gauss))
     keys, position, has_gauss, cached = saved["numpy"]

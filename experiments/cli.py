@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
+from experiments.parallel import last_words, lost_another
 
 Options = TypeVar("Options")
 
@@ -64,14 +65,19 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(last_words(f"error: {error}"))
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(f"error: {_one_line(error)}")
+        sys.exit(last_words(f"error: {_one_line(error)}"))
     except OSError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(last_words(f"error: {error}"))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if isinstance(last_words("interrupted"), str):
+            print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:
+        if not lost_another(error):
+            raise
+        sys.exit(last_words("error: another process of this run has ended, so this one does too"))
 
 
 def _one_line(error: Exception) -> str:

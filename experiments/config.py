@@ -62,8 +62,9 @@ class DataConfig:
 class TrainerConfig:
     name: str = MISSING
     steps: int = MISSING  # optimizer steps
-    batch_size: int = MISSING  # samples a forward pass
+    batch_size: int = MISSING  # samples a forward pass, of all processes together
     grad_accum: int = 1  # forward passes an optimizer step
+    parallel: str = "auto"  # auto (ddp) | ddp | fsdp: what several processes, started by torchrun, do (engines.py)
     compile: bool = False  # torch.compile the training step: minutes, once for a model and a shape of batches
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
@@ -80,7 +81,7 @@ class TrainerConfig:
     log_every: int = 1
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: what matmuls run in
     device: str = "auto"  # auto | cpu | cuda
-    threads: int | None = None  # CPU threads; by default as many as the process has cores
+    threads: int | None = None  # CPU threads a process; by default its share of the cores
     samples: int = 3  # held-out prompts answered before and after, for samples.md
     sample_tokens: int = 48  # longest answer
 
@@ -147,8 +148,9 @@ for group, schema in {
     store.store(group=group, name="schema", node=schema)
 
 
-# Where a run writes and who watches it; everything else says what it computes.
+# Where a run writes, who watches it and how processes share it; everything else says what it computes.
 BOOKKEEPING = ("output_dir", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+BOOKKEEPING += ("trainer.parallel",)
 
 
 def flat(cfg: Config) -> dict[str, Any]:
@@ -231,6 +233,8 @@ def resolve(cfg: DictConfig) -> Config:
             raise UserError(f"trainer.{name} compares evaluations: set trainer.eval_every too")
     if trainer.loraplus_lr_ratio <= 0:
         raise UserError(f"trainer.loraplus_lr_ratio={trainer.loraplus_lr_ratio}: choose a number above 0")
+    if trainer.parallel not in ("auto", "ddp", "fsdp"):
+        raise UserError(f"trainer.parallel={trainer.parallel}: choose auto, ddp or fsdp")
     if trainer.schedule not in ("cosine", "linear", "constant"):
         raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
     _check_optim(config.optim)

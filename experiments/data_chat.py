@@ -6,7 +6,7 @@ tokens inside those characters carry labels, all others IGNORED. A turn ends wit
 which is labelled (the model must learn to stop), but not with the newline after it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +51,10 @@ class Example:
     prompt_ids: list[int] | None = None
     reference: str | None = None
     level: int | None = None
+
+    def unlabelled(self) -> "Example":
+        """The same with no token that counts: for a process that a small batch leaves nothing else."""
+        return replace(self, labels=[IGNORED] * len(self.labels))
 
 
 @dataclass(frozen=True)

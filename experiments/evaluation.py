@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from experiments import parallel
 from experiments.data import collate, eval_batches
 from experiments.data_chat import IGNORED, Example
 from modules.prefix import prompt_lengths
@@ -67,7 +68,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors FSDP could not train with afterwards
 def evaluate(
     model: PreTrainedModel,
     examples: list[Example],
@@ -75,15 +76,16 @@ def evaluate(
     pad_id: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Evaluation:
-    """Measure `model` on `examples`. Leaves the model in the mode (training or not) it was in."""
+    """Measure `model` on `examples`, of which each process takes its share, `batch_size` at a time. Leaves the model in
+    the mode (training or not) it was in."""
     training = model.training
     model.eval()
-    loss = torch.zeros((), dtype=torch.float64)
-    correct = tokens = 0
-    for group in progress(eval_batches(examples, batch_size)):
-        logits, targets = label_logits(model, to_device(collate(group, pad_id), model.device))
-        loss += F.cross_entropy(logits.float(), targets, reduction="sum").double().cpu()
-        correct += int((logits.argmax(dim=-1) == targets).sum())
-        tokens += targets.numel()
+    loss = correct = tokens = 0.0
+    for group in progress(eval_batches(examples, batch_size * parallel.size())):
+        own = parallel.share(group) or [group[0].unlabelled()]
+        logits, targets = label_logits(model, to_device(collate(own, pad_id), model.device))
+        found = F.cross_entropy(logits.float(), targets, reduction="sum").double().item()
+        sums = parallel.total(found, (logits.argmax(dim=-1) == targets).sum().item(), targets.numel())
+        loss, correct, tokens = (a + b for a, b in zip((loss, correct, tokens), sums))
     model.train(training)
-    return Evaluation(loss.item() / tokens, correct / tokens, tokens)
+    return Evaluation(loss / tokens, correct / tokens, int(tokens))

@@ -87,7 +87,7 @@ class _Clock(BaseStreamer):
             self.show.end()
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors FSDP could not train with afterwards
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

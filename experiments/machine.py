@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from experiments import parallel
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
 
@@ -18,13 +19,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(trainer: TrainerConfig) -> torch.device:
-    if trainer.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if trainer.device not in ("cpu", "cuda"):
+    if trainer.device not in ("auto", "cpu", "cuda"):
         raise UserError(f"trainer.device={trainer.device}: choose auto, cpu or cuda")
-    if trainer.device == "cuda" and not torch.cuda.is_available():
+    if trainer.device == "cpu" or (trainer.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise UserError("trainer.device=cuda, but torch sees no CUDA device: use trainer.device=auto")
-    return torch.device(trainer.device)
+    if parallel.size() == 1:
+        return torch.device("cuda")
+    if parallel.local_size() > torch.cuda.device_count():
+        gpus = torch.cuda.device_count()
+        raise UserError(f"{parallel.local_size()} processes and {gpus} GPUs here: start {gpus} with --nproc-per-node")
+    torch.cuda.set_device(parallel.local_rank())
+    return torch.device("cuda", parallel.local_rank())
 
 
 def has_native_bf16(device: torch.device) -> bool:
@@ -46,7 +53,10 @@ def pick_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 
 def set_up_cpu(trainer: TrainerConfig) -> None:
     """Threads and allocator for products on the CPU."""
-    torch.set_num_threads(trainer.threads or min(torch.get_num_threads(), usable_cores()))
+    threads = min(torch.get_num_threads(), usable_cores())
+    if parallel.size() > 1:  # torchrun tells every process to use one thread
+        threads = max(1, usable_cores() // parallel.local_size())
+    torch.set_num_threads(trainer.threads or threads)
     _keep_freed_memory()
 
 

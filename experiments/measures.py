@@ -6,11 +6,11 @@ reference: with `data.answer_tokens=N`, which data=arithmetic sets. An answer no
 Forgetting is the loss on a second domain's held-out samples, which no step trains on: `data@second=docstrings`.
 """
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from experiments import parallel
 from experiments.config import Config
 from experiments.data import Data, eval_batches, load_data
 from experiments.data_chat import Example
@@ -51,13 +51,15 @@ def exact_match(
 ) -> dict[str, float]:
     """The share of right answers, of all and of each level that the examples have."""
     right: dict[int | None, list[bool]] = {}
-    for group in bar("answering")(eval_batches(examples, cfg.trainer.eval_batch_size)):
-        answers = answer(model, tokenizer, [example.prompt_ids for example in group], cfg.data.answer_tokens)
-        for example, text in zip(group, answers):
+    for group in bar("answering")(eval_batches(examples, cfg.trainer.eval_batch_size * parallel.size())):
+        own = parallel.share(group)
+        prompts = [example.prompt_ids for example in own or group[:1]]  # FSDP needs every process
+        answers = answer(model, tokenizer, prompts, cfg.data.answer_tokens)
+        for example, text in zip(own, answers):
             right.setdefault(example.level, []).append(_plain(text) == _plain(example.reference))
-    levels = sorted(level for level in right if level is not None)
-    return {"exact_match": _share(flag for flags in right.values() for flag in flags)} | {
-        f"exact_match_level_{level}": _share(right[level]) for level in levels
+    levels = sorted({example.level for example in examples if example.level is not None})
+    return {"exact_match": _mean([flag for flags in right.values() for flag in flags])} | {
+        f"exact_match_level_{level}": _mean(right.get(level, [])) for level in levels
     }
 
 
@@ -65,6 +67,7 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _share(flags: Iterable[bool]) -> float:
-    flags = list(flags)
-    return sum(flags) / len(flags)
+def _mean(flags: list[bool]) -> float:
+    """The share of flags that are true, over all processes."""
+    right, all_of_them = parallel.total(sum(flags), len(flags))
+    return right / all_of_them

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 import torch
 
+from experiments import parallel
 from experiments.config import Config
 from experiments.errors import UserError
 from modules import AdamW, AdamW8bit, Paging
@@ -41,7 +42,7 @@ def with_room(optimizer: AdamW, device: torch.device, compute: Callable[[], T]) 
     try:
         return compute()
     except torch.OutOfMemoryError:
-        if not optimizer.evict():
+        if parallel.size() > 1 or not optimizer.evict():  # the other processes do not compute theirs again
             raise
     # Only here, outside of the handler, are the activations of the pass that failed gone.
     optimizer.zero_grad(set_to_none=True)

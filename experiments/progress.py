@@ -8,12 +8,18 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from experiments import parallel
+
 PLAIN_LINES = 10  # in a log file
 
 
 def bar(title: str) -> Callable[[Iterable], Iterable]:
     """Wraps an iterable of known length in a bar that goes away when done; in a log file it shows nothing."""
-    return functools.partial(tqdm, desc=title, leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
+    return functools.partial(tqdm, desc=title, leave=False, dynamic_ncols=True, disable=not _terminal())
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty() and parallel.is_main()
 
 
 class Progress:
@@ -25,8 +31,8 @@ class Progress:
     def __init__(self, total: int, title: str, done: int = 0):
         self.total, self.title, self.done, self.done_before = total, title, done, done
         self.start = time.perf_counter()
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=done, desc=title, leave=False, dynamic_ncols=True) if terminal else None
+        shown = {"desc": title, "leave": False, "dynamic_ncols": True}
+        self.bar = tqdm(total=total, initial=done, **shown) if _terminal() else None
 
     def __enter__(self) -> "Progress":
         return self

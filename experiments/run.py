@@ -8,7 +8,9 @@ prefix_layer. Every key of conf/ can be set on the command line; `-m` runs a swe
     python -m experiments.run -m +method=lora,dora rank=4,16 seed=0,1,2
     python -m experiments.run sweep=rank                                 ready ones are in conf/sweep/
 
-`python -m experiments.report DIR` compares the results in a folder.
+`python -m experiments.report DIR` compares the results in a folder. Several processes share one run:
+
+    torchrun --nproc-per-node 2 -m experiments.run +method=qdora        trainer.parallel=fsdp shards the model too
 
 A run that wrote checkpoints goes on from the newest, in its own directory and as if it had never stopped:
 
@@ -31,12 +33,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments import checkpoints, machine, results, spectrum, sweep
+from experiments import checkpoints, machine, parallel, results, spectrum, sweep
 from experiments.checkpoints import Checkpoints
 from experiments.cli import run_command
 from experiments.config import Config
 from experiments.data import load_data
 from experiments.energy import EnergyMeter
+from experiments.engines import engine_of
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation, evaluate
 from experiments.files import PROJECT_ROOT, writable_dir
@@ -50,6 +53,7 @@ from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
 from modules import set_adapter
 from modules.adapter import DEFAULT
+from modules.init import changes_base
 from modules.prefix import virtual_tokens
 
 
@@ -61,6 +65,7 @@ def run(cfg: Config) -> dict:
     Raises:
         UserError: something in the configuration or the files it names is wrong; the message says what to do.
     """
+    parallel.check(cfg)
     checkpoint = checkpoint_of(cfg) if cfg.resume else None
     path = Path(cfg.output_dir) if checkpoint is None else checkpoint.parent.parent
     if checkpoint is None and (old := checkpoints.of_run(path)):
@@ -105,16 +110,22 @@ class _Run:
         if device.type == "cpu":
             machine.set_up_cpu(cfg.trainer)
         dtype = machine.pick_dtype(cfg.trainer, device)
-        print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}: {machine.describe(device, dtype)}")
+        many = f", {parallel.size()} processes ({parallel.mode(cfg)})" if parallel.size() > 1 else ""
+        print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}{many}: {machine.describe(device, dtype)}")
 
         _seed(cfg.seed)
+        self.engine = engine_of(cfg, device)
         start = cfg if checkpoint is None else over_own_base(cfg, directory.path)
-        self.model, self.tokenizer = prepare_model(start, device, dtype)
+        self.model, self.tokenizer = prepare_model(start, self.engine.loads_on, dtype)
+        self.storage = results.storage(self.model)
+        self.engine.place(self.model)
         self.data = load_data(cfg.data, self.tokenizer)
         print(self.data.note)
         self.measures = Measures(cfg, self.data, self.tokenizer)
         self.samples = [example for example in self.data.heldout if example.prompt_ids][: cfg.trainer.samples]
-        self.trainer = Trainer(self.model, cfg, dtype, self.tokenizer.pad_token_id)
+        self.trainer = Trainer(self.model, cfg, dtype, self.tokenizer.pad_token_id, self.engine)
+        if not parallel.is_main():
+            torch.manual_seed(parallel.seed_of(cfg.seed))  # until here all processes draw the same
         self.checkpoints = Checkpoints(directory.path, cfg, self.data)
         self.story = _Story()
 
@@ -122,26 +133,36 @@ class _Run:
         """Train, write everything, return what result.json holds."""
         cfg = self.cfg
         if self.checkpoint is None:
-            self.directory.begin(cfg)
-            save_base(cfg, self.model, self.tokenizer, self.directory.path)
+            if parallel.is_main():
+                self.directory.begin(cfg)
+            if changes_base(cfg.init):
+                with self.engine.whole(self.model, everything=True):
+                    if parallel.is_main():
+                        save_base(cfg, self.model, self.tokenizer, self.directory.path)
         else:
             story = self.checkpoints.restore(self.checkpoint, self.trainer)
             self.story = _Story(**story | {"before": Evaluation(**story["before"])})
-            self.directory.rewind(cfg, self.trainer.trained.steps)
+            if parallel.is_main():
+                self.directory.rewind(cfg, self.trainer.trained.steps)
             print(f"going on after step {self.trainer.trained.steps} of {self.directory.path}")
         trained = self.trainer.trained
         try:
-            with tracker(cfg, self.directory.path, self.story.tracker_id) as tracking:
+            with (
+                parallel.interrupted_together(),
+                tracker(cfg, self.directory.path, self.story.tracker_id) as tracking,
+            ):
                 result = self._train_and_measure(tracking)
-        except BaseException:
-            if trained.steps:
-                save_weights(cfg, self.model, self.tokenizer, self.directory.path)
-                where = f"its weights and metrics are in {self.directory.path}"
-                print(f"stopped after step {trained.steps}: {where}", file=sys.stderr)
+        except BaseException as error:
+            if trained.steps and parallel.stops_together(error):
+                self._save_weights(finished=False)
+                if parallel.is_main():
+                    where = f"its weights and metrics are in {self.directory.path}"
+                    print(f"stopped after step {trained.steps}: {where}", file=sys.stderr)
             raise
         result |= {
             "tokens_per_s": trained.tokens / trained.seconds,
-            "peak_memory_bytes": machine.peak_memory_bytes(self.model.device),
+            "peak_memory_bytes": max(parallel.gather(machine.peak_memory_bytes(self.model.device)), default=0),
+            "processes": parallel.size(),
             "train_seconds": trained.seconds,
             "total_seconds": self._seconds(),
             "cpu_energy_joules": self._joules(),
@@ -152,7 +173,8 @@ class _Run:
             "config_hash": results.config_hash(cfg),
             "config": results.identity(cfg),
         }
-        self.directory.write_result(result)
+        if parallel.is_main():
+            self.directory.write_result(result)
         return result
 
     def _train_and_measure(self, tracking: Tracker) -> dict:
@@ -160,7 +182,8 @@ class _Run:
 
         def log(record: dict) -> None:
             self.energy.joules()  # its counters wrap
-            self.directory.log(record)
+            if parallel.is_main():
+                self.directory.log(record)
             tracking.log(record)
 
         def measure() -> Evaluation:
@@ -193,10 +216,8 @@ class _Run:
             kept = trained.best
             self.checkpoints.restore_best(trainer)
 
-        save_weights(cfg, self.model, self.tokenizer, self.directory.path)
+        layers = self._save_weights(finished=True)
         self._write_pictures()
-        layers = spectrum.spectra(self.model)
-        self.directory.write_spectra(layers)
         result = {
             "method": cfg.method.name,
             "rank": cfg.rank,
@@ -205,7 +226,7 @@ class _Run:
             **results.compare(self.story.before, kept),
             **results.before_and_after(self.story.measures_before, self.measures.measure(self.model)),
             **spectrum.summary(layers),
-            **results.storage(self.model),
+            **self.storage,
         }
         tracking.summarize(result)
         return result
@@ -215,8 +236,22 @@ class _Run:
         prompts = [sample.prompt_ids for sample in self.samples]
         return answer(self.model, self.tokenizer, prompts, self.cfg.trainer.sample_tokens) if prompts else []
 
+    def _save_weights(self, finished: bool) -> list[dict]:
+        """Write the weights and, of a finished run, spectrum.csv; the spectra, in process 0."""
+        layers = []
+        with self.engine.whole(self.model, everything=finished):
+            if parallel.is_main():
+                save_weights(self.cfg, self.model, self.tokenizer, self.directory.path)
+                if finished:
+                    layers = spectrum.spectra(self.model)
+                    self.directory.write_spectra(layers)
+        return layers
+
     def _write_pictures(self) -> None:
         cfg = self.cfg
+        answers = self._answers()
+        if not parallel.is_main():
+            return
         title = f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name} on {cfg.data.name}"
         self.directory.plot_loss(title)
         self.directory.write_samples(
@@ -228,7 +263,7 @@ class _Run:
                     "before": before,
                     "after": after,
                 }
-                for sample, before, after in zip(self.samples, self.story.texts_before, self._answers())
+                for sample, before, after in zip(self.samples, self.story.texts_before, answers)
             ],
         )
 
@@ -253,20 +288,24 @@ def _seed(seed: int) -> None:
 def main(cfg: DictConfig) -> sweep.Outcome | None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        config = configured(cfg)
+        if sweeping and parallel.size() > 1:
+            raise UserError("a sweep starts a process for each run itself: start it without torchrun")
+        config = parallel.agree(configured(cfg))
         if sweeping:
             return sweep.job(config, HydraConfig.get().job.override_dirname)
         result = run(config)
     except UserError as error:  # here, not in cli: Hydra would print a second message around it
         if sweeping:
             return sweep.Outcome(sweep.FAILED, str(error))
-        sys.exit(f"error: {error}")
+        sys.exit(parallel.last_words(f"error: {error}"))
     files = [path for path in sorted(Path(config.output_dir).iterdir()) if not path.name.startswith(".")]
     print(f"\n{results.table(result)}\n\nWritten:", *files, sep="\n  ")
 
 
 def cli() -> None:
+    parallel.start()
     run_command(main)
+    parallel.stop()
 
 
 if __name__ == "__main__":

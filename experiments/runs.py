@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments import machine
 from experiments.config import Config, ModelConfig, resolve
+from experiments.engines import Engine
 from experiments.errors import UserError
 from experiments.files import directory_atomically, write_atomically
 from experiments.models import load_base, load_model, quiet
@@ -167,8 +168,11 @@ def save_trained(model: nn.Module, directory: Path) -> None:
 
 
 @torch.no_grad()
-def load_trained(model: nn.Module, directory: Path) -> None:
+def load_trained(model: nn.Module, directory: Path, engine: Engine | None = None) -> None:
     """Give `model` the values in weights.safetensors.
+
+    Args:
+        engine: what has placed the model; None: nothing has.
 
     Raises:
         UserError: the file is missing or damaged, or has other names or shapes.
@@ -180,8 +184,9 @@ def load_trained(model: nn.Module, directory: Path) -> None:
     ]
     if wrong:
         raise UserError(f"{path} was written for another model; it differs in {', '.join(wrong[:3])}")
+    engine = engine or Engine(torch.device("cpu"))
     for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+        engine.set(parameter, tensors[name])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

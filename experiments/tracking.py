@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
+from experiments import parallel
 from experiments.config import Config
 from experiments.errors import UserError
 
@@ -51,7 +52,7 @@ def tracker(cfg: Config, directory: Path, run_id: str | None = None) -> Iterator
     Args:
         run_id: of the run to go on with.
     """
-    if cfg.tracking.name == "none":
+    if cfg.tracking.name == "none" or not parallel.is_main():
         yield NoTracker()
         return
     if cfg.tracking.name != "wandb":

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from experiments import parallel
 from experiments.config import Config, TrainerConfig
 from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
+from experiments.engines import Engine
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation, to_device
 from experiments.loss import LabelLoss
@@ -74,13 +76,17 @@ class Trainer:
     Args:
         dtype: to compute in. Weights that train are fp32; where all of them do, matmuls run under autocast.
         pad_id: token that fills short samples up.
+        engine: what has placed the model; None: nothing has.
 
     Raises:
         UserError: gradient checkpointing of a model that cannot; no room for the optimizer's pages.
     """
 
-    def __init__(self, model: PreTrainedModel, cfg: Config, dtype: torch.dtype, pad_id: int):
+    def __init__(
+        self, model: PreTrainedModel, cfg: Config, dtype: torch.dtype, pad_id: int, engine: Engine | None = None
+    ):
         self.model, self.cfg, self.dtype, self.pad_id = model, cfg, dtype, pad_id
+        self.engine = engine or Engine(model.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, cfg.lr, cfg.trainer.loraplus_lr_ratio)
         self.optimizer = make_optimizer(cfg, groups)
@@ -90,6 +96,7 @@ class Trainer:
         self.trained = Trained()
         if cfg.trainer.gradient_checkpointing:
             _checkpoint_blocks(model)
+        self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
 
     def fit(
         self,
@@ -132,8 +139,9 @@ class Trainer:
         """One optimizer step on the mean loss of a group of batches; returns its record."""
         start = time.perf_counter()
         step = self.trained.steps + 1
-        compute = functools.partial(_accumulate, self.label_loss, group, self.pad_id, self.dtype, self.scaler)
-        loss = with_room(self.optimizer, self.model.device, compute)
+        context = (self.pad_id, self.dtype, self.scaler, self.engine)
+        compute = functools.partial(_accumulate, self.label_loss, group, *context)
+        (loss,) = parallel.total(with_room(self.optimizer, self.model.device, compute))
         if not math.isfinite(loss):
             raise UserError(
                 f"the training loss became {loss} at step {step}: stopped with the weights of step {step - 1}; "
@@ -142,7 +150,7 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.trainer.max_grad_norm or math.inf)
         lr = self.schedule.get_last_lr()[0]
-        self.scaler.step(self.optimizer)
+        self.engine.update(self.optimizer, lambda: self.scaler.step(self.optimizer))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -151,6 +159,8 @@ class Trainer:
         self.trained.seconds += (seconds := time.perf_counter() - start)
         if self.cfg.trainer.compile and step == 1:
             print(f"compiled with the first step: {seconds:.0f} s; the code is kept for the next run")
+        if hasattr(grad_norm, "full_tensor"):  # of sharded gradients
+            grad_norm = grad_norm.full_tensor()
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)}
         return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
 
@@ -172,19 +182,27 @@ def heldout_record(evaluation: Evaluation) -> dict[str, float]:
 
 
 def _accumulate(
-    label_loss: LabelLoss, group: list[list[Example]], pad_id: int, dtype: torch.dtype, scaler: torch.amp.GradScaler
+    label_loss: LabelLoss,
+    group: list[list[Example]],
+    pad_id: int,
+    dtype: torch.dtype,
+    scaler: torch.amp.GradScaler,
+    engine: Engine,
 ) -> float:
-    """Add to the gradients those of the mean loss over all labelled tokens of the batches; return that loss."""
+    """Add to the gradients those of the mean loss over all labelled tokens of the batches, of which each process takes
+    its share; return what this one's adds to that loss."""
     labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
     model = label_loss.model
     # Base weights are in `dtype` already if they are frozen; if they train they are fp32, and autocast converts.
     casts = dtype != torch.float32 and next(model.parameters()).dtype == torch.float32
     autocast = torch.autocast(model.device.type, dtype) if casts else contextlib.nullcontext()
     total = 0.0
-    for batch in group:
-        with autocast:
-            loss = label_loss(to_device(collate(batch, pad_id), model.device)) / labelled
-        total += loss.item()
-        if math.isfinite(total):
-            scaler.scale(loss).backward()
+    for i, batch in enumerate(group, start=1):
+        own = parallel.share(batch) or [batch[0].unlabelled()]
+        with engine.accumulate(label_loss.forward, last=i == len(group)):
+            with autocast:
+                loss = label_loss(to_device(collate(own, pad_id), model.device)) / labelled
+            total += loss.item()
+            if math.isfinite(total) or parallel.size() > 1:  # the others wait for this one's gradients
+                scaler.scale(loss * parallel.size()).backward()
     return total

@@ -104,6 +104,13 @@ class NF4Linear(nn.Module):
         """The dense nn.Linear or Conv1D that computes the same, frozen."""
         return dense_linear(self, self.dense_weight(), self.bias)
 
+    def hold_codes_as_parameters(self) -> None:
+        """Hold codes and constants as frozen parameters, which is what FSDP shards, not as buffers. Names, dtypes and
+        bits stay what they are; nested_offset, a single number, stays a buffer."""
+        for name in ("weight", "absmax", "nested_absmax"):
+            if self._buffers.get(name) is not None:
+                self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))
+
     def _apply(self, fn, recurse=True):
         # .to(dtype) changes the dtype to compute in. The constants stay fp32, or the codes would mean other weights.
         constants = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

@@ -54,7 +54,8 @@ class AdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) with the arguments and, to rounding, the results of torch.optim.AdamW.
 
     Args:
-        params: fp32 and contiguous, all on one device; or groups of them.
+        params: fp32 and contiguous, all on one device; or groups of them. Of a DTensor, as FSDP makes them, the part
+            that this process has is updated, and the state is of that part.
         lr, betas, eps, weight_decay: see torch.optim.AdamW.
         paging: keep the state in pages. The results are the same bit for bit.
 
@@ -113,13 +114,14 @@ class AdamW(torch.optim.Optimizer):
         for param in self._params():
             block_bytes = sum(n * dtype.itemsize for dtype, n in self.state_layout(param, BLOCKSIZE).values())
             start = 0
-            while start < param.numel():
+            elements = _local(param).numel()
+            while start < elements:
                 room = page_bytes - sizes[-1] - 4 * _ALIGNMENT if pages else 0
                 if room < block_bytes:
                     pages.append([])
                     sizes.append(0)
                     continue
-                stop = min(param.numel(), start + room // block_bytes * BLOCKSIZE)
+                stop = min(elements, start + room // block_bytes * BLOCKSIZE)
                 state = {}
                 for name, (dtype, n) in self.state_layout(param, stop - start).items():
                     state[name] = (dtype, sizes[-1], n)
@@ -153,15 +155,16 @@ class AdamW(torch.optim.Optimizer):
         return state if self.pages is not None else state | self._empty_state(param)
 
     def _empty_state(self, param: Tensor) -> dict[str, Tensor]:
-        layout = self.state_layout(param, param.numel()).items()
+        part = _local(param)
+        layout = self.state_layout(param, part.numel()).items()
         state = {name: torch.zeros(n, dtype=dtype, device=param.device) for name, (dtype, n) in layout}
-        return {name: t if name.endswith("absmax") else t.view(param.shape) for name, t in state.items()}
+        return {name: t if name.endswith("absmax") else t.view(part.shape) for name, t in state.items()}
 
     def _batches(self) -> Iterator[list[Piece]]:
         """Everything that has a gradient; with paging a page at a time."""
         if self.pages is None:
             params = (param for param in self._params() if param.grad is not None)
-            yield [Piece(param, 0, param.numel(), _without_step(self.state[param])) for param in params]
+            yield [Piece(param, 0, _local(param).numel(), _without_step(self.state[param])) for param in params]
             return
         used = [i for i, pieces in enumerate(self._plan) if any(piece.param.grad is not None for piece in pieces)]
         for i, page in self.pages.sweep(used):
@@ -178,8 +181,8 @@ class AdamW(torch.optim.Optimizer):
             group = self.param_groups[i]
             update = kernels.adamw8bit if "exp_avg_absmax" in names else kernels.adamw
             update(
-                [piece.param.view(-1)[piece.start : piece.stop] for piece in members],
-                [piece.param.grad.contiguous().view(-1)[piece.start : piece.stop] for piece in members],
+                [_local(piece.param).view(-1)[piece.start : piece.stop] for piece in members],
+                [_local(piece.param.grad).contiguous().view(-1)[piece.start : piece.stop] for piece in members],
                 *([piece.state[name] for piece in members] for name in names),
                 lr=group["lr"],
                 betas=tuple(group["betas"]),
@@ -225,7 +228,7 @@ class AdamW(torch.optim.Optimizer):
         if [len(g["params"]) for g in state_dict["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
             raise ValueError("the saved state is of an optimizer with other parameters")
         for i, state in saved.items():
-            wanted = {"step": (torch.float32, 1)} | self.state_layout(params[i], params[i].numel())
+            wanted = {"step": (torch.float32, 1)} | self.state_layout(params[i], _local(params[i]).numel())
             found = {name: (tensor.dtype, tensor.numel()) for name, tensor in state.items()}
             if found != wanted:
                 raise ValueError(f"parameter {i}: the saved state has {_listed(found)}; needed is {_listed(wanted)}")
@@ -253,6 +256,11 @@ class AdamW8bit(AdamW):
             return super().state_layout(param, elements)
         codes, absmax = (torch.uint8, elements), (torch.float32, state_blocks(elements))
         return {"exp_avg": codes, "exp_avg_sq": codes, "exp_avg_absmax": absmax, "exp_avg_sq_absmax": absmax}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """What this process has of `tensor`: of a DTensor its part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _without_step(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ def micro_batches(count: int, length: int = 24) -> list[list[Example]]:
 def gradients(run: Trainer, group: list[list[Example]]) -> tuple[float, list[torch.Tensor], torch.Tensor]:
     """(loss, gradients, the next random number) of a step with seed 1."""
     torch.manual_seed(1)
-    loss = _accumulate(run.label_loss, group, run.pad_id, run.dtype, run.scaler)
+    loss = _accumulate(run.label_loss, group, run.pad_id, run.dtype, run.scaler, run.engine)
     return loss, [p.grad for p in run.parameters], torch.rand(())
 
 
@@ -82,7 +82,7 @@ def test_dropout_makes_the_difference_that_the_tests_above_look_for():
     grads = [grad.clone() for grad in grads]
     run.model.zero_grad()
     torch.manual_seed(2)
-    _accumulate(run.label_loss, micro_batches(1), run.pad_id, run.dtype, run.scaler)
+    _accumulate(run.label_loss, micro_batches(1), run.pad_id, run.dtype, run.scaler, run.engine)
     assert not any(torch.equal(p.grad, grad) for p, grad in zip(run.parameters, grads))
 
 

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from experiments.config import ModelConfig, TrainerConfig
 from experiments.data import collate
 from experiments.data_chat import IGNORED, Example
+from experiments.engines import Engine
 from experiments.evaluation import evaluate, label_logits
 from experiments.generation import answer
 from experiments.loss import LabelLoss
@@ -59,7 +60,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tiny):
 
     def gradients(group):
         model.zero_grad()
-        loss = _accumulate(LabelLoss(model), group, tokenizer.pad_token_id, torch.float32, scaler)
+        loss = _accumulate(LabelLoss(model), group, tokenizer.pad_token_id, torch.float32, scaler, Engine(model.device))
         return loss, [p.grad.clone() for p in parameters]
 
     loss, grads = gradients([EXAMPLES])

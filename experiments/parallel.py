@@ -1,0 +1,187 @@
+"""The processes of one run: how many there are, what they tell each other, which part of the work is whose.
+
+    torchrun --nproc-per-node 2 -m experiments.run +method=qdora
+
+Each process does its share of every batch. Process 0 alone writes and prints. In a run of one process nothing here does
+anything. How the model and its optimizer are spread is the business of engines.py.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from experiments.config import Config
+from experiments.errors import UserError
+
+T = TypeVar("T")
+
+# While process 0 writes what it found the others wait. A process that ended is noticed at once, not after this time.
+TIMEOUT = timedelta(minutes=30)
+
+_interrupted = False
+
+
+def start() -> None:
+    """Meet the other processes that torchrun started, if it started any. Everything but process 0 falls silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT)
+    if not is_main():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_rank() -> int:
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+
+
+def local_size() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if size() > 1 else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def mode(cfg: Config) -> str:
+    """ddp, fsdp, or one: how many processes there are and what `trainer.parallel` says."""
+    if size() == 1:
+        return "one"
+    return "ddp" if cfg.trainer.parallel == "auto" else cfg.trainer.parallel
+
+
+def check(cfg: Config) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        UserError: they cannot do it; what to do instead.
+    """
+    if size() == 1:
+        return
+    if cfg.trainer.batch_size < size():
+        raise UserError(
+            f"trainer.batch_size={cfg.trainer.batch_size} is what {size()} processes share: raise it, or start fewer"
+        )
+    if cfg.trainer.compile:
+        raise UserError("trainer.compile=true is for one process: leave it out, or start without torchrun")
+    if mode(cfg) == "fsdp":
+        if cfg.method.adapter not in ("none", "lora", "dora"):
+            raise UserError(f"trainer.parallel=fsdp cannot train method={cfg.method.name}: use trainer.parallel=ddp")
+        if cfg.optim.name == "adamw8bit":
+            raise UserError(
+                "trainer.parallel=fsdp cuts parameters where optim=adamw8bit has blocks of its state: use optim=adamw, "
+                "or trainer.parallel=ddp, which spreads 8-bit state too"
+            )
+
+
+def share(items: list[T]) -> list[T]:
+    """Of a list that every process has, what is this one's to do; perhaps nothing."""
+    return items[rank() :: size()]
+
+
+def total(*numbers: float) -> list[float]:
+    """The sum over all processes of each number, the same everywhere; every process must call it.
+
+    Raises:
+        KeyboardInterrupt: in all of them, if one was interrupted.
+    """
+    if size() == 1:
+        return list(numbers)
+    sums = torch.tensor([*numbers, float(_interrupted)], dtype=torch.float64)
+    dist.all_reduce(sums)
+    *found, interrupts = sums.tolist()
+    if interrupts:
+        raise KeyboardInterrupt
+    return found
+
+
+def agree(value: T) -> T:
+    """Process 0's value, in every process."""
+    if size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: T) -> list[T]:
+    """The value of every process in order, in process 0; elsewhere nothing."""
+    if size() == 1:
+        return [value]
+    values = [None] * size() if is_main() else None
+    dist.gather_object(value, values, dst=0)
+    return values or []
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if size() > 1:
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def interrupted_together() -> Iterator[None]:
+    """Inside, Ctrl-C, which a terminal sends to every process at another point of its work, waits for `total`."""
+    if size() == 1:
+        yield
+        return
+
+    def note(*_) -> None:
+        global _interrupted
+        _interrupted = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def stops_together(error: BaseException) -> bool:
+    """Whether `error` is one that all processes raise at the same point, so that they can still act together."""
+    return size() == 1 or isinstance(error, UserError | KeyboardInterrupt)
+
+
+def seed_of(seed: int) -> int:
+    """The seed of this process' random numbers in training, such as dropout's; process 0's is `seed`."""
+    return seed + 1_000_003 * rank()
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether a message to another process failed, as it does after that one has ended."""
+    text = str(error)
+    return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text)
+
+
+def last_words(message: str) -> str | int:
+    """What to end this process with: `message` and exit code 1, but no message if another process had one before."""
+    if size() == 1:
+        return message
+    try:
+        first = dist.distributed_c10d._get_default_store().add("last words", 1) == 1
+    except RuntimeError:  # the store went with the process that had it
+        first = True
+    return message if first else 1
