@@ -26,6 +26,8 @@ T = TypeVar("T")
 # While process 0 writes what it found the others wait. A process that ended is noticed at once, not after this time.
 TIMEOUT = timedelta(minutes=30)
 
+LAST_WORDS = "last words"  # how many processes had some, in the store that torchrun keeps
+
 _interrupted = False
 
 
@@ -181,7 +183,7 @@ def last_words(message: str) -> str | int:
     if size() == 1:
         return message
     try:
-        first = dist.distributed_c10d._get_default_store().add("last words", 1) == 1
+        first = dist.distributed_c10d._get_default_store().add(LAST_WORDS, 1) == 1
     except RuntimeError:  # the store went with the process that had it
         first = True
     return message if first else 1
