@@ -39,7 +39,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments import lean
+from experiments import lean, parallel
 from experiments.config import ADAPTER_KEYS, Config, ModelConfig
 from experiments.data import batches, collate, load_data
 from experiments.errors import UserError
@@ -285,8 +285,13 @@ def _gguf_as_directory(path: Path) -> Path:
     stat = path.stat()
     identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__])
     directory = cache_dir() / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    if directory.exists():
-        return directory
+    with parallel.main_first():
+        if not directory.exists():
+            _dequantize_gguf(path, directory)
+    return directory
+
+
+def _dequantize_gguf(path: Path, directory: Path) -> None:
     print(f"Reading {path.name} (once: the dequantized weights are kept in {directory.parent})", flush=True)
     with quiet():
         where = {"gguf_file": path.name, "local_files_only": True}
@@ -305,7 +310,6 @@ def _gguf_as_directory(path: Path) -> Path:
                 os.rename(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    return directory
 
 
 def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

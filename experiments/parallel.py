@@ -33,7 +33,7 @@ _interrupted = False
 
 def start() -> None:
     """Meet the other processes that torchrun started, if it started any. Everything but process 0 falls silent."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT)
@@ -160,6 +160,16 @@ def interrupted_together() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def main_first() -> Iterator[None]:
+    """Process 0 goes through the block before the others: what it leaves in the cache they need not make again."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
 
 
 def stops_together(error: BaseException) -> bool:
