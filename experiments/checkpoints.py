@@ -209,6 +209,7 @@ def _random_name(kind: str, process: int) -> str:
 
 def _parameters(trainer: Trainer) -> dict[str, Tensor]:
     """The optimizer's parameters by name, in the order in which its state_dict numbers them."""
+    trainer.engine.settle(trainer.model)
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     return {names[id(p)]: p for group in trainer.optimizer.param_groups for p in group["params"]}
 

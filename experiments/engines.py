@@ -11,7 +11,6 @@ comes out of them is the whole again: files are the same whatever the engine.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -64,15 +63,17 @@ class Engine:
         """Of the state of whole parameters what this process' optimizer takes."""
         return state
 
+    def settle(self, model: PreTrainedModel) -> None:
+        """Drop what a forward pass left gathered, so that the model has the parameters that train and no others."""
+
     @torch.no_grad()
     def set(self, parameter: Tensor, value: Tensor) -> None:
-        """Give a parameter or buffer of the model the whole value."""
+        """Give a parameter or buffer of a settled model the whole value."""
         parameter.copy_(value)
 
 
 class DDP(Engine):
     def forward_of(self, forward: Callable) -> Callable:
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")  # for where none is unused
         # find_unused_parameters: torch would else lay out its buckets anew after the first step, and the sums of a
         # resumed run would round differently
         parameters = {"find_unused_parameters": True, "forward_sync_buffers": False}
@@ -142,7 +143,7 @@ class FSDP(Engine):
 
     @contextlib.contextmanager
     def whole(self, model: PreTrainedModel, everything: bool = False) -> Iterator[None]:
-        _reshard(model)
+        self.settle(model)
         replaced, wholes = [], {}
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -174,6 +175,13 @@ class FSDP(Engine):
             own[name] = _shard(tensor, like).to_local() if tensor.shape == like.shape else tensor
         return own
 
+    def settle(self, model: PreTrainedModel) -> None:
+        from torch.distributed.fsdp import FSDPModule
+
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     @torch.no_grad()
     def set(self, parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(_shard(value, parameter) if hasattr(parameter, "to_local") else value)
@@ -181,15 +189,6 @@ class FSDP(Engine):
 
 def _of_adapter(name: str) -> bool:
     return name in ("lora_A", "init_A", "init_B")  # a frozen A, and where PiSSA and OLoRA began
-
-
-def _reshard(model: nn.Module) -> None:
-    """Drop what the last evaluation left gathered: it would be older than the parts once these change."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _whole(tensor: Tensor) -> Tensor:

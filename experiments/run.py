@@ -53,7 +53,7 @@ from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
 from modules import set_adapter
 from modules.adapter import DEFAULT
-from modules.init import changes_base
+from modules.config import changes_base
 from modules.prefix import virtual_tokens
 
 
@@ -287,9 +287,9 @@ def _seed(seed: int) -> None:
 @hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> sweep.Outcome | None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
+    if sweeping and parallel.size() > 1:
+        sys.exit(parallel.last_words("error: a sweep starts a process for each run itself: start it without torchrun"))
     try:
-        if sweeping and parallel.size() > 1:
-            raise UserError("a sweep starts a process for each run itself: start it without torchrun")
         config = parallel.agree(configured(cfg))
         if sweeping:
             return sweep.job(config, HydraConfig.get().job.override_dirname)

@@ -177,6 +177,8 @@ def load_trained(model: nn.Module, directory: Path, engine: Engine | None = None
     Raises:
         UserError: the file is missing or damaged, or has other names or shapes.
     """
+    engine = engine or Engine(torch.device("cpu"))
+    engine.settle(model)
     path = directory / WEIGHTS
     tensors, parameters = read_tensors(path), _trained(model)
     wrong = sorted(tensors.keys() ^ parameters.keys()) or [
@@ -184,7 +186,6 @@ def load_trained(model: nn.Module, directory: Path, engine: Engine | None = None
     ]
     if wrong:
         raise UserError(f"{path} was written for another model; it differs in {', '.join(wrong[:3])}")
-    engine = engine or Engine(torch.device("cpu"))
     for name, parameter in parameters.items():
         engine.set(parameter, tensors[name])
 
