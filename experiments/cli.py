@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
-from experiments.parallel import last_words, lost_another
+from experiments.parallel import last_words, lost_another, outlived
 
 Options = TypeVar("Options")
 
@@ -77,7 +77,7 @@ def run_command(main: Callable[[], None]) -> None:
     except RuntimeError as error:
         if not lost_another(error):
             raise
-        sys.exit(last_words("error: another process of this run has ended, so this one does too"))
+        sys.exit(outlived())
 
 
 def _one_line(error: Exception) -> str:

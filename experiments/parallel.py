@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ T = TypeVar("T")
 # While process 0 writes what it found the others wait. A process that ended is noticed at once, not after this time.
 TIMEOUT = timedelta(minutes=30)
 
+SECONDS_TO_LEAVE = 5  # for torchrun to see which process ended first, and to end the others
 LAST_WORDS = "last words"  # how many processes had some, in the store that torchrun keeps
 
 _interrupted = False
@@ -186,6 +188,15 @@ def lost_another(error: Exception) -> bool:
     """Whether a message to another process failed, as it does after that one has ended."""
     text = str(error)
     return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text)
+
+
+def outlived() -> int:
+    """Say that another process has ended, and give torchrun the time to tell which; the exit code to end with."""
+    words = last_words("error: another process of this run has ended, so this one ends too")
+    if isinstance(words, str):
+        print(words, file=sys.stderr, flush=True)
+    time.sleep(SECONDS_TO_LEAVE)
+    return 1
 
 
 def last_words(message: str) -> str | int:

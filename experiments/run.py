@@ -287,8 +287,6 @@ def _seed(seed: int) -> None:
 @hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="config")
 def main(cfg: DictConfig) -> sweep.Outcome | None:
     sweeping = HydraConfig.get().mode == RunMode.MULTIRUN
-    if sweeping and parallel.size() > 1:
-        sys.exit(parallel.last_words("error: a sweep starts a process for each run itself: start it without torchrun"))
     try:
         config = parallel.agree(configured(cfg))
         if sweeping:

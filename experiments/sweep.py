@@ -27,7 +27,7 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from experiments import checkpoints, results
+from experiments import checkpoints, parallel, results
 from experiments.config import Config
 from experiments.errors import UserError
 
@@ -129,6 +129,11 @@ class Summary(Callback):
 
     def __init__(self):
         self.outcomes: list[tuple[str, Outcome]] = []
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        if parallel.size() > 1:
+            message = "a sweep starts a process for each run itself: start it without torchrun"
+            sys.exit(parallel.last_words(f"error: {message}"))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
         if isinstance(job_return.return_value, Outcome):  # a single run returns nothing

@@ -181,9 +181,10 @@ def placed(folder: Path) -> None:
             assert own < 0.55 * sum(tensor.nbytes for tensor in whole.values())
             for block in model.model.layers:
                 block.unshard()
-                for name, tensor in block.state_dict(prefix="model.layers.0.").items():
-                    if block is model.model.layers[0]:
-                        assert torch.equal(bits(tensor), bits(whole[name])), name
+                gathered = dict([*block.named_parameters(), *block.named_buffers()])
+                for name, tensor in gathered.items():
+                    before = whole.get(f"model.layers.{block.self_attn.layer_idx}.{name}")
+                    assert before is None or torch.equal(bits(tensor), bits(before)), name
                 block.reshard()
 
         model, tokenizer = prepare_model(cfg, engine.loads_on, torch.bfloat16)
