@@ -28,7 +28,7 @@ SETTINGS = ["trainer.device=cpu", "trainer.dtype=float32", "trainer.batch_size=6
 SETTINGS += ["data.max_train=19", "data.max_heldout=5", "trainer.eval_batch_size=2"]
 SHORT = ["trainer.steps=2", "trainer.eval_every=0", "trainer.samples=0"]
 LONG = ["trainer.checkpoint_every=2", "data.answer_tokens=3", "trainer.samples=1", "trainer.sample_tokens=4"]
-EACH = {method: LONG if method in ("full", "qdora") else SHORT for method in METHODS}
+EACH = dict.fromkeys(METHODS, SHORT) | {"qdora": LONG, "full": ["trainer.samples=0", LONG[0]]}
 CLOCKS = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes", "cpu_energy_joules"}
 
 
@@ -83,7 +83,7 @@ def two(folder) -> Path:
 def resumed(one, two) -> Path:
     """Runs resumed from their second step by two processes."""
     jobs = []
-    for name in ("dropout-ddp", "dropout-fsdp", "qdora-one"):
+    for name in ("dropout-ddp", "dropout-fsdp", "full-fsdp", "qdora-one"):
         jobs.append([f"resume={stopped(two, name, name + '-by-two')}", "trainer.parallel=fsdp"])
     jobs[0][1] = "trainer.parallel=ddp"
     good(processes(2, two / "resumed", runs, jobs))
@@ -100,10 +100,9 @@ def stopped(folder: Path, name: str, copy: str) -> Path:
 
 @pytest.fixture(scope="module")
 def four(one, two) -> Path:
-    """qdora in four processes: `qdora-ddp4`, `qdora-fsdp4`, and a run of two resumed by four."""
-    jobs = [
-        arguments(two, f"qdora-{mode}4", "+method=qdora", f"trainer.parallel={mode}", *LONG) for mode in ("ddp", "fsdp")
-    ]
+    """qlora in four processes: `qlora-ddp4`, `qlora-fsdp4`, and a run of two resumed by four."""
+    how = {mode: ["+method=qlora", f"trainer.parallel={mode}", *SHORT] for mode in ("ddp", "fsdp")}
+    jobs = [arguments(two, f"qlora-{mode}4", *overrides) for mode, overrides in how.items()]
     jobs.append([f"resume={stopped(two, 'qdora-ddp', 'qdora-ddp-by-four')}", "trainer.parallel=fsdp"])
     good(processes(4, two / "four", runs, jobs))
     return two
@@ -136,12 +135,12 @@ def test_two_processes_train_as_one_does(one, two, method, mode):
 
 @pytest.mark.parametrize("mode", ["ddp4", "fsdp4"])
 def test_four_processes_train_as_one_does(one, four, mode):
-    assert_same_training(four / f"qdora-{mode}", one / "qdora-one")
+    assert_same_training(four / f"qlora-{mode}", one / "qlora-one")
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_resumed_by_as_many_processes_it_is_the_same_run_bit_for_bit(resumed, mode):
-    whole, again = resumed / f"dropout-{mode}", resumed / f"dropout-{mode}-by-two"
+@pytest.mark.parametrize("name", ["dropout-ddp", "dropout-fsdp", "full-fsdp"])
+def test_resumed_by_as_many_processes_it_is_the_same_run_bit_for_bit(resumed, name):
+    whole, again = resumed / name, resumed / f"{name}-by-two"
     for path in whole.rglob("*.safetensors"):
         assert path.read_bytes() == (again / path.relative_to(whole)).read_bytes(), path
     without = [{k: v for k, v in record.items() if k != "seconds"} for record in records(whole)]
@@ -151,10 +150,10 @@ def test_resumed_by_as_many_processes_it_is_the_same_run_bit_for_bit(resumed, mo
 def test_resumed_by_another_number_of_processes_it_is_the_same_within_rounding(resumed, four, terminal):
     assert_same_training(resumed / "qdora-one-by-two", resumed / "qdora-one")
     assert_same_training(four / "qdora-ddp-by-four", resumed / "qdora-one")
-    for mode in ("ddp", "fsdp"):
-        code, text = terminal(run, f"resume={stopped(resumed, f'qdora-{mode}', f'qdora-{mode}-by-one')}")
+    for name, single in (("qdora-fsdp", "qdora-one"), ("full-fsdp", "full-one")):
+        code, text = terminal(run, f"resume={stopped(resumed, name, f'{name}-by-one')}")
         assert code == 0 and "going on after step 2" in text, text
-        assert_same_training(resumed / f"qdora-{mode}-by-one", resumed / "qdora-one")
+        assert_same_training(resumed / f"{name}-by-one", resumed / single)
 
 
 # ------------------------------------------------------------------------------------------- what each process has
