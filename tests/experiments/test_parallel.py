@@ -67,13 +67,21 @@ def one(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder) -> Path:
-    """Each method in two processes: `<method>-ddp`, `<method>-fsdp`; with dropout and checkpointing:
+    """Each method in two processes: `<method>-ddp`, `<method>-fsdp`; with everything that there is besides:
     `dropout-ddp`, `dropout-fsdp`."""
     jobs = []
     for mode in ("ddp", "fsdp"):
         how = f"trainer.parallel={mode}"
         jobs += [arguments(folder, f"{method}-{mode}", f"+method={method}", how, *EACH[method]) for method in METHODS]
-        more = [*LONG, "dropout=0.1", "trainer.gradient_checkpointing=true", "trainer.keep_best=true", "init=pissa"]
+        more = [
+            *LONG,
+            "optim.paged=true",
+            "optim.budget_mb=4",
+            "dropout=0.1",
+            "trainer.gradient_checkpointing=true",
+            "trainer.keep_best=true",
+            "init=pissa",
+        ]
         jobs.append(arguments(folder, f"dropout-{mode}", "+method=qdora", how, *more))
     good(processes(2, folder / "two", runs, jobs))
     return folder
