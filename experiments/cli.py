@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
-from experiments.parallel import last_words, lost_another, outlived
+from experiments.parallel import last_words
 
 Options = TypeVar("Options")
 
@@ -74,10 +74,6 @@ def run_command(main: Callable[[], None]) -> None:
         if isinstance(last_words("interrupted"), str):
             print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:
-        if not lost_another(error):
-            raise
-        sys.exit(outlived())
 
 
 def _one_line(error: Exception) -> str:

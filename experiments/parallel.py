@@ -7,6 +7,7 @@ anything. How the model and its optimizer are spread is the business of engines.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -203,6 +204,9 @@ def last_words(message: str) -> str | int:
     """What to end this process with: `message` and exit code 1, but no message if another process had one before."""
     if size() == 1:
         return message
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun quotes in its own account of the end
+        told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        Path(report).write_text(json.dumps({"message": told}))
     try:
         first = dist.distributed_c10d._get_default_store().add(LAST_WORDS, 1) == 1
     except RuntimeError:  # the store went with the process that had it

@@ -158,6 +158,7 @@ class _Run:
                 if parallel.is_main():
                     where = f"its weights and metrics are in {self.directory.path}"
                     print(f"stopped after step {trained.steps}: {where}", file=sys.stderr)
+                parallel.wait()  # torchrun ends all as soon as one has ended
             raise
         result |= {
             "tokens_per_s": trained.tokens / trained.seconds,
@@ -296,6 +297,10 @@ def main(cfg: DictConfig) -> sweep.Outcome | None:
         if sweeping:
             return sweep.Outcome(sweep.FAILED, str(error))
         sys.exit(parallel.last_words(f"error: {error}"))
+    except RuntimeError as error:  # likewise
+        if not parallel.lost_another(error):
+            raise
+        sys.exit(parallel.outlived())
     files = [path for path in sorted(Path(config.output_dir).iterdir()) if not path.name.startswith(".")]
     print(f"\n{results.table(result)}\n\nWritten:", *files, sep="\n  ")
 
