@@ -4,11 +4,13 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import random
 import resource
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import torch
 
 from experiments import parallel
@@ -58,6 +60,13 @@ def set_up_cpu(trainer: TrainerConfig) -> None:
         threads = max(1, usable_cores() // parallel.local_size())
     torch.set_num_threads(trainer.threads or threads)
     _keep_freed_memory()
+
+
+def seed(seed: int) -> None:
+    """As transformers.set_seed, which imports PEFT, bitsandbytes and inductor for it: seconds."""
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)  # of every device
 
 
 def usable_cores() -> int:

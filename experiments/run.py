@@ -19,14 +19,12 @@ A run that wrote checkpoints goes on from the newest, in its own directory and a
 """
 
 import contextlib
-import random
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import hydra
-import numpy
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -47,7 +45,7 @@ from experiments.generation import answer
 from experiments.measures import Measures
 from experiments.models import prepare_model
 from experiments.progress import bar
-from experiments.resuming import checkpoint_of, configured
+from experiments.resuming import Story, checkpoint_of, configured
 from experiments.runs import over_own_base, save_base, save_weights
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
@@ -79,27 +77,6 @@ def run(cfg: Config) -> dict:
         raise
 
 
-@dataclass
-class _Story:
-    """What cannot be measured again after a stop.
-
-    Attributes:
-        before: the evaluation before training.
-        texts_before: the answers to the sample prompts then.
-        measures_before: exact match and the second domain's loss then.
-        seconds: the run took so far, all in all.
-        joules: it used so far; None: the machine does not tell.
-        tracker_id: what the tracker knows the run by.
-    """
-
-    before: Evaluation | None = None
-    texts_before: list[str] | None = None
-    measures_before: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    joules: float | None = 0.0
-    tracker_id: str | None = None
-
-
 class _Run:
     """A run from its beginning, or from a checkpoint, to its result."""
 
@@ -113,7 +90,7 @@ class _Run:
         many = f", {parallel.size()} processes ({parallel.mode(cfg)})" if parallel.size() > 1 else ""
         print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}{many}: {machine.describe(device, dtype)}")
 
-        _seed(cfg.seed)
+        machine.seed(cfg.seed)
         self.engine = engine_of(cfg, device)
         start = cfg if checkpoint is None else over_own_base(cfg, directory.path)
         self.model, self.tokenizer = prepare_model(start, self.engine.loads_on, dtype)
@@ -127,7 +104,7 @@ class _Run:
         if not parallel.is_main():
             torch.manual_seed(parallel.seed_of(cfg.seed))  # until here all processes draw the same
         self.checkpoints = Checkpoints(directory.path, cfg, self.data)
-        self.story = _Story()
+        self.story = Story()
 
     def result(self) -> dict:
         """Train, write everything, return what result.json holds."""
@@ -141,7 +118,7 @@ class _Run:
                         save_base(cfg, self.model, self.tokenizer, self.directory.path)
         else:
             story = self.checkpoints.restore(self.checkpoint, self.trainer)
-            self.story = _Story(**story | {"before": Evaluation(**story["before"])})
+            self.story = Story.of_checkpoint(story)
             if parallel.is_main():
                 self.directory.rewind(cfg, self.trainer.trained.steps)
             print(f"going on after step {self.trainer.trained.steps} of {self.directory.path}")
@@ -208,7 +185,7 @@ class _Run:
             if prefix:  # it starts with tokens drawn at random, so the model as it was is the one without
                 set_adapter(self.model, None)
             measures = self.measures.measure(self.model)
-            self.story = _Story(measure(), self._answers(), measures, tracker_id=tracking.run_id)
+            self.story = Story(measure(), self._answers(), measures, tracker_id=tracking.run_id)
             if prefix:
                 set_adapter(self.model, DEFAULT)
         trainer.fit(self.data, log, measure, save, lambda: self.checkpoints.save_best(trainer))
@@ -276,13 +253,6 @@ class _Run:
         """What it used until now, likewise; None if the machine does not tell, or did not before a stop."""
         now = self.energy.joules()
         return None if now is None or self.story.joules is None else self.story.joules + now
-
-
-def _seed(seed: int) -> None:
-    """As transformers.set_seed, which imports PEFT, bitsandbytes and inductor for it: seconds."""
-    random.seed(seed)
-    numpy.random.seed(seed)
-    torch.manual_seed(seed)  # of every device
 
 
 @hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="config")
