@@ -62,7 +62,7 @@ def set_up_cpu(trainer: TrainerConfig) -> None:
     _keep_freed_memory()
 
 
-def seed(seed: int) -> None:
+def seed_all(seed: int) -> None:
     """As transformers.set_seed, which imports PEFT, bitsandbytes and inductor for it: seconds."""
     random.seed(seed)
     numpy.random.seed(seed)

@@ -90,7 +90,7 @@ class _Run:
         many = f", {parallel.size()} processes ({parallel.mode(cfg)})" if parallel.size() > 1 else ""
         print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}{many}: {machine.describe(device, dtype)}")
 
-        machine.seed(cfg.seed)
+        machine.seed_all(cfg.seed)
         self.engine = engine_of(cfg, device)
         start = cfg if checkpoint is None else over_own_base(cfg, directory.path)
         self.model, self.tokenizer = prepare_model(start, self.engine.loads_on, dtype)
