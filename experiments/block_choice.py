@@ -133,14 +133,8 @@ class Problem:
         return sum(self.bits[name][blocksize] for name, blocksize in choice.items())
 
 
-def pose(
-    shapes: Shapes,
-    allowed: Mapping[str, list[int]],
-    rises: Mapping[str, Mapping[int, float]],
-    double: bool,
-    budget: int,
-) -> Problem:
-    """The problem of choosing among `allowed`.
+def option_bits(shapes: Shapes, allowed: Mapping[str, list[int]], double: bool, budget: int) -> dict:
+    """Bits of the constants by linear and by each block size in `allowed`.
 
     Raises:
         UserError: no choice meets the budget; the message has the smallest possible one.
@@ -156,7 +150,14 @@ def pose(
             f"the constants take at least {least:,} bits, the budget is {max(budget, 0):,}: the smallest possible is "
             f"budget={math.ceil(share * 1e6) / 1e6:g}, which is bits={math.ceil(a_weight * 1e5) / 1e5:.5f}"
         )
-    return Problem({name: {size: rises[name][size] for size in sizes} for name, sizes in allowed.items()}, bits, budget)
+    return bits
+
+
+def pose(bits: Mapping[str, Mapping[int, int]], rises: Mapping[str, Mapping[int, float]], budget: int) -> Problem:
+    """The problem of choosing among the options of `bits`, of which `rises` has the predicted rises."""
+    return Problem(
+        {name: {size: rises[name][size] for size in options} for name, options in bits.items()}, bits, budget
+    )
 
 
 def solve(problem: Problem) -> dict[str, int]:

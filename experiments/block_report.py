@@ -24,6 +24,8 @@ def agreement(profile: Profile, dense: Trial, packed: list[Trial]) -> Iterator[s
     """Lines that say how well each sensitivity predicts the measured rises of the loss."""
     for sensitivity in SENSITIVITIES:
         predicted = [predicted_rise(profile, sensitivity, trial) for trial in packed]
+        if len(set(predicted)) < 3:  # of two points any correlation is 1
+            continue
         for name in dense.losses:
             measured = [trial.losses[name].above(dense.losses[name])[0] for trial in packed]
             line = f"  {sensitivity:<8}{name:<14}Spearman {spearmanr(predicted, measured).statistic:.2f}, Pearson "
@@ -38,7 +40,7 @@ def table(profile: Profile, trials: list[Trial]) -> str:
     dense, *packed = trials
     uniform = {trial.beside: trial for trial in packed if trial.kind == "uniform"}
     names = list(dense.losses)
-    heads = "".join(f"{name:>16}{'above dense':>18}{'above uniform':>20}" for name in names)
+    heads = "".join(f"{name:>16}{'above dense':>18}{'beside uniform':>26}" for name in names)
     lines = [f"{'held-out loss':<18}{'bits':>8}{heads}"]
     for trial in trials:
         line = f"{trial.title:<26}"
@@ -50,8 +52,9 @@ def table(profile: Profile, trials: list[Trial]) -> str:
                 line += "{:>10.4f} ± {:.4f}".format(*trial.losses[name].above(dense.losses[name])).rjust(18)
             versus = ""
             if trial.kind in ("tuned", "map") and trial.beside:
-                versus = "{:+.4f} ± {:.4f}".format(*trial.losses[name].above(uniform[trial.beside].losses[name]))
-            line += f"{versus:>20}"
+                above = trial.losses[name].above(uniform[trial.beside].losses[name])
+                versus = "{}: {:+.4f} ± {:.4f}".format(trial.beside, *above)
+            line += f"{versus:>26}"
         lines.append(line.rstrip())
     maps, alone = ([trial for trial in packed if (trial.kind == "alone") is flag] for flag in (False, True))
     lines += ["", f"predicted and measured rise of the loss over these {len(maps)} choices:"]

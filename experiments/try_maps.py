@@ -22,7 +22,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import machine
-from experiments.block_choice import budget_bits, constant_bits, solve
+from experiments.block_choice import constant_bits, solve
 from experiments.block_profile import Profile
 from experiments.block_report import as_csv, plot, table
 from experiments.block_trials import Losses, Packable, Trial, measure
@@ -34,7 +34,7 @@ from experiments.files import PROJECT_ROOT, writable_dir, write_atomically
 from experiments.models import load_model
 from experiments.progress import bar
 from experiments.quant_map import QuantMap, Shapes, blocksizes, write_map
-from experiments.tune_blocks import TuneConfig, by_kind, check, load_profile, problem_of, share_of
+from experiments.tune_blocks import TuneConfig, budget_of, by_kind, check, load_profile, problem_of
 from kernels.codebook import BLOCKSIZES
 from modules import decoder_linears
 from modules.linear import weight_shape
@@ -58,8 +58,7 @@ def plan(cfg: TrialConfig, profile: Profile) -> list[Trial]:
     def constants(choice: Mapping[str, int]) -> int:
         return sum(constant_bits(math.prod(shapes[name]), size, double) for name, size in choice.items())
 
-    budget = budget_bits(shapes, share_of(cfg), cfg.bits)
-    problem = problem_of(cfg, profile, budget)
+    problem = problem_of(cfg, profile, budget_of(cfg, shapes))
     everywhere = [size for size in sorted(set(cfg.candidates)) if all(size in sizes for sizes in problem.bits.values())]
     uniform = [Trial(f"all {size}", "uniform", dict.fromkeys(shapes, size), beside=size) for size in everywhere]
     tuned = [

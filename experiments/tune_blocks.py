@@ -29,6 +29,7 @@ from experiments.block_choice import (
     bits_per_weight,
     budget_bits,
     code_bits,
+    option_bits,
     pose,
     solve,
     solve_greedily,
@@ -41,7 +42,9 @@ from experiments.errors import UserError
 from experiments.files import PROJECT_ROOT, writable_dir
 from experiments.models import load_architecture, load_model
 from experiments.progress import bar
-from experiments.quant_map import QuantMap, write_map
+from experiments.quant_map import QuantMap, Shapes, write_map
+from modules import decoder_linears
+from modules.linear import weight_shape
 
 DEFAULT_BUDGET = 0.05
 
@@ -83,9 +86,20 @@ def check(cfg: TuneConfig) -> None:
         raise UserError(f"samples={cfg.samples}: choose 1 or more")
 
 
-def share_of(cfg: TuneConfig) -> float:
-    """The budget as a share of the codes' bytes, where `cfg.bits` does not set one."""
-    return DEFAULT_BUDGET if cfg.budget is None else cfg.budget
+def budget_of(cfg: TuneConfig, shapes: Shapes) -> int:
+    """The most bits that all constants may take."""
+    return budget_bits(shapes, DEFAULT_BUDGET if cfg.budget is None else cfg.budget, cfg.bits)
+
+
+def options(cfg: TuneConfig, shapes: Shapes, budget: int) -> dict[str, dict[int, int]]:
+    """The block sizes that each linear may have, with the bits of its constants.
+
+    Raises:
+        UserError: there are none, or none that meet the budget.
+    """
+    architecture = load_architecture(cfg.model) if cfg.quant.align == "head" else None
+    allowed = allowed_sizes(shapes, cfg.candidates, cfg.quant.align, architecture)
+    return option_bits(shapes, allowed, cfg.quant.double, budget)
 
 
 def measure_profile(cfg: TuneConfig) -> Profile:
@@ -97,6 +111,8 @@ def measure_profile(cfg: TuneConfig) -> Profile:
     dtype = machine.pick_dtype(trainer, device)
     print(f"profiling {cfg.model.name}: {machine.describe(device, dtype)}")
     model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
+    options(cfg, shapes, budget_of(cfg, shapes))  # minutes before it would be found that there are none
     examples = load_data(cfg.data, tokenizer).train[: cfg.samples]
     calibration = Calibration(model.to(device))
     calibration.see(examples, torch.Generator().manual_seed(cfg.seed), bar("calibrating"))
@@ -131,9 +147,7 @@ def load_profile(cfg: TuneConfig) -> Profile:
 
 def problem_of(cfg: TuneConfig, profile: Profile, budget: int) -> Problem:
     """The choice that `cfg` asks for, with at most `budget` bits of constants."""
-    architecture = load_architecture(cfg.model) if cfg.quant.align == "head" else None
-    allowed = allowed_sizes(profile.shapes, cfg.candidates, cfg.quant.align, architecture)
-    return pose(profile.shapes, allowed, profile.rises(cfg.sensitivity), cfg.quant.double, budget)
+    return pose(options(cfg, profile.shapes, budget), profile.rises(cfg.sensitivity), budget)
 
 
 def tune(cfg: TuneConfig) -> str:
@@ -144,7 +158,7 @@ def tune(cfg: TuneConfig) -> str:
     """
     check(cfg)
     profile = load_profile(cfg) if cfg.profile else measure_profile(cfg)
-    problem = problem_of(cfg, profile, budget_bits(profile.shapes, share_of(cfg), cfg.bits))
+    problem = problem_of(cfg, profile, budget_of(cfg, profile.shapes))
     best = solve(problem)
     text = table(cfg, profile, problem, best)
     directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
@@ -173,17 +187,19 @@ def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str
     ]
     sizes = sorted({size for rises in problem.rises.values() for size in rises})
     lines.append(
-        f"{'linears':<20}{'weights':>12}{'kurtosis':>10}{'outliers':>10}{'error':>8}   how many with blocks of"
+        f"{'linears':<20}{'weights':>12}{'kurtosis':>10}{'outliers':>10}{'spread':>9}{'error':>8}   "
+        "how many with blocks of"
     )
-    lines.append(f"{'':<52}{'at 64':>8}   " + "".join(f"{size:>6}" for size in sizes))
+    lines.append(f"{'':<61}{'at 64':>8}   " + "".join(f"{size:>6}" for size in sizes))
     for kind, names in by_kind(best).items():
         layers = [profile.layers[name] for name in names]
         counts = Counter(best[name] for name in names)
         mean = {key: sum(getattr(layer, key) for layer in layers) / len(layers) for key in ("kurtosis", "outliers")}
-        error = sum(layer.sizes[64]["error"] for layer in layers) / len(layers)
+        at_64 = [layer.sizes[min(64, max(layer.sizes))] for layer in layers]
+        mean |= {key: sum(values[key] for values in at_64) / len(layers) for key in ("spread", "error")}
         lines.append(
             f"{f'{len(names)} {kind}':<20}{sum(math.prod(layer.shape) for layer in layers):>12,}"
-            f"{mean['kurtosis']:>10.2f}{mean['outliers']:>10.3%}{error:>8.2%}   "
+            f"{mean['kurtosis']:>10.2f}{mean['outliers']:>10.3%}{mean['spread']:>9.2f}{mean['error']:>8.2%}   "
             + "".join(f"{counts[size] or '·':>6}" for size in sizes)
         )
     unit = "predicted rise (nats a token)" if cfg.sensitivity == "fisher" else "sum of relative output errors"
@@ -196,7 +212,7 @@ def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str
     for title, choice in (uniform | {"greedy": solve_greedily(problem), "tuned": best}).items():
         spent = problem.spent(choice)
         bits, share = bits_per_weight(profile.shapes, spent), spent / code_bits(profile.shapes)
-        lines.append(f"{title:<20}{bits:>15.4f}{share:>20.2%}   {problem.rise(choice):.4g}")
+        lines.append(f"{title:<20}{bits:>15.4f}{share:>20.2%}   {problem.rise(choice):.6g}")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from experiments.block_choice import (
     budget_bits,
     code_bits,
     constant_bits,
+    option_bits,
     pose,
     solve,
     solve_greedily,
@@ -84,16 +85,20 @@ def test_a_budget_met_to_the_bit_and_one_bit_less():
     rises = {name: {size: size / n for size in (32, 64, 4096)} for name, n in (("a", 5), ("b", 3))}
     allowed = {name: [32, 64, 4096] for name in shapes}
     exact = sum(constant_bits(math.prod(shape), 32, True) for shape in shapes.values())
-    assert solve(pose(shapes, allowed, rises, True, exact)) == {"a": 32, "b": 32}
-    less = pose(shapes, allowed, rises, True, exact - 1)
+
+    def problem(budget):
+        return pose(option_bits(shapes, allowed, True, budget), rises, budget)
+
+    assert solve(problem(exact)) == {"a": 32, "b": 32}
+    less = problem(exact - 1)
     assert less.spent(solve(less)) < exact
     least = sum(constant_bits(math.prod(shape), 4096, True) for shape in shapes.values())
-    assert solve(pose(shapes, allowed, rises, True, least)) == {"a": 4096, "b": 4096}
+    assert solve(problem(least)) == {"a": 4096, "b": 4096}
     with pytest.raises(UserError, match="smallest possible is budget=") as error:
-        pose(shapes, allowed, rises, True, least - 1)
+        problem(least - 1)
     share, bits = (float(part.partition("=")[2].strip(",")) for part in str(error.value).split() if "=" in part)
     for budget in (budget_bits(shapes, share, None), budget_bits(shapes, None, bits)):  # what it names suffices
-        pose(shapes, allowed, rises, True, budget)
+        problem(budget)
 
 
 def test_what_blocks_must_not_run_across():
