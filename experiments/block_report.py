@@ -2,10 +2,12 @@
 
 import csv
 import io
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from scipy.stats import pearsonr, spearmanr
 
 from experiments.block_choice import bits_per_weight
@@ -96,6 +98,7 @@ def plot(path: Path, model: str, profile: Profile, trials: list[Trial]) -> None:
     dense, *packed = trials
     names = list(dense.losses)
     uniform = {trial.beside: trial for trial in packed if trial.kind == "uniform"}
+    weights = sum(map(math.prod, profile.shapes.values()))
     figure = Figure(figsize=(6.2 * len(names), 6.6), layout="constrained")  # not pyplot, whose state a notebook shares
     figure.suptitle(f"{model} in NF4: block sizes tuned and uniform", fontsize="medium")
     panels = figure.subplots(2, len(names), squeeze=False, sharex=True, height_ratios=(2, 1))
@@ -108,24 +111,32 @@ def plot(path: Path, model: str, profile: Profile, trials: list[Trial]) -> None:
             of_kind = sorted((trial for trial in packed if trial.kind == kind), key=lambda trial: trial.constants)
             if not of_kind:
                 continue
-            bits = [bits_per_weight(profile.shapes, trial.constants) for trial in of_kind]
+            x_of_kind = [trial.constants / weights for trial in of_kind]
             style = {"color": colour, "marker": marker, "ls": line, "lw": 1.4, "label": kind}
-            upper.plot(bits, [trial.losses[name].mean for trial in of_kind], **style)
+            upper.plot(x_of_kind, [trial.losses[name].mean for trial in of_kind], **style)
             if kind == "uniform":
-                for x, trial in zip(bits, of_kind):
+                for x, trial in zip(x_of_kind, of_kind):
                     upper.annotate(
                         str(trial.beside), (x, trial.losses[name].mean), (4, 4), textcoords="offset points", fontsize=8
                     )
                 continue
-            compared = [
-                (x, *t.losses[name].above(uniform[t.beside].losses[name])) for x, t in zip(bits, of_kind) if t.beside
+            beside = [
+                (x, t.losses[name], uniform[t.beside].losses[name]) for x, t in zip(x_of_kind, of_kind) if t.beside
             ]
+            compared = [(x, *losses.above(others)) for x, losses, others in beside]
             x, y, error = zip(*compared)
             lower.errorbar(x, y, yerr=error, capsize=3, **style | {"ls": ""})
         upper.axhline(dense.losses[name].mean, color="0.4", ls="--", lw=1, label="dense")
         lower.axhline(0, color=BLUE, lw=1.4)
         upper.set(title=name, ylabel="held-out loss (nats a token)")
-        lower.set(xlabel="bits a weight, constants included", ylabel="tuned − uniform\n(± standard error)")
+        lower.set_xscale("log", base=2)
+        bits = [f"{bits_per_weight(profile.shapes, trial.constants):.3f}" for trial in uniform.values()]
+        lower.set_xticks([trial.constants / weights for trial in uniform.values()], bits)
+        lower.xaxis.set_minor_locator(NullLocator())
+        lower.set(
+            xlabel="bits a weight with constants (their logarithm is the axis)",
+            ylabel="tuned − uniform\n(± standard error)",
+        )
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
         upper.legend(frameon=False)
