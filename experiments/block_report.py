@@ -120,12 +120,10 @@ def plot(path: Path, model: str, profile: Profile, trials: list[Trial]) -> None:
                         str(trial.beside), (x, trial.losses[name].mean), (4, 4), textcoords="offset points", fontsize=8
                     )
                 continue
-            beside = [
-                (x, t.losses[name], uniform[t.beside].losses[name]) for x, t in zip(x_of_kind, of_kind) if t.beside
-            ]
-            compared = [(x, *losses.above(others)) for x, losses, others in beside]
-            x, y, error = zip(*compared)
-            lower.errorbar(x, y, yerr=error, capsize=3, **style | {"ls": ""})
+            for x, trial in zip(x_of_kind, of_kind):
+                if trial.beside:
+                    difference, error = trial.losses[name].above(uniform[trial.beside].losses[name])
+                    lower.errorbar(x, difference, yerr=error, capsize=3, **style | {"ls": ""})
         upper.axhline(dense.losses[name].mean, color="0.4", ls="--", lw=1, label="dense")
         lower.axhline(0, color=BLUE, lw=1.4)
         upper.set(title=name, ylabel="held-out loss (nats a token)")
@@ -133,10 +131,8 @@ def plot(path: Path, model: str, profile: Profile, trials: list[Trial]) -> None:
         bits = [f"{bits_per_weight(profile.shapes, trial.constants):.3f}" for trial in uniform.values()]
         lower.set_xticks([trial.constants / weights for trial in uniform.values()], bits)
         lower.xaxis.set_minor_locator(NullLocator())
-        lower.set(
-            xlabel="bits a weight with constants (their logarithm is the axis)",
-            ylabel="tuned − uniform\n(± standard error)",
-        )
+        lower.set(xlabel="bits a weight with constants, whose logarithm is the axis")
+        lower.set(ylabel="tuned − uniform\n(± standard error)")
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
         upper.legend(frameon=False)
