@@ -8,7 +8,7 @@ from pathlib import Path
 
 from experiments.errors import UserError
 
-RESULT, METRICS = "result.json", "metrics.jsonl"  # in a run's directory
+RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 

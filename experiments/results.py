@@ -12,7 +12,7 @@ from torch import nn
 from experiments.config import ADAPTER_KEYS, Config, flat
 from experiments.errors import UserError
 from experiments.evaluation import Evaluation
-from experiments.files import METRICS, RESULT, write_atomically
+from experiments.files import METRICS, RESULT, SPECTRUM, write_atomically
 from experiments.runs import write_config
 from experiments.spectrum import as_csv
 from modules import NF4Linear, adapters, decoder_linears
@@ -60,7 +60,7 @@ class RunDirectory:
     def write_spectra(self, rows: list[dict]) -> None:
         """Write spectrum.csv, a line an adapted linear (experiments/spectrum.py); nothing without an adapter."""
         if rows:
-            write_atomically(self.path / "spectrum.csv", as_csv(rows))
+            write_atomically(self.path / SPECTRUM, as_csv(rows))
 
     def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
         """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""

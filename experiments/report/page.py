@@ -10,11 +10,20 @@ from experiments.report.plots import Picture
 from experiments.report.runs import MEASURES, Group, Run, disagreements, shown
 from experiments.report.statistics import Difference, Mean, Verdict, mean, method_differences, verdict
 
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto}
-th,td{padding:.25em .8em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
-th:first-child,td:first-child{text-align:left}img{max-width:100%}figure{margin:1.5em 0}
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:84em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto;font-size:.85em}
+th,td{padding:.25em .6em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th{white-space:normal;vertical-align:bottom}th:first-child,td:first-child{text-align:left}
+img{max-width:100%}figure{margin:1.5em 0}
 figcaption,details{color:#444;font-size:.9em}code{font-size:.9em}"""
+
+
+MORE = {  # what only some runs measure, and its column
+    "exact_match_after": "exact match",
+    "second_loss_rise": "second loss rose by",
+    "effective_rank": "effective rank",
+    "cpu_energy_joules": "energy",
+}
 
 
 @dataclass
@@ -96,7 +105,20 @@ def _conclusions(settings: dict[str, list[Run]], found: Verdict) -> list[str]:
         label = found.cheapest(settings, measure)
         value = number(measure, mean(settings[label], measure))
         lines.append(f"- Of those {'' if len(found.level_with) > 1 else '(it alone) '}{what}: **{label}**, {value}.")
+    for measure, (what, direction) in {
+        "exact_match_after": ("Most right answers", -1),
+        "second_loss_rise": ("Least forgotten (rise of the loss on the second domain)", 1),
+    }.items():
+        measured = {label: mean(runs, measure) for label, runs in settings.items()}
+        measured = {label: m for label, m in measured.items() if m.n}
+        if measured:
+            label = min(measured, key=lambda label: direction * measured[label].mean)
+            lines.append(f"- {what}: **{label}**, {number(measure, measured[label])}.")
     return lines
+
+
+def _all(settings: dict[str, list[Run]]) -> list[Run]:
+    return [run for runs in settings.values() for run in runs]
 
 
 def _seeds(n: int) -> str:
@@ -106,6 +128,8 @@ def _seeds(n: int) -> str:
 def _settings_table(settings: dict[str, list[Run]], found: Verdict) -> Table:
     header = ["setting", "seeds", "loss before", "loss after", "− best [95 %]", "perplexity", "token accuracy"]
     header += ["training time", "peak memory", "trained", "adapter", "bits a weight"]
+    more = {name: title for name, title in MORE.items() if any(name in run.measures for run in _all(settings))}
+    header += more.values()
     rows = []
     for label in sorted(settings, key=lambda label: mean(settings[label], "loss_after").mean):
         runs = settings[label]
@@ -122,6 +146,7 @@ def _settings_table(settings: dict[str, list[Run]], found: Verdict) -> Table:
                 number("token_accuracy_after", values["token_accuracy_after"]),
                 *(number(name, values[name]) for name in ("train_seconds", "peak_memory_bytes", "trainable_params")),
                 *(number(name, values[name]) for name in ("adapter_bytes", "bits_per_weight")),
+                *(number(name, mean(runs, name)) for name in more),
             ]
         )
     note = (
@@ -164,7 +189,13 @@ def number(measure: str, m: Mean) -> str:
         "trainable_params": (1, "", 0),
         "adapter_bytes": (1e-6, " MB", 2),
         "bits_per_weight": (1, "", 3),
+        "exact_match_after": (100, " %", 1),
+        "second_loss_rise": (1, "", 3),
+        "effective_rank": (1, "", 1),
+        "cpu_energy_joules": (1e-3, " kJ", 2),
     }[measure]
+    if not m.n:
+        return "–"
     text = f"{m.mean * scale:,.{digits}f}"
     if m.std > 0:
         text += f" ± {m.std * scale:,.{digits}f}"

@@ -1,61 +1,39 @@
-"""The report's pictures, and of each the runs behind it."""
+"""The report's pictures of loss: by setting, rank, block size, cost and step; `pictures` makes these and the others."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy
 from matplotlib import ticker
-from matplotlib.figure import Figure
 
-from experiments.report.runs import Group, Run
-from experiments.report.statistics import Mean, front, mean
+from experiments.report.drawing import (
+    COLOURS,
+    LOSS,
+    Picture,
+    errorbar,
+    finish,
+    log_ticks,
+    new_figure,
+    scatter,
+    series_of,
+    style,
+)
+from experiments.report.measure_plots import exact_match, forgetting, rank_in_use, target_modules
+from experiments.report.runs import Group
+from experiments.report.statistics import mean
 
-# Okabe and Ito's palette and markers: distinct to colour-blind readers and, by the markers, in grey. Eight colours and
-# seven markers give 56 different pairs.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LOSS = "held-out loss (nats a token)"
-MAX_LABELS = 8  # curves that one panel can hold
+LINES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of levels, so that colour alone need not tell
 
-
-@dataclass
-class Picture:
-    """A figure, what it shows, and the runs behind it."""
-
-    name: str
-    caption: str
-    figure: Figure
-    runs: list[Run]
-
-
-def style(position: int) -> dict:
-    return {"color": COLOURS[position % len(COLOURS)], "marker": MARKERS[position % len(MARKERS)], "ms": 6}
+MAX_CURVES = 10  # in one panel
 
 
 def pictures(group: Group) -> list[Picture]:
     """Those that the group's runs have something to say in."""
-    makers: tuple[Callable[[Group], Picture | None], ...] = (settings, rank, block_size, cost, curves)
+    makers: tuple[Callable[[Group], Picture | None], ...] = (
+        *(settings, rank, block_size, target_modules, cost, exact_match, forgetting, rank_in_use, curves),
+    )
     return [picture for maker in makers if (picture := maker(group)) is not None]
-
-
-def _figure(group: Group, title: str, runs: list[Run], columns: int = 1, height: float = 4.4, width: float = 0):
-    figure = Figure(figsize=(width or (7.4 if columns == 1 else 5.6 * columns), height), layout="constrained")
-    seeds = sorted({run.seed for run in runs})
-    who = f"{len(runs)} runs, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    figure.suptitle(f"{title}\n{group.title}; {who}", fontsize="medium")
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _finish(axes, **labels) -> None:
-    axes.set(**labels)
-    axes.grid(alpha=0.3)
-
-
-def _errorbar(axes, x: list, means: list[Mean], **kwargs) -> None:
-    deviations = [0.0 if math.isnan(m.std) else m.std for m in means]
-    axes.errorbar(x, [m.mean for m in means], yerr=deviations if any(deviations) else None, capsize=3, **kwargs)
 
 
 def settings(group: Group) -> Picture | None:
@@ -65,7 +43,7 @@ def settings(group: Group) -> Picture | None:
         return None
     labels = sorted(by_setting, key=lambda label: mean(by_setting[label], "loss_after").mean, reverse=True)
     height = 1.6 + 0.3 * len(labels)
-    figure, (after, both) = _figure(group, "Held-out loss of every setting", group.runs, 2, height)
+    figure, (after, both) = new_figure(group, "Held-out loss of every setting", group.runs, 2, height)
     for row, label in enumerate(labels):
         runs = by_setting[label]
         losses = [run.measures["loss_after"] for run in runs]
@@ -83,27 +61,13 @@ def settings(group: Group) -> Picture | None:
         axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     after.set_yticks(range(len(labels)), labels)
     both.set_yticks(range(len(labels)), [""] * len(labels))
-    _finish(after, xlabel=f"{LOSS}, after")
-    _finish(both, xlabel=LOSS)
+    finish(after, xlabel=f"{LOSS}, after")
+    finish(both, xlabel=LOSS)
     caption = (
         "Held-out loss of every setting, best on top. Left: after training, each seed and the mean ± standard "
         "deviation over seeds. Right: the mean before and after."
     )
     return Picture("settings", caption, figure, group.runs)
-
-
-def _series(group: Group, key: str, runs: list[Run]) -> dict[str, dict[float, list[Run]]]:
-    """By setting without `key`: the runs at each of its values, in order."""
-    series = defaultdict(lambda: defaultdict(list))
-    for run in runs:
-        series[group.label(run, without=(key,))][run.config[key]].append(run)
-    return {label: dict(sorted(points.items())) for label, points in series.items()}
-
-
-def _log_ticks(axes, values: set[float]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
 def rank(group: Group) -> Picture | None:
@@ -112,20 +76,23 @@ def rank(group: Group) -> Picture | None:
         return None
     ranked = [run for run in group.runs if "rank" in run.config]
     unranked = {label: runs for label, runs in group.settings().items() if "rank" not in runs[0].config}
-    figure, (axes,) = _figure(group, "Held-out loss by rank", group.runs)
-    series = _series(group, "rank", ranked)
+    series = series_of(group, "rank", ranked)
+    if max(map(len, series.values())) < 2:  # a search: no two runs differ in rank alone
+        return None
+    figure, (axes,) = new_figure(group, "Held-out loss by rank", group.runs)
     positions = {label: position for position, label in enumerate(sorted([*series, *unranked]))}
     for number, (label, points) in enumerate(series.items()):
         beside = 2 ** (0.06 * (number - (len(series) - 1) / 2))  # so that the bars of two series do not hide each other
         means = [mean(runs, "loss_after") for runs in points.values()]
-        _errorbar(axes, [x * beside for x in points], means, label=label, lw=1.4, **style(positions[label]))
-    for label, runs in unranked.items():
+        errorbar(axes, [x * beside for x in points], means, label=label, lw=1.4, **style(positions[label]))
+    for number, (label, runs) in enumerate(unranked.items()):
+        line = LINES[number % len(LINES)]
         level, colour = mean(runs, "loss_after"), style(positions[label])["color"]
-        axes.axhline(level.mean, color=colour, ls="--", lw=1.4, label=f"{label} (has no rank)")
+        axes.axhline(level.mean, color=colour, ls=line, lw=1.4, label=f"{label} (has no rank)")
         if level.n > 1:
             axes.axhspan(level.mean - level.std, level.mean + level.std, color=colour, alpha=0.15, lw=0)
-    _log_ticks(axes, {run.config["rank"] for run in ranked})
-    _finish(axes, xlabel="rank", ylabel=LOSS)
+    log_ticks(axes, {run.config["rank"] for run in ranked})
+    finish(axes, xlabel="rank", ylabel=LOSS)
     figure.legend(
         *axes.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=4
     )
@@ -140,15 +107,18 @@ def block_size(group: Group) -> Picture | None:
     if key not in group.varied:
         return None
     runs = [run for run in group.runs if key in run.config]
-    figure, panels = _figure(group, "Block size of the packed base", runs, 3, 4.6, 14)
+    series = series_of(group, key, runs)
+    if max(map(len, series.values())) < 2:
+        return None
+    figure, panels = new_figure(group, "Block size of the packed base", runs, 3, 4.6, 14)
     measures = {"loss_after": f"{LOSS}, after", "loss_before": f"{LOSS}, before", "bits_per_weight": "bits a weight"}
     for axes, (measure, label) in zip(panels, measures.items()):
-        for position, (name, points) in enumerate(_series(group, key, runs).items()):
-            _errorbar(
+        for position, (name, points) in enumerate(series.items()):
+            errorbar(
                 axes, list(points), [mean(r, measure) for r in points.values()], label=name, lw=1.6, **style(position)
             )
-        _log_ticks(axes, {run.config[key] for run in runs})
-        _finish(axes, xlabel="block size (weights that share an absmax)", ylabel=label)
+        log_ticks(axes, {run.config[key] for run in runs})
+        finish(axes, xlabel="block size (weights that share an absmax)", ylabel=label)
         axes.tick_params(axis="x", labelsize="small")
     figure.legend(
         *panels[0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=3
@@ -165,33 +135,11 @@ def cost(group: Group) -> Picture | None:
     by_setting = group.settings()
     if len(by_setting) < 2:
         return None
-    figure, panels = _figure(group, "Held-out loss by cost", group.runs, 2, 5.2, 13)
+    figure, panels = new_figure(group, "Held-out loss by cost", group.runs, 2, 5.2, 13)
     methods = sorted({run.method for run in group.runs})
     scales = {"train_seconds": (1, "training time (s)"), "peak_memory_bytes": (1e9, "peak memory (GB)")}
     for axes, (measure, (scale, label)) in zip(panels, scales.items()):
-        points = {}
-        for name, runs in by_setting.items():
-            x, y = mean(runs, measure), mean(runs, "loss_after")
-            points[name] = (x.mean / scale, y.mean)
-            bars = {"xerr": x.std / scale, "yerr": y.std} if x.n > 1 else {}
-            seen = runs[0].method in axes.get_legend_handles_labels()[1]
-            axes.errorbar(
-                *points[name],
-                **bars,
-                ls="none",
-                elinewidth=0.8,
-                label=None if seen else runs[0].method,
-                **style(methods.index(runs[0].method)),
-            )
-        best = front(points)
-        axes.step(*zip(*(points[name] for name in best)), where="post", color="0.4", ls=":", lw=1.4, zorder=0)
-        axes.plot(
-            *zip(*(points[name] for name in best)), "o", mfc="none", mec="0.2", ms=13, label="Pareto front", ls="none"
-        )
-        for name in best:
-            axes.annotate(name, points[name], xytext=(8, 8), textcoords="offset points", fontsize="x-small")
-        axes.margins(x=0.18, y=0.12)
-        _finish(axes, xlabel=label, ylabel=LOSS)
+        scatter(axes, by_setting, measure, scale, label, methods)
     figure.legend(
         *panels[0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=7
     )
@@ -210,11 +158,13 @@ def curves(group: Group) -> Picture | None:
         return None
     by_setting = {label: [r for r in runs if r.curve] for label, runs in group.settings().items()}
     by_setting = {label: runs for label, runs in by_setting.items() if runs}
+    settings_of = Counter(runs[0].method for runs in by_setting.values())
     panels = defaultdict(dict)
     for label, runs in by_setting.items():
-        panels[runs[0].method if len(by_setting) > MAX_LABELS else ""][label] = runs
+        alone = len(by_setting) <= MAX_CURVES or settings_of[runs[0].method] == 1
+        panels["" if alone else runs[0].method][label] = runs
     height = 4.4 if len(panels) == 1 else 3.2 * len(panels)
-    figure, _ = _figure(group, "Training curves", shown_runs, 1, height, 12)
+    figure, _ = new_figure(group, "Training curves", shown_runs, 1, height, 12)
     figure.axes[0].remove()
     grid = figure.subplots(len(panels), 2, squeeze=False, sharex=True, sharey="col")
     for (left, right), members in zip(grid, panels.values()):
@@ -222,10 +172,11 @@ def curves(group: Group) -> Picture | None:
             for axes, key, marks in ((left, "loss", False), (right, "heldout_loss", True)):
                 steps, middle, deviation = band([run.curve for run in runs], key)
                 look = style(position) if marks else {"color": style(position)["color"]}
-                axes.plot(steps, middle, lw=1.4, label=label, **look)
+                line = "-" if position < len(COLOURS) else "--"
+                axes.plot(steps, middle, lw=1.4, ls=line, label=label, **look)
                 axes.fill_between(steps, middle - deviation, middle + deviation, color=look["color"], alpha=0.15, lw=0)
-        _finish(left, xlabel="optimizer step", ylabel="loss of the training batch (nats a token)")
-        _finish(right, xlabel="optimizer step", ylabel=LOSS)
+        finish(left, xlabel="optimizer step", ylabel="loss of the training batch (nats a token)")
+        finish(right, xlabel="optimizer step", ylabel=LOSS)
         left.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         right.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     caption = (

@@ -1,9 +1,10 @@
 """Read the results in a folder, and sort them into groups that can be compared.
 
 A result.json says itself what it is of (its "config"), so the file alone is enough; the training curves come from the
-metrics.jsonl beside it, where there is one.
+metrics.jsonl and the layers' ranks from the spectrum.csv beside it, where there are such.
 """
 
+import csv
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.files import METRICS, RESULT, directory_atomically
+from experiments.files import METRICS, RESULT, SPECTRUM, directory_atomically
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
 MEASURES = {
@@ -44,6 +45,7 @@ class Run:
         config: every value that it computed with, by full key.
         measures: every number that it measured, by name; those of a nested object as `object.name`.
         curve: the records of metrics.jsonl; none where that is missing.
+        effective_ranks: of each adapted linear's update, by its name: spectrum.csv.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Run:
     measures: dict[str, float]
     about: dict[str, str]  # commit and versions of packages
     curve: list[dict] = field(default_factory=list)
+    effective_ranks: dict[str, float] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -124,7 +127,7 @@ def copy_runs(runs: list[Run], folder: Path, copy: Path) -> None:
         UserError: `copy` has something in it that is no part of a copy.
     """
     for path in [copy, *copy.rglob("*")] if copy.exists() else []:
-        if not (path.is_dir() or path.name in (RESULT, METRICS) or path.parent == copy / "report"):
+        if not (path.is_dir() or path.name in (RESULT, METRICS, SPECTRUM) or path.parent == copy / "report"):
             raise UserError(f"{path} is no part of a copy of results: choose another folder than {copy}")
     with directory_atomically(copy) as directory:
         for run in runs:
@@ -132,6 +135,9 @@ def copy_runs(runs: list[Run], folder: Path, copy: Path) -> None:
             for name in (RESULT, METRICS):
                 if (folder / run.name / name).exists():
                     shutil.copyfile(folder / run.name / name, directory / run.name / name)
+            if run.effective_ranks:  # the singular values themselves are most of the file
+                lines = ["layer,effective_rank", *(f"{layer},{r:.4g}" for layer, r in run.effective_ranks.items())]
+                (directory / run.name / SPECTRUM).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _read(path: Path, folder: Path) -> Run:
@@ -153,15 +159,19 @@ def _read(path: Path, folder: Path) -> Run:
     if wrong:
         raise ValueError(f"missing or not a finite number: {', '.join(wrong)}")
     versions = result.get("versions")
+    measures = {name: value for name, value in _numbers(result) if name not in NO_MEASURE}
+    if "second_loss_after" in measures:
+        measures["second_loss_rise"] = measures["second_loss_after"] - measures["second_loss_before"]
     return Run(
         name=str(path.parent.relative_to(folder)),
         identity=result["config_hash"],
         version=result["results_version"],
         seed=result["seed"],
         config=result["config"],
-        measures={name: value for name, value in _numbers(result) if name not in NO_MEASURE},
+        measures=measures,
         about={"commit": result.get("commit") or "unknown", **(versions if isinstance(versions, dict) else {})},
         curve=_curve(path.parent / METRICS),
+        effective_ranks=_effective_ranks(path.parent / SPECTRUM),
     )
 
 
@@ -192,6 +202,14 @@ def _curve(path: Path) -> list[dict]:
         if isinstance(record, dict) and _is_number(record.get("step")):
             records.append(record)
     return records
+
+
+def _effective_ranks(path: Path) -> dict[str, float]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return {row["layer"]: float(row["effective_rank"]) for row in csv.DictReader(file)}
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole
+        return {}
 
 
 def group(runs: list[Run]) -> list[Group]:

@@ -14,15 +14,21 @@ LEVEL = 0.95
 
 @dataclass
 class Mean:
-    """A mean over seeds and their standard deviation (n − 1 in the denominator); NaN for one seed."""
+    """A mean over seeds and their standard deviation (n − 1 in the denominator): NaN for one seed, both for none."""
 
     mean: float
     std: float
     n: int
 
+    def scaled(self, factor: float) -> "Mean":
+        return Mean(self.mean * factor, self.std * factor, self.n)
+
 
 def mean(runs: list[Run], measure: str) -> Mean:
-    values = [run.measures[measure] for run in runs]
+    """Of the runs that measured it."""
+    values = [run.measures[measure] for run in runs if measure in run.measures]
+    if not values:
+        return Mean(math.nan, math.nan, 0)
     return Mean(
         float(numpy.mean(values)), float(numpy.std(values, ddof=1)) if len(values) > 1 else math.nan, len(values)
     )

@@ -17,7 +17,7 @@ from experiments.report.plots import band, pictures
 from experiments.report.runs import MEASURES, group, read_runs, shown
 from experiments.report.statistics import by_seed, difference, front, mean, method_differences, verdict
 
-ADAPTERS = {"full": "none", "lora": "lora", "qlora": "lora", "dora": "dora", "qdora": "dora"}
+ADAPTERS = {"bitfit": "bitfit", "full": "none", "lora": "lora", "qlora": "lora", "dora": "dora", "qdora": "dora"}
 
 
 def write_run(folder: Path, method: str, seed: int, loss: float, curve: bool = True, **changes) -> Path:
@@ -29,7 +29,7 @@ def write_run(folder: Path, method: str, seed: int, loss: float, curve: bool = T
         **{"method.name": method, "method.adapter": ADAPTERS[method], "method.lr": 1e-3, "lr": 1e-3},
         **{"quant.name": quant, "trainer.name": "default", "trainer.steps": 20, "seed": seed},
     }
-    if method != "full":
+    if method not in ("full", "bitfit"):
         config |= {"rank": 16, "dropout": 0.0, "target_modules": "all-linear"}
     if quant == "nf4":
         config |= {"quant.blocksize": 64, "quant.double": True}
@@ -175,6 +175,40 @@ def test_block_sizes_are_drawn_with_their_bits(tmp_path):
     assert [axes.get_ylabel() for axes in panels][2] == "bits a weight"
     bits = panels[2].get_lines()[0].get_xydata().tolist()
     assert [x for x, _ in bits] == [32, 256, 4096] and bits[0][1] == pytest.approx(4 + 8.127 / 32)
+
+
+def test_what_else_was_measured_is_drawn_and_told(terminal, tmp_path):
+    for row, (method, modules) in enumerate([("lora", ["q_proj"]), ("lora", "all-linear"), ("bitfit", None)]):
+        for seed in range(2):
+            changes = {"target_modules": modules} if modules else {}
+            path = write_run(tmp_path, method, seed, 2.9 - row / 10 + seed / 100, second__name="arithmetic", **changes)
+            result = json.loads((path / "result.json").read_text())
+            result |= {"exact_match_before": 0.0, "exact_match_after": 0.5 + row / 10, "second_loss_before": 2.0}
+            result |= {"second_loss_after": 2.1 - row / 20, "cpu_energy_joules": None}
+            result |= {f"exact_match_level_{n}_{when}": 0.5 for n in (1, 2) for when in ("before", "after")}
+            (path / "result.json").write_text(json.dumps(result))
+            if modules:
+                ranks = "".join(f"model.layers.{n}.self_attn.q_proj,{2 + n}\n" for n in range(3))
+                (path / "spectrum.csv").write_text(f"layer,effective_rank\n{ranks}")
+    [one] = groups_of(tmp_path)
+    drawn = {picture.name: picture for picture in pictures(one)}
+    assert drawn.keys() == {
+        *("settings", "target_modules", "cost", "exact_match", "forgetting", "rank_in_use", "curves"),
+    }
+    assert [len(drawn[name].runs) for name in ("target_modules", "rank_in_use", "exact_match")] == [4, 4, 6]
+    by_kind, by_depth = drawn["rank_in_use"].figure.axes
+    assert [line.get_ydata().tolist() for line in by_depth.get_lines()[:1]] == [[2, 3, 4]]
+    assert by_kind.get_lines()[0].get_ydata().tolist() == [3]
+    assert [label.get_text() for label in drawn["exact_match"].figure.axes[0].get_xticklabels()] == [
+        *("all", "level 1", "level 2"),
+    ]
+    copy = tmp_path / "copy"
+    assert terminal(command, str(tmp_path), "--to", str(copy))[0] == 0
+    markdown = (copy / "report" / "report.md").read_text()
+    assert "Most right answers: **bitfit**, 70.0 %." in markdown and "exact match | second loss rose by |" in markdown
+    assert "Least forgotten (rise of the loss on the second domain): **bitfit**, 0.000." in markdown
+    assert [run.effective_ranks for run in read_runs(copy)[0]] == [run.effective_ranks for run in one.runs]
+    assert "energy" not in markdown  # nobody measured it
 
 
 def test_models_data_and_versions_are_kept_apart_and_it_is_said(terminal, results):

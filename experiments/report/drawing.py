@@ -1,0 +1,86 @@
+"""What the report's pictures share: colours, a figure with its title, error bars, the order of settings."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from experiments.report.runs import Group, Run
+from experiments.report.statistics import Mean, front, mean
+
+# Okabe and Ito's palette and markers: distinct to colour-blind readers and, by the markers, in grey. Eight colours and
+# seven markers give 56 different pairs.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LOSS = "held-out loss (nats a token)"
+MAX_LABELS = 8  # curves that one panel can hold
+
+
+@dataclass
+class Picture:
+    """A figure, what it shows, and the runs behind it."""
+
+    name: str
+    caption: str
+    figure: Figure
+    runs: list[Run]
+
+
+def style(position: int) -> dict:
+    return {"color": COLOURS[position % len(COLOURS)], "marker": MARKERS[position % len(MARKERS)], "ms": 6}
+
+
+def new_figure(group: Group, title: str, runs: list[Run], columns: int = 1, height: float = 4.4, width: float = 0):
+    figure = Figure(figsize=(width or (7.4 if columns == 1 else 5.6 * columns), height), layout="constrained")
+    seeds = sorted({run.seed for run in runs})
+    who = f"{len(runs)} runs, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    figure.suptitle(f"{title}\n{group.title}; {who}", fontsize="medium")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
+
+
+def finish(axes, **labels) -> None:
+    axes.set(**labels)
+    axes.grid(alpha=0.3)
+
+
+def errorbar(axes, x: list, means: list[Mean], **kwargs) -> None:
+    deviations = [0.0 if math.isnan(m.std) else m.std for m in means]
+    axes.errorbar(x, [m.mean for m in means], yerr=deviations if any(deviations) else None, capsize=3, **kwargs)
+
+
+def series_of(group: Group, key: str, runs: list[Run]) -> dict[str, dict[float, list[Run]]]:
+    """By setting without `key`: the runs at each of its values, in order."""
+    series = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        series[group.label(run, without=(key,))][run.config[key]].append(run)
+    return {label: dict(sorted(points.items())) for label, points in series.items()}
+
+
+def log_ticks(axes, values: set[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+
+
+def scatter(axes, settings: dict[str, list[Run]], measure: str, scale: float, label: str, methods: list[str]) -> None:
+    """Loss after training against a cost, a point a setting in the look of its method, with the Pareto front."""
+    points = {}
+    for name, runs in settings.items():
+        x, y = mean(runs, measure), mean(runs, "loss_after")
+        points[name] = (x.mean / scale, y.mean)
+        bars = {"xerr": x.std / scale, "yerr": y.std} if x.n > 1 else {}
+        method = runs[0].method
+        seen = method in axes.get_legend_handles_labels()[1]
+        look = style(methods.index(method))
+        axes.errorbar(*points[name], **bars, ls="none", elinewidth=0.8, label=None if seen else method, **look)
+    best = front(points)
+    axes.step(*zip(*(points[name] for name in best)), where="post", color="0.4", ls=":", lw=1.4, zorder=0)
+    axes.plot(
+        *zip(*(points[name] for name in best)), "o", mfc="none", mec="0.2", ms=13, label="Pareto front", ls="none"
+    )
+    for name in best:
+        axes.annotate(name, points[name], xytext=(8, 8), textcoords="offset points", fontsize="x-small")
+    axes.margins(x=0.18, y=0.12)
+    finish(axes, xlabel=label, ylabel=LOSS)
