@@ -21,6 +21,7 @@ A run that wrote checkpoints goes on from the newest, in its own directory and a
 import contextlib
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -46,7 +47,7 @@ from experiments.measures import Measures
 from experiments.models import prepare_model
 from experiments.progress import bar
 from experiments.resuming import Story, checkpoint_of, configured
-from experiments.runs import over_own_base, save_base, save_weights
+from experiments.runs import ADAPTER, over_own_base, save_base, save_weights
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
 from modules import set_adapter
@@ -55,10 +56,14 @@ from modules.config import changes_base
 from modules.prefix import virtual_tokens
 
 
-def run(cfg: Config) -> dict:
+def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | None = None) -> dict:
     """Train as `cfg` says, write everything to `cfg.output_dir`, return what result.json holds.
 
     With `cfg.resume` training goes on from a checkpoint, in the directory of the run that wrote it.
+
+    Args:
+        base: a directory with the configured model packed as `cfg.quant` says (experiments/shared_base.py).
+        watch: gets every record of metrics.jsonl when it is written; what it raises stops the run.
 
     Raises:
         UserError: something in the configuration or the files it names is wrong; the message says what to do.
@@ -70,7 +75,7 @@ def run(cfg: Config) -> dict:
         raise UserError(f"{old[-1]} is there: go on from it with resume=latest, or choose another output_dir")
     directory = results.RunDirectory(writable_dir(path, "set output_dir to a folder"))
     try:
-        return _Run(cfg, directory, checkpoint).result()
+        return _Run(cfg, directory, checkpoint, base, watch).result()
     except BaseException:
         with contextlib.suppress(OSError):
             directory.path.rmdir()  # nothing was written yet: leave no empty directory behind
@@ -80,8 +85,15 @@ def run(cfg: Config) -> dict:
 class _Run:
     """A run from its beginning, or from a checkpoint, to its result."""
 
-    def __init__(self, cfg: Config, directory: results.RunDirectory, checkpoint: Path | None):
-        self.cfg, self.directory, self.checkpoint = cfg, directory, checkpoint
+    def __init__(
+        self,
+        cfg: Config,
+        directory: results.RunDirectory,
+        checkpoint: Path | None,
+        base: Path | None,
+        watch: Callable[[dict], None] | None,
+    ):
+        self.cfg, self.directory, self.checkpoint, self.watch = cfg, directory, checkpoint, watch
         self.start, self.energy = time.perf_counter(), EnergyMeter()
         device = machine.pick_device(cfg.trainer)
         if device.type == "cpu":
@@ -93,7 +105,7 @@ class _Run:
         machine.seed_all(cfg.seed)
         self.engine = engine_of(cfg, device)
         start = cfg if checkpoint is None else over_own_base(cfg, directory.path)
-        self.model, self.tokenizer = prepare_model(start, self.engine.loads_on, dtype)
+        self.model, self.tokenizer = prepare_model(start, self.engine.loads_on, dtype, base)
         self.storage = results.storage(self.model)
         self.engine.place(self.model)
         self.data = load_data(cfg.data, self.tokenizer)
@@ -163,6 +175,8 @@ class _Run:
             if parallel.is_main():
                 self.directory.log(record)
             tracking.log(record)
+            if self.watch:
+                self.watch(record)
 
         def measure() -> Evaluation:
             evaluation = evaluate(
@@ -195,7 +209,8 @@ class _Run:
             self.checkpoints.restore_best(trainer)
 
         layers = self._save_weights(finished=True)
-        self._write_pictures()
+        samples = self._samples()
+        self._write_pictures(samples)
         result = {
             "method": cfg.method.name,
             "rank": cfg.rank,
@@ -207,6 +222,9 @@ class _Run:
             **self.storage,
         }
         tracking.summarize(result)
+        tracking.show(samples)
+        if (adapter := self.directory.path / ADAPTER).is_dir():
+            tracking.keep(adapter)
         return result
 
     def _answers(self) -> list[str]:
@@ -225,25 +243,25 @@ class _Run:
                     self.directory.write_spectra(layers)
         return layers
 
-    def _write_pictures(self) -> None:
+    def _samples(self) -> list[dict[str, str]]:
+        """The sample prompts with reference and answers."""
+        return [
+            {
+                "prompt": self.tokenizer.decode(sample.prompt_ids),
+                "reference": sample.reference,
+                "before": before,
+                "after": after,
+            }
+            for sample, before, after in zip(self.samples, self.story.texts_before, self._answers())
+        ]
+
+    def _write_pictures(self, samples: list[dict[str, str]]) -> None:
         cfg = self.cfg
-        answers = self._answers()
         if not parallel.is_main():
             return
         title = f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name} on {cfg.data.name}"
         self.directory.plot_loss(title)
-        self.directory.write_samples(
-            title,
-            [
-                {
-                    "prompt": self.tokenizer.decode(sample.prompt_ids),
-                    "reference": sample.reference,
-                    "before": before,
-                    "after": after,
-                }
-                for sample, before, after in zip(self.samples, self.story.texts_before, answers)
-            ],
-        )
+        self.directory.write_samples(title, samples)
 
     def _seconds(self) -> float:
         """What the run took until now, the time before a stop included."""

@@ -81,3 +81,21 @@ def test_a_resumed_run_goes_on_as_the_same_one(offline, command, tmp_path):
     assert one == other
     steps = [[row["_step"] for row in history(part) if "loss" in row] for part in parts]
     assert steps == [[1, 2, 3], [4, 5]]
+
+
+def test_samples_are_a_table_and_the_adapter_an_artifact(offline, command, tmp_path):
+    code, text = command("+method=lora", "tracking=wandb", "trainer.samples=2", "trainer.sample_tokens=4")
+    assert code == 0, text
+    [path] = wandb_files(tmp_path / "out")
+    records = wandb_records(path)
+    artifacts = {
+        record.artifact.type: record.artifact for record in records if record.WhichOneof("record_type") == "artifact"
+    }
+    kept = {content.path: Path(content.local_path) for content in artifacts["adapter"].manifest.contents}
+    adapter = tmp_path / "out" / "adapter"
+    assert kept == {name: adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    [table] = path.parent.glob("files/media/table/samples_*.table.json")
+    shown = json.loads(table.read_text())
+    assert shown["columns"] == ["prompt", "reference", "before", "after"] and len(shown["data"]) == 2
+    samples = (tmp_path / "out" / "samples.md").read_text()
+    assert all(prompt.strip() in samples and reference in samples for prompt, reference, *_ in shown["data"])
