@@ -1,0 +1,212 @@
+"""Search for the settings with the lowest held-out loss, with Optuna: learning rate, rank, block size, any keys.
+
+    python -m experiments.search +method=qdora "lr=log(1e-4,1e-2)" rank=4,16,64 quant.blocksize=64,256 \\
+        trials=20 output_dir=outputs/search
+
+key=a,b,c             one of these
+"key=log(a,b)"        between a and b on a logarithmic scale; whole numbers if both bounds are
+"key=uniform(a,b)"    likewise on a linear scale
+trials=20             how many, those of earlier starts included
+everything else       as for experiments.run
+
+A trial is a job of a sweep (experiments/sweep.py), so `python -m experiments.report DIR` compares them. One whose
+held-out loss at an evaluation (trainer.eval_every) is above the median of earlier trials there is stopped, from the
+sixth on. DIR/study.db keeps the study: started again with the same output_dir the search goes on, and a trial that was
+cut off is done again. The sampler is Optuna's TPE: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization".
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from experiments import results, sweep
+from experiments.cli import run_command
+from experiments.config import Config, resolve
+from experiments.errors import UserError
+from experiments.files import PROJECT_ROOT, writable_dir
+
+try:
+    import optuna
+    import sqlalchemy
+except ImportError:
+    optuna = None
+
+STUDY = "study.db"
+SEED = 0  # of the sampler; trials that are there already shift it, or a search that goes on would repeat itself
+REASON = "reason"  # why a trial failed; one that was cut off has none
+
+
+def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
+    """What to search, what is fixed, and the number of trials.
+
+    Returns:
+        By key a function that draws a value from an Optuna trial; the other overrides; trials.
+
+    Raises:
+        UserError: bounds that are none, no key to search, or trials= not a number.
+    """
+    space, fixed, trials = {}, [], 20
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key == "trials":
+            if not value.isdigit() or not int(value):
+                raise UserError(f"{argument}: choose 1 or more")
+            trials = int(value)
+        elif key in ("sweep", "launcher"):
+            raise UserError(f"{argument}: a search makes its own jobs, one after the other")
+        elif found := re.fullmatch(r"(log|uniform)\((.*)\)", value):
+            space[key] = _range(argument, found[1] == "log", found[2].split(","))
+        else:
+            [override] = OverridesParser.create().parse_overrides([argument])
+            if override.is_sweep_override():
+                space[key] = _choice(key, list(override.sweep_string_iterator()))
+            else:
+                fixed.append(argument)
+    if not space:
+        raise UserError('nothing to search: give a key several values, rank=4,16, or a range, "lr=log(1e-4,1e-2)"')
+    return space, fixed, trials
+
+
+def _range(argument: str, log: bool, bounds: list[str]) -> Callable:
+    key = argument.partition("=")[0]
+    try:
+        whole = all(bound.strip().isdigit() for bound in bounds)
+        low, high = (int(bound) if whole else float(bound) for bound in bounds)
+    except ValueError as error:
+        raise UserError(f"{argument}: a range has two numbers, low and high") from error
+    if not (0 if log else float("-inf")) < low < high:
+        raise UserError(f"{argument}: a range goes from low to high{', above 0 on a logarithmic scale' * log}")
+    if whole:
+        return lambda trial: trial.suggest_int(key, low, high, log=log)
+    return lambda trial: trial.suggest_float(key, low, high, log=log)
+
+
+def _choice(key: str, values: list[str]) -> Callable:
+    return lambda trial: trial.suggest_categorical(key, values)
+
+
+def configured(overrides: list[str]) -> Config:
+    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
+        return resolve(compose("config", overrides=overrides))
+
+
+def open_study(folder: Path, arguments: list[str]) -> "optuna.Study":
+    """The study in `folder`, a new one if there is none; trials that were cut off wait to be done again.
+
+    Raises:
+        UserError: it is of other arguments, or no file of Optuna's.
+    """
+    path = folder / STUDY
+    try:
+        study = optuna.create_study(storage=f"sqlite:///{path}", study_name="search", load_if_exists=True)
+        was = study.user_attrs.get("arguments", arguments)
+        study.set_user_attr("arguments", was)
+    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+    if was != arguments:
+        raise UserError(f"{path} is of other arguments, {' '.join(was)}: give the same, or another output_dir")
+    study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials))
+    for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
+        study.enqueue_trial(trial.params)
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return study
+
+
+def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str], folder: Path) -> str:
+    """Draw settings, run them, tell the study; returns how it ended, in words."""
+    trial = study.ask()
+    chosen = {key: draw(trial) for key, draw in space.items()}
+    print(f"\ntrial {trial.number}: {' '.join(_shown(chosen))}")
+    try:
+        cfg = configured([*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"output_dir={folder}"])
+    except UserError as error:
+        outcome = sweep.Outcome(sweep.FAILED, str(error))
+    else:
+
+        def watch(record: dict) -> bool:
+            trial.report(record["heldout_loss"], record["step"])
+            return record["step"] < cfg.trainer.steps and trial.should_prune()
+
+        outcome = sweep.job(cfg, ",".join(_shown(chosen)), watch)
+    if outcome.directory:
+        loss = json.loads((Path(outcome.directory) / results.RESULT).read_text(encoding="utf-8"))["loss_after"]
+        study.tell(trial, loss)
+        return f"held-out loss {loss:.4f}"
+    if outcome.status == sweep.STOPPED:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        return f"stopped {outcome.reason}"
+    trial.set_user_attr(REASON, outcome.reason or outcome.status)
+    study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    return f"failed: {outcome.reason or outcome.status}"
+
+
+def search(arguments: list[str]) -> None:
+    """Do what the module says. UserError: no Optuna, wrong arguments, or no trial that succeeded."""
+    if optuna is None:
+        raise UserError("a search needs Optuna: pip install optuna==5.0.0")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space, fixed, trials = parse(arguments)
+    # the first thing that is wrong with what is fixed is said before anything is written
+    folder = Path(configured([*fixed, *_any_values(arguments, space)]).output_dir)
+    fixed = [argument for argument in fixed if not argument.startswith("output_dir=")]
+    writable_dir(folder, "set output_dir to a folder")
+    with sweep.claim(folder / ".locks" / STUDY) as claimed:
+        if not claimed:
+            raise UserError(f"another search is at work in {folder}: choose another output_dir")
+        told = [argument for argument in arguments if not argument.startswith(("trials=", "output_dir="))]
+        study = open_study(folder, sorted(told))
+        while sum(_counts(trial) for trial in study.trials) < trials:
+            print(do_trial(study, space, fixed, folder))
+    _summarize(study, folder)
+
+
+def _any_values(arguments: list[str], space: dict[str, Callable]) -> list[str]:
+    trial = optuna.create_study().ask()
+    return [f"{key}={draw(trial)}" for key, draw in space.items()]
+
+
+def _counts(trial: "optuna.trial.FrozenTrial") -> bool:
+    return (
+        trial.state in (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED) or REASON in trial.user_attrs
+    )
+
+
+def _summarize(study: "optuna.Study", folder: Path) -> None:
+    """Print every trial, best first, and what to do with the best."""
+    states = optuna.trial.TrialState
+    complete = sorted(study.get_trials(states=(states.COMPLETE,)), key=lambda trial: trial.value)
+    pruned = study.get_trials(states=(states.PRUNED,))
+    failed = [trial for trial in study.get_trials(states=(states.FAIL,)) if REASON in trial.user_attrs]
+    print(
+        f"\n{len(complete)} trials ended, {len(pruned)} were stopped, {len(failed)} failed; all are in {folder / STUDY}"
+    )
+    for trial in failed:
+        print(f"failed: trial {trial.number}: {trial.user_attrs[REASON]}", file=sys.stderr)
+    if not complete:
+        raise UserError("no trial ended with a result")
+    for trial in complete[:10]:
+        print(f"{trial.value:.4f}  trial {trial.number}: {' '.join(_shown(trial.params))}")
+    print(
+        f"compare them: python -m experiments.report {folder}\nThe best was chosen by this loss, which flatters it; "
+        f"confirm it with other seeds: {' '.join(_shown(complete[0].params))} seed=1,2,3"
+    )
+
+
+def _shown(params: dict) -> list[str]:
+    return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()]
+
+
+def cli() -> None:
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__.strip())
+        return
+    run_command(lambda: search(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    cli()
