@@ -129,12 +129,17 @@ def release_file(model: PreTrainedModel) -> None:
 
 
 def prepare_model(
-    cfg: Config, device: torch.device, dtype: torch.dtype
+    cfg: Config, device: torch.device, dtype: torch.dtype, base: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The configured model as training starts from it, with its adapters, on `device`, and its tokenizer."""
+    """The configured model as training starts from it, with its adapters, on `device`, and its tokenizer.
+
+    Args:
+        base: a directory with the configured model packed in NF4 as `cfg.quant` says (experiments/shared_base.py).
+    """
     trains_base = cfg.method.adapter == "none"
     # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
-    model, tokenizer = load_model(cfg.model, torch.float32 if trains_base else dtype, cfg.seed)
+    source = cfg.model if base is None else ModelConfig(name=cfg.model.name, source="hf", path=str(base))
+    model, tokenizer = load_model(source, torch.float32 if trains_base else dtype, cfg.seed)
     if quantized_start(cfg.init):  # it begins with what packing loses
         _attach(cfg, model, tokenizer)
         _quantize(cfg, model)
@@ -221,10 +226,11 @@ def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
         raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
-    return _load_packed(path, dtype) if _is_packed(path) else _from_directory(path, dtype)
+    return _load_packed(path, dtype) if is_packed(path) else _from_directory(path, dtype)
 
 
-def _is_packed(path: Path) -> bool:
+def is_packed(path: Path) -> bool:
+    """Whether the model directory has its linears in NF4. UserError: no readable config.json."""
     try:
         return quantization_of(path) is not None
     except ValueError as error:
@@ -337,7 +343,10 @@ def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype), tokenizer
+        model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # and no buffer: as transformers loads, rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer
 
 
 @contextlib.contextmanager

@@ -7,9 +7,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments import results, sweep
+from experiments import results, run, sweep
 from experiments.config import resolve
 from experiments.files import PROJECT_ROOT
+from experiments.shared_base import SharedBase
 from tests.experiments.conftest import TINY, composed
 
 
@@ -37,12 +38,12 @@ def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp
 def test_a_run_that_another_process_has_is_left_to_it(command, tmp_path, chats):
     where = [*TINY, "data=jsonl", f"data.path={chats}"]
     identity = results.config_hash(resolve(composed("+method=lora", *where)))
-    with sweep._claim(tmp_path / "out" / ".locks" / identity) as claimed:
+    with sweep.claim(tmp_path / "out" / ".locks" / identity) as claimed:
         assert claimed
         code, text = command("-m", "+method=lora", "seed=0")
     assert code == 0 and "1 runs in" in text and "1 being done by another process" in text
     assert not list((tmp_path / "out").glob("*/result.json"))
-    with sweep._claim(tmp_path / "out" / ".locks" / identity) as claimed:
+    with sweep.claim(tmp_path / "out" / ".locks" / identity) as claimed:
         assert claimed
 
 
@@ -52,10 +53,91 @@ def test_a_process_that_dies_is_a_failure(monkeypatch, tmp_path):
     assert sweep.job(cfg, "name") == sweep.Outcome(
         "failed", "its process ended with signal 9; 9 is often a lack of memory"
     )
+    assert cfg.tracking.group == tmp_path.name, "W&B shows a sweep as a group"
 
 
 def _die(*_):
     os.kill(os.getpid(), 9)
+
+
+class Inline:
+    """Stands in for multiprocessing's context: its processes run where they are started."""
+
+    def __init__(self, target, args, daemon=False):
+        self.start, self.join = lambda: target(*args), lambda: None
+
+    Process = classmethod(lambda cls, **kwargs: cls(**kwargs))
+
+
+def test_a_shared_base_gives_the_same_run_bit_for_bit(tmp_path, chats):
+    shared = SharedBase()
+    written = {}
+    for way in ("own", "shared"):
+        where = ["data=jsonl", f"data.path={chats}", f"output_dir={tmp_path / way}"]
+        cfg = resolve(composed("+method=qdora", "model=tiny", "trainer=debug", "rank=4", "dropout=0.1", *where))
+        base = shared.of(cfg, Inline) if way == "shared" else None
+        assert (base is None) == (way == "own")
+        result = run.run(cfg, base)
+        curve = [json.loads(line) for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+        weights = (tmp_path / way / "adapter" / "adapter_model.safetensors").read_bytes()
+        timed = ("seconds", "tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds", "cpu_energy_joules")
+        written[way] = [
+            *({key: value for key, value in record.items() if key not in timed} for record in (*curve, result)),
+            weights,
+            (tmp_path / way / "samples.md").read_text(),
+        ]
+    assert written["own"] == written["shared"]
+
+
+def test_a_base_is_packed_once_for_the_jobs_that_begin_with_it(packed_tiny):
+    shared = SharedBase()
+
+    def base(*overrides):
+        return shared.of(resolve(composed(*overrides, "output_dir=unused")), Inline)
+
+    first = base("model=tiny", "+method=qlora", "rank=2")
+    assert first.is_dir() and base("model=tiny", "+method=qdora", "rank=4", "lr=1") == first
+    assert base("model=tiny", "+method=lora") is None and base("model=tiny", "+method=qlora", "init=loftq") is None
+    other = base("model=tiny", "+method=qlora", "quant.blocksize=128")
+    assert other.is_dir() and not first.exists(), "one at a time"
+    assert base("model=tiny", "+method=qlora", "seed=1") not in (other, None), "tiny's weights come from the seed"
+    assert base("model=hf", f"model.path={packed_tiny}", "+method=qlora") is None, "it is packed already"
+    assert base("model=hf", "model.path=nowhere", "+method=qlora") is None, "the job says what is wrong"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "told"), [("joblib", "2,650", "1 done, 1 failed"), ("submitit", "2", "1 done")]
+)
+def test_launchers(command, tmp_path, launcher, ranks, told):
+    short = ["trainer.steps=1", "trainer.samples=0", "data.max_heldout=2"]
+    code, text = command("-m", f"launcher={launcher}", "+method=qlora", f"rank={ranks}", *short)
+    assert code == ("failed" in told) and f" runs in {tmp_path / 'out'}: {told}\n" in text, text
+    assert ("rank 650 is out of range" in text) == ("failed" in told)
+    assert len(list((tmp_path / "out").glob("method=qlora*/result.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("foo=1,2", "error: Could not override 'foo'. Key 'foo' not in 'Config'\n"),
+        (
+            "rank=x,y",
+            "error: Error merging override rank=x Value 'x' of type 'str' could not be converted to Integer\n",
+        ),
+        ("+foo=1,2", " +foo=2: no such key: foo; there are model, quant, "),
+    ],
+)
+def test_a_sweep_over_what_is_not_there_says_so(terminal, tmp_path, wrong, message):
+    code, text = terminal(run, "-m", "+method=lora", *TINY, f"output_dir={tmp_path / 'out'}", wrong)
+    assert code == 1 and message in f"{text}\n" and "Traceback" not in text, text
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"multirun.yaml"}
+
+
+def test_slurm_is_missed_in_one_line(command, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    code, text = command("-m", "launcher=slurm", "+method=lora", "seed=0,1")
+    assert code == 1 and text.count("error: ") == 1 and "Traceback" not in text
+    assert text.endswith("error: no srun here: launcher=slurm is for a machine that submits jobs to SLURM")
 
 
 def test_the_hash_is_of_what_a_run_computes(monkeypatch):
