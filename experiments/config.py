@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from experiments.errors import UserError
 from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, CODEBOOKS
 from modules import AdapterConfig
-from modules.config import changes_base, quantized_start
+from modules.config import BASELINES, changes_base, quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -235,6 +235,8 @@ def resolve(cfg: DictConfig) -> Config:
         raise UserError(f"trainer.loraplus_lr_ratio={trainer.loraplus_lr_ratio}: choose a number above 0")
     if trainer.parallel not in ("auto", "ddp", "fsdp"):
         raise UserError(f"trainer.parallel={trainer.parallel}: choose auto, ddp or fsdp")
+    if trainer.loraplus_lr_ratio != 1 and config.method.adapter in ("none", *BASELINES):
+        raise UserError(f"trainer.loraplus_lr_ratio is about LoRA's A and B, and method={config.method.name} has none")
     if trainer.schedule not in ("cosine", "linear", "constant"):
         raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
     _check_optim(config.optim)

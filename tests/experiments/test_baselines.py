@@ -141,6 +141,7 @@ def test_a_conversation_keeps_the_infix_at_the_first_prompt(trained, monkeypatch
         (["+method=prefix_embed", "prefix_tokens=0"], "set prefix_tokens or infix_tokens to 1 or more"),
         (["+method=prefix_layer", "prefix_tokens=2000"], "are more than the 2048 positions of tiny"),
         (["+method=adapter", "rank=0"], "rank=0: choose 1 or more"),
+        (["+method=bitfit", "trainer.loraplus_lr_ratio=16"], "is about LoRA's A and B, and method=bitfit has none"),
     ],
 )
 def test_bad_settings(command, overrides, message):
