@@ -10,6 +10,7 @@ bf16 weights round to nothing; the module computes with them in the dtype its ba
 
 import copy
 from collections.abc import Iterable
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ def _shallow(module: nn.Module) -> nn.Module:
     clone = copy.copy(module)
     for store in ("_parameters", "_buffers", "_modules"):
         clone.__dict__[store] = dict(module.__dict__[store])
+    if "forward" in vars(module):  # put on this one module, whose weights it would go on to use
+        clone.forward = MethodType(module.forward.__func__, clone)
     return clone
 
 

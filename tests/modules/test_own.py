@@ -1,6 +1,7 @@
 """Own copies: what they share with the base, what they do not, and their precision."""
 
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -34,6 +35,18 @@ def test_an_own_weight_trains_in_fp32_and_computes_in_the_base_s_dtype(module, x
     assert torch.equal(base(x), before)
     assert torch.equal(settled(base, clone, ["weight"])(x), clone(x))
     assert settled(base, clone, ["weight"]).weight.dtype == dtype
+
+
+def test_a_forward_of_the_module_s_own_uses_the_own_weight():
+    base = nn.Linear(8, 6)
+    base.forward = MethodType(lambda self, x: 2 * nn.functional.linear(x, self.weight, self.bias), base)
+    clone, x = own_copy(base, ["weight"]), torch.randn(3, 8)
+    before = base(x)
+    with torch.no_grad():
+        clone.weight.add_(1)
+    assert torch.equal(base(x), before)
+    torch.testing.assert_close(clone(x), before + 2 * x.sum(1, keepdim=True))
+    torch.testing.assert_close(settled(base, clone, ["weight"])(x), clone(x))
 
 
 def test_buffers_are_copied_too():
