@@ -33,9 +33,10 @@ from experiments.config import QuantConfig
 from experiments.data_chat import tokenize
 from experiments.errors import UserError
 from experiments.files import directory_atomically
-from experiments.models import load_base, model_directory, quiet
+from experiments.models import load_base, model_directory
 from experiments.progress import bar
 from experiments.quant_map import blocksizes
+from experiments.quiet import quiet
 from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
 from kernels.codebook import BITSANDBYTES_TYPES
 from modules import adapters, decoder_linears, dequantize, merge, quantize

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.models import quiet
+from experiments.quiet import quiet
 from experiments.runs import FinishedRun
 from modules.prefix import virtual_tokens
 

