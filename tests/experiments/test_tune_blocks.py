@@ -12,18 +12,20 @@ from torch.nn import functional as F
 
 import kernels
 from experiments import run, try_maps, tune_blocks
-from experiments.block_choice import constant_bits
-from experiments.block_profile import Calibration, profile_layer, read_profile
+from experiments.block_choice import constant_bits, option_bits, pose, solve
+from experiments.block_profile import Calibration, Profile, profile_layer, profile_model, read_profile
 from experiments.block_trials import Losses, Packable, measure
 from experiments.config import DataConfig, ModelConfig
 from experiments.data import collate, load_data
-from experiments.data_chat import IGNORED
+from experiments.data_chat import IGNORED, Example
 from experiments.evaluation import evaluate
 from experiments.models import load_model
 from experiments.quant_map import read_map
+from kernels.codebook import BLOCKSIZES
 from modules import decoder_linears, quantize
 from tests.experiments.conftest import SMALL, write_chats
 from tests.experiments.conftest import TINY as TINY_RUN
+from tests.modules.architectures import dense_model
 
 TINY = ModelConfig(name="tiny", source="tiny")
 
@@ -132,6 +134,34 @@ def test_fisher_predicts_the_divergence_of_a_small_change(samples):
         measured.append((before.exp() * (before - after)).sum(-1).mean().item())
     predicted = 0.5 * 1e-6 * calibration.squares[name].sum().item() / calibration.tokens
     assert numpy.mean(measured) == pytest.approx(predicted, rel=0.15)
+
+
+def test_gpt2_s_weights_are_profiled_as_out_by_in():
+    model = dense_model("gpt2")  # its Conv1D holds [in, out]
+    calibration = Calibration(model)
+    calibration.see([Example(list(range(20)), list(range(20)))], torch.Generator().manual_seed(0))
+    profile = profile_model(calibration, True, iter)["transformer.h.0.attn.c_attn"]
+    assert profile.shape == (192, 64) and 0.005 < profile.sizes[64]["output"] < 0.02
+    packable = Packable(model, double=True)
+    before = model.transformer.h[0].attn.c_attn.weight.clone()
+    packable.pack({"transformer.h.0.attn.c_attn": 64})
+    difference = model.transformer.h[0].attn.c_attn.weight - before
+    assert difference.square().sum() / before.square().sum() == pytest.approx(profile.sizes[64]["error"])
+
+
+def test_heavy_tails_get_the_smaller_blocks():
+    """Weights of one size and one sensitivity: the constants go where large blocks lose the most."""
+    rng, layers = numpy.random.default_rng(0), {}
+    draws = {"gauss": rng.normal, "laplace": rng.laplace, "student": lambda size: rng.standard_t(3, size=size)}
+    for name, draw in draws.items():
+        weight = torch.tensor(draw(size=(256, 256)), dtype=torch.float32)
+        layers[name] = profile_layer(weight / weight.std(), torch.eye(256), torch.ones(256, 256), 1, True)
+    assert layers["gauss"].kurtosis < layers["laplace"].kurtosis < layers["student"].kurtosis
+    profile = Profile({}, layers)
+    shapes, sizes = profile.shapes, dict.fromkeys(layers, BLOCKSIZES)
+    uniform = sum(constant_bits(256 * 256, 64, True) for _ in layers)
+    choice = solve(pose(option_bits(shapes, sizes, True, uniform), profile.rises("fisher"), uniform))
+    assert choice["student"] < choice["laplace"] <= choice["gauss"] and choice["gauss"] > 64
 
 
 # ----------------------------------------------------------------------------------- tune_blocks
