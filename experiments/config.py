@@ -202,12 +202,15 @@ def _check_adapter(cfg: Config) -> None:
 
 
 def resolve(cfg: DictConfig) -> Config:
-    """The configuration with every interpolation and default filled in.
+    """The configuration with every interpolation and default filled in; of a schema that extends Config, that one's.
 
     Raises:
         UserError: a value that no run can have.
     """
-    for node, schema in ((cfg, Config), *((cfg[f.name], f.type) for f in fields(Config) if is_dataclass(f.type))):
+    for node, schema in (
+        (cfg, OmegaConf.get_type(cfg)),
+        *((cfg[f.name], f.type) for f in fields(Config) if is_dataclass(f.type)),
+    ):
         if unknown := sorted(node.keys() - {f.name for f in fields(schema)}):  # +key=… adds what the schema lacks
             raise UserError(f"no such key: {', '.join(unknown)}; there are {', '.join(f.name for f in fields(schema))}")
     config: Config = OmegaConf.to_object(cfg)

@@ -79,18 +79,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
 
 @torch.no_grad()
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """True if the model's logits are a linear function of its last hidden state, without a softcap or scale behind."""
+    """True if the model's logits are what its output embeddings give, without a softcap or scale behind. Also of a
+    model without weights, on the meta device."""
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         return False
-    kept = []
-    hook = head.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    given = []
+    hook = head.register_forward_hook(lambda _, args, output: given.append((output, output._version)))
     try:
-        some = torch.arange(8, device=model.device).unsqueeze(0)  # token 0 alone may be padding, embedded as zeros
+        some = torch.arange(8, device=model.device).unsqueeze(0)
         logits = model(input_ids=some, use_cache=False).logits
     finally:
         hook.remove()
-    return torch.equal(logits, F.linear(kept[0], head.weight, head.bias))
+    output, version = given[0]
+    return logits is output and output._version == version  # the version tells of changes in place
 
 
 class LabelLoss:

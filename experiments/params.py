@@ -18,13 +18,13 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from experiments.architecture import meta_model
 from experiments.cli import run_command
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.files import PROJECT_ROOT
-from experiments.models import load_architecture, quiet
 from modules import LoRALinear, attach, decoder_linears, detach, trainable_parameters
 from modules.linear import weight_shape
 
@@ -108,12 +108,7 @@ def count_all(cfg: ModelConfig) -> list[Row]:
     Raises:
         UserError: no such model, or one without separate projections to q, k and v.
     """
-    config = load_architecture(cfg)
-    with torch.device("meta"), quiet():
-        try:
-            model = AutoModelForCausalLM.from_config(config)
-        except ValueError as error:
-            raise UserError(f"model={cfg.name} is no causal language model: {str(error).splitlines()[0]}") from error
+    model = meta_model(cfg, torch.float32)
     return [*_lora_rows(cfg, model), *_baseline_rows(cfg, model)]
 
 

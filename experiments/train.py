@@ -95,7 +95,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.trained = Trained()
         if cfg.trainer.gradient_checkpointing:
-            _checkpoint_blocks(model)
+            checkpoint_blocks(model)
         self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
 
     def fit(
@@ -165,7 +165,7 @@ class Trainer:
         return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
 
 
-def _checkpoint_blocks(model: PreTrainedModel) -> None:
+def checkpoint_blocks(model: PreTrainedModel) -> None:
     """Have each block compute its activations again in backward, with the random numbers of the first time.
 
     Raises:

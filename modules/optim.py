@@ -79,7 +79,7 @@ class AdamW(torch.optim.Optimizer):
         self.pages: PageStore | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if paging is not None:
-            self._plan, sizes = self._fill_pages(paging.page_bytes)
+            self._plan, sizes = self.fill_pages(paging.page_bytes)
             self.pages = PageStore(sizes, self._params()[0].device, paging)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -107,7 +107,7 @@ class AdamW(torch.optim.Optimizer):
         """(dtype, length) of each state tensor of so many elements of `param`, in the order the kernel takes them."""
         return {"exp_avg": (torch.float32, elements), "exp_avg_sq": (torch.float32, elements)}
 
-    def _fill_pages(self, page_bytes: int) -> tuple[list[list[Piece]], list[int]]:
+    def fill_pages(self, page_bytes: int) -> tuple[list[list[Piece]], list[int]]:
         """(the pieces of each page, the bytes of each page); a parameter may reach over several."""
         pages: list[list[Piece]] = []
         sizes: list[int] = []

@@ -3,12 +3,11 @@
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from experiments import params
+from experiments.architecture import meta_model
 from experiments.config import ModelConfig
 from experiments.errors import UserError
-from experiments.models import load_architecture
 from tests.experiments.conftest import composed
 
 SMALL = {  # grouped key and value heads: their projections are narrower
@@ -64,8 +63,7 @@ def test_lora_as_peft_counts_it():
     rows = [row for row in params.count_all(cfg) if row.method == "LoRA"]
     assert len(rows) == len(params.LORA)
     for row, (projections, rank) in zip(rows, params.LORA):
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(load_architecture(cfg))
+        model = meta_model(cfg, torch.float32)
         targets = [f"{projection}_proj" for projection in projections]
         theirs = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=targets))
         assert theirs.get_nb_trainable_parameters()[0] == row.parameters, row

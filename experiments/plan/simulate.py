@@ -1,0 +1,233 @@
+"""What a training step allocates and computes, found by running it on the meta device.
+
+The step is the real one: the model's own code, the adapters, the loss, backward and the optimizer. On the meta device
+every tensor has its shape, dtype and lifetime but no bytes. A dispatch mode sees each operation: it adds the storages
+that come into being, takes off those that are released, and remembers the highest sum. What is kept for backward, what
+checkpointing drops and what views share is therefore counted as autograd does it, of any architecture, without a
+formula for one. FLOPs are counted on the way, with torch's own formulas (torch.utils.flop_counter).
+
+Beside what the operations return, these are known:
+- attention is torch's fused kernel, which keeps q, k, v, the output and fp32 log-sums; on the meta device torch would
+  take the unfused form, which no device runs;
+- a linear over NF4 has its dense weight while it computes: the Triton launcher makes one in the compute dtype; on a CPU
+  the op's torch twin is run on the meta device too, so that its intermediate tensors are counted.
+
+Not seen: what libraries allocate inside one operation (cuBLAS workspaces, blocks of attention), the CUDA context, and
+what an allocator loses to fragmentation.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS  # the Python function behind each custom op
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import flop_registry
+from transformers import PreTrainedModel
+
+from experiments.loss import LabelLoss
+from experiments.plan import flops
+from experiments.train import checkpoint_blocks
+from modules import AdamW
+
+aten = torch.ops.aten
+PHASES = ("forward", "loss", "backward", "optimizer")
+POSITIONS = (aten.index, aten.index_put, aten._index_put_impl_)  # which tokens carry labels decides shapes
+
+
+@dataclass
+class Step:
+    """A simulated training step; bytes.
+
+    Attributes:
+        peak: the most that was allocated, parameters and optimizer state included.
+        phase: in which of PHASES that was.
+        activations: kept between forward and backward.
+        loss: the most that the loss allocated beside what was there before it.
+        weight: the largest dense weight that was made of a packed one; 0 without any.
+        flops: of the step, those that checkpointing repeats included.
+    """
+
+    peak: int
+    phase: str
+    activations: int
+    loss: int
+    weight: int
+    flops: int
+
+
+class _Allocations(TorchDispatchMode):
+    """Counts the bytes of live meta tensors.
+
+    Args:
+        twins: run the torch twins of our linears, as a CPU does.
+    """
+
+    def __init__(self, twins: bool):
+        super().__init__()
+        self.twins = twins
+        self.live = self.weight = self.flops = 0
+        self.peaks = dict.fromkeys(PHASES, 0)
+        self.phase = PHASES[0]
+        self.storages: dict[int, weakref.ref] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, if it is new, until it is released."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if tensor.is_meta and key not in self.storages:
+            self.storages[key] = weakref.ref(storage, lambda _: self._release(key, size))
+            self.live += size
+            self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
+
+    def _release(self, key: int, size: int) -> None:
+        del self.storages[key]
+        self.live -= size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {tensor.is_meta for tensor in _tensors((*args, *kwargs.values()))}
+        on_meta = True in given
+        if func is aten._local_scalar_dense.default and on_meta:
+            return 1  # what .item() reads: a loss, a norm, whether tokens are padding (none is)
+        if func is aten.nonzero.default and on_meta:
+            return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)  # rows for special care: none
+        packet = func.overloadpacket
+        if len(given) == 2 and packet not in POSITIONS:  # labels are real
+            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        scratch = _dense_weight(func, args)
+        self.weight = max(self.weight, scratch)
+        if self.twins and packet in flops.LINEARS:
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        for tensor in _tensors((out,)):
+            self.add(tensor)
+        self.peaks[self.phase] = max(self.peaks[self.phase], self.live + scratch)
+        return out
+
+
+def _tensors(values: Iterable) -> Iterator[Tensor]:
+    """The tensors among `values`, lists of them included. (torch's tree functions take twice as long as the step.)"""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _dense_weight(func: torch._ops.OpOverload, args: tuple) -> int:
+    """Bytes of the dense weight that one of our linears makes while it computes; 0 if it has no packed weight."""
+    if func.overloadpacket not in flops.LINEARS:
+        return 0
+    given = dict(zip((argument.name for argument in func._schema.arguments), args))
+    packed = given.get("weight", given.get("packed"))
+    return 0 if given["absmax"] is None else 2 * packed.numel() * args[0].element_size()
+
+
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """F.scaled_dot_product_attention by the fused kernel, which takes a mask in the dtype of the query."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
+    fused = aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+@contextlib.contextmanager
+def _as_on_a_device(autocast: torch.dtype | None) -> Iterator[dict]:
+    """What torch does on every device but the meta device: fused attention and, in a dtype, autocast of linears.
+
+    Yields the parameters that were cast, to be cleared where autocast ends.
+    """
+    attention, linear, casts = F.scaled_dot_product_attention, F.linear, {}
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or tensor.dtype == autocast:
+            return tensor
+        if not tensor.is_leaf:
+            return tensor.to(autocast)
+        if tensor not in casts:
+            casts[tensor] = tensor.to(autocast)
+        return casts[tensor]
+
+    F.scaled_dot_product_attention = _fused_attention
+    if autocast is not None:
+        F.linear = lambda x, weight, bias=None: linear(cast(x), cast(weight), cast(bias))
+    try:
+        yield casts
+    finally:
+        F.scaled_dot_product_attention, F.linear = attention, linear
+
+
+def simulate(
+    model: PreTrainedModel,
+    optimizer: AdamW,
+    batch: int,
+    seq: int,
+    autocast: torch.dtype | None = None,
+    checkpointing: bool = False,
+    accumulating: bool = False,
+    twins: bool = False,
+) -> Step:
+    """A training step of `model`, which is on the meta device, after the first.
+
+    Args:
+        optimizer: over what trains of it, without pages.
+        batch, seq: sequences of a forward pass and their tokens, all of them labelled and none padded.
+        autocast: the dtype in which linears run whose weights train in fp32.
+        checkpointing: of each block.
+        accumulating: a second forward pass follows the first, with its gradients there.
+        twins: of a CPU, where the torch twins of our linears run.
+
+    Raises:
+        UserError: checkpointing of a model that cannot.
+    """
+    model.train()
+    checkpoint_blocks(model) if checkpointing else model.activation_checkpointing_disable()
+    ids = torch.zeros(batch, seq, dtype=torch.int64, device="meta")
+    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    memory = _Allocations(twins)
+    with memory, _as_on_a_device(autocast) as casts:
+        label_loss = LabelLoss(model)
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()  # makes its state
+        optimizer.zero_grad(set_to_none=True)
+        state = [tensor for of_one in optimizer.state.values() for tensor in of_one.values()]
+        for tensor in (*model.parameters(), *model.buffers(), *state):
+            memory.add(tensor)
+        memory.peaks, memory.flops, before_loss = dict.fromkeys(PHASES, 0), 0, 0
+
+        def loss_begins(*_) -> None:
+            nonlocal before_loss
+            memory.phase, before_loss = "loss", memory.live
+
+        hook = model.get_output_embeddings().register_forward_pre_hook(loss_begins)
+        activations = None
+        for _ in range(2 if accumulating else 1):
+            memory.phase, before = "forward", memory.live
+            loss = label_loss(tokens) / ids.numel()
+            casts.clear()
+            activations = memory.live - before if activations is None else activations
+            loss.item()
+            memory.phase = "backward"
+            loss.backward()
+            del loss
+        hook.remove()
+        memory.phase = "optimizer"
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    phase = max(PHASES, key=memory.peaks.get)
+    flops_a_pass = memory.flops // (2 if accumulating else 1)
+    loss_bytes = memory.peaks["loss"] - before_loss
+    return Step(memory.peaks[phase], phase, activations, loss_bytes, memory.weight, flops_a_pass)
