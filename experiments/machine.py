@@ -46,11 +46,16 @@ def has_native_bf16(device: torch.device) -> bool:
 
 def pick_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
     """The dtype matmuls run in: as asked, or bf16 where the device has it, else fp32."""
+    check_dtype(trainer)
     if trainer.dtype == "auto":
         return torch.bfloat16 if has_native_bf16(device) else torch.float32
-    if trainer.dtype not in DTYPES:
-        raise UserError(f"trainer.dtype={trainer.dtype}: choose auto, {', '.join(DTYPES)}")
     return DTYPES[trainer.dtype]
+
+
+def check_dtype(trainer: TrainerConfig) -> None:
+    """UserError: no dtype that a run can have."""
+    if trainer.dtype not in ("auto", *DTYPES):
+        raise UserError(f"trainer.dtype={trainer.dtype}: choose auto, {', '.join(DTYPES)}")
 
 
 def set_up_cpu(trainer: TrainerConfig) -> None:

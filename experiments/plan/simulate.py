@@ -166,8 +166,14 @@ def _as_on_a_device(autocast: torch.dtype | None) -> Iterator[dict]:
         F.scaled_dot_product_attention, F.linear = attention, linear
 
 
+def loss_of(model: PreTrainedModel) -> LabelLoss:
+    """The loss of `model`, which is on the meta device."""
+    with _Allocations(twins=False):
+        return LabelLoss(model)
+
+
 def simulate(
-    model: PreTrainedModel,
+    label_loss: LabelLoss,
     optimizer: AdamW,
     batch: int,
     seq: int,
@@ -176,9 +182,10 @@ def simulate(
     accumulating: bool = False,
     twins: bool = False,
 ) -> Step:
-    """A training step of `model`, which is on the meta device, after the first.
+    """A training step of a model on the meta device, after the first.
 
     Args:
+        label_loss: of the model, by `loss_of`.
         optimizer: over what trains of it, without pages.
         batch, seq: sequences of a forward pass and their tokens, all of them labelled and none padded.
         autocast: the dtype in which linears run whose weights train in fp32.
@@ -189,7 +196,7 @@ def simulate(
     Raises:
         UserError: checkpointing of a model that cannot.
     """
-    model.train()
+    model = label_loss.model.train()
     checkpoint_blocks(model) if checkpointing else model.activation_checkpointing_disable()
     ids = torch.zeros(batch, seq, dtype=torch.int64, device="meta")
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -197,7 +204,6 @@ def simulate(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     memory = _Allocations(twins)
     with memory, _as_on_a_device(autocast) as casts:
-        label_loss = LabelLoss(model)
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state

@@ -1,0 +1,92 @@
+"""What a run needs before anybody runs it: memory to the byte, FLOPs, hours, on one GPU and on many.
+
+    python -m experiments.plan model=llama-65b +method=qlora rank=64 batch=1 seq=512
+    python -m experiments.plan model=hf model.path=config.json +method=dora optim=adamw8bit gpu=a100 tokens=1e8
+    python -m experiments.plan +method=qdora measure=true        the plan beside a real run on this machine
+    python -m experiments.plan model=llama-7b +method=qlora plot=true
+
+Every key of an experiment can be set (`--help`). No weights are read or made: see experiments/plan/simulate.py.
+`python -m experiments.plan.claims` holds the same figures against published ones.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from experiments import machine
+from experiments.cli import run_command
+from experiments.config import Config
+from experiments.errors import UserError
+from experiments.files import PROJECT_ROOT
+from experiments.plan.budget import budget
+from experiments.plan.cards import card
+from experiments.plan.measure import comparison, measure
+from experiments.plan.table import heading, table
+from experiments.resuming import configured
+
+
+@dataclass
+class PlanConfig(Config):
+    batch: int = 1  # sequences of a forward pass
+    seq: int = 512  # tokens of a sequence
+    gpus: int = 8  # plan for up to so many
+    gpu: str = "h100"  # the one that hours are for: a key of experiments/plan/cards.py
+    utilisation: float = 0.4  # share of its matrix units' peak that is reached
+    tokens: float = 1e9  # to train on
+    measure: bool = False  # make the run on this machine and compare; needs the model's weights
+    plot: bool = False  # draw memory against rank, sequence length and model size
+
+
+ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
+
+
+def _check(cfg: PlanConfig) -> None:
+    for name in ("batch", "seq", "gpus", "tokens"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"{name}={getattr(cfg, name)}: choose 1 or more")
+    if cfg.seq < 2:
+        raise UserError("seq=1: a sequence of one token has none to predict")
+    if not 0 < cfg.utilisation <= 1:
+        raise UserError(f"utilisation={cfg.utilisation}: choose a share above 0, up to 1")
+    card(cfg.gpu)
+    machine.check_dtype(cfg.trainer)
+
+
+def plan(cfg: PlanConfig) -> str:
+    """What the command prints."""
+    _check(cfg)
+    if cfg.measure:
+        return _beside_a_run(cfg)
+    dtype = torch.bfloat16 if cfg.trainer.dtype == "auto" else machine.DTYPES[cfg.trainer.dtype]
+    return f"{heading(cfg, dtype)}\n\n{table(cfg, budget(cfg, dtype, cfg.batch, cfg.seq))}"
+
+
+def _beside_a_run(cfg: PlanConfig) -> str:
+    device = machine.pick_device(cfg.trainer)
+    if device.type == "cpu":
+        machine.set_up_cpu(cfg.trainer)
+    dtype = machine.pick_dtype(cfg.trainer, device)
+    needs = budget(cfg, dtype, cfg.batch, cfg.seq, twins=device.type == "cpu")
+    measured = measure(cfg, device, dtype, cfg.batch, cfg.seq)
+    where = f"{heading(cfg, dtype)}, on {machine.describe(device, dtype)}"
+    return f"{where}\n\n{comparison(needs, measured, cfg.trainer.gradient_checkpointing)}"
+
+
+@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="plan")
+def main(cfg: DictConfig) -> None:
+    try:
+        print(plan(configured(cfg)))
+    except UserError as error:  # here, not in cli: Hydra would print a second message around it
+        sys.exit(f"error: {error}")
+
+
+def cli() -> None:
+    run_command(main)
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,43 @@
+"""GPUs that one can have: their memory, and what their matrix units reach in bf16.
+
+Memory is what the driver reports (nvidia-smi, rocm-smi), in MiB; TFLOP/s are the data sheets', dense, with fp32 sums.
+"""
+
+from typing import NamedTuple
+
+from experiments.errors import UserError
+
+RESERVE = 2**30  # bytes of each that are not torch's to give: CUDA context, library workspaces, fragmentation
+
+
+class Card(NamedTuple):
+    name: str
+    mib: int
+    tflops: float
+
+    @property
+    def usable_bytes(self) -> int:
+        return self.mib * 2**20 - RESERVE
+
+
+CARDS = {
+    "rtx3090": Card("RTX 3090, 24 GB", 24576, 71.0),
+    "rtx4090": Card("RTX 4090, 24 GB", 24564, 165.2),
+    "l4": Card("L4, 24 GB", 23034, 121.0),
+    "rtx5090": Card("RTX 5090, 32 GB", 32607, 209.5),
+    "a100-40": Card("A100, 40 GB", 40960, 312.0),
+    "l40s": Card("L40S, 48 GB", 46068, 362.0),
+    "a6000": Card("RTX A6000, 48 GB", 49140, 154.8),
+    "a100": Card("A100, 80 GB", 81920, 312.0),
+    "h100": Card("H100, 80 GB", 81559, 989.0),
+    "h200": Card("H200, 141 GB", 143771, 989.0),
+    "b200": Card("B200, 180 GB", 183359, 2250.0),
+    "mi300x": Card("MI300X, 192 GB", 196592, 1307.0),
+}
+
+
+def card(name: str) -> Card:
+    """The card of that name. UserError: there is none."""
+    if name not in CARDS:
+        raise UserError(f"gpu={name}: choose one of {', '.join(CARDS)}")
+    return CARDS[name]

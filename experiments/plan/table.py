@@ -1,0 +1,127 @@
+"""The plan as the terminal shows it."""
+
+import torch
+
+from experiments.config import Config
+from experiments.plan.budget import Budget
+from experiments.plan.cards import CARDS, RESERVE, card
+from experiments.plan.simulate import Step
+
+
+def heading(cfg: Config, dtype: torch.dtype) -> str:
+    rank = "" if cfg.method.adapter == "none" else f", rank {cfg.rank}"
+    dtype_name = str(dtype).removeprefix("torch.")
+    return f"{cfg.model.name}, {cfg.method.name}{rank}: {cfg.batch} × {cfg.seq} tokens in {dtype_name}"
+
+
+def table(cfg: Config, needs: Budget) -> str:
+    """Every part of `needs`, the totals on 1 to cfg.gpus GPUs, the cards it fits, FLOPs and hours."""
+    share = needs.trained / needs.parameters
+    lines = [
+        f"{needs.parameters:,} parameters, of which {needs.trained:,} train ({share:.3%}); "
+        f"{needs.bits:.3f} bits a weight in the linears",
+        "",
+        *_parts(cfg, needs),
+        "",
+        *_gpus(cfg, needs),
+        "",
+        *_cards(cfg, needs),
+        "",
+        *_hours(cfg, needs),
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, size: int, note: str = "") -> str:
+    return f"{name:<38}{size:>21,}{size / 1e9:>10.3f}   {note}".rstrip()
+
+
+def _parts(cfg: Config, needs: Budget) -> list[str]:
+    optim = cfg.optim.name
+    lines = [f"{'':<38}{'bytes':>21}{'GB':>10}"]
+    if needs.packed:
+        lines.append(_row("weights, packed in NF4", needs.packed))
+        lines.append(_row("quantization constants", needs.constants))
+    lines.append(_row("weights, not packed", needs.dense))
+    if needs.adapters:
+        lines.append(_row("adapters", needs.adapters))
+    lines.append(_row("gradients", needs.gradients))
+    names = {"adamw": "AdamW, fp32", "adamw8bit": "AdamW, 8 bits"}
+    for name, size in needs.states.items():
+        chosen = f"optim={name}" + (", the one counted below" if name == optim and not cfg.optim.paged else "")
+        lines.append(_row(f"optimizer state: {names[name]}", size, chosen))
+    if cfg.optim.paged:
+        rest = needs.states[optim] - needs.state
+        lines.append(
+            _row("  in pages, on the device", needs.state, f"counted below; {max(rest, 0) / 1e9:.3f} GB elsewhere")
+        )
+    plain, checkpointed = needs.plain, needs.checkpointed
+    lines.append(_row("activations", plain.activations, "kept for backward"))
+    if checkpointed:
+        lines.append(_row("  with checkpointing", checkpointed.activations, "trainer.gradient_checkpointing=true"))
+    lines.append(_row("loss, on top", plain.loss, f"fp32 logits would be {needs.logits / 1e9:.3f} GB: not made whole"))
+    if plain.weight:
+        lines.append(_row("largest dequantized weight, for a while", plain.weight))
+    lines.append(_row("peak of a step", needs.peak(False), f"in {plain.phase}"))
+    if checkpointed:
+        lines.append(_row("  with checkpointing", needs.peak(True), f"in {checkpointed.phase}"))
+    return lines
+
+
+def _kinds(needs: Budget) -> list[bool]:
+    return [False, True] if needs.checkpointed else [False]
+
+
+def counts(gpus: int) -> list[int]:
+    """1, 2, 4, … up to `gpus`, and `gpus` itself."""
+    return sorted({2**i for i in range(gpus.bit_length())} | {gpus})
+
+
+def _gpus(cfg: Config, needs: Budget) -> list[str]:
+    titles = "".join(f"{title:>26}" for title in ("plain", "with checkpointing")[: len(_kinds(needs))])
+    lines = [
+        f"{'GB on each GPU':<16}{titles}",
+        f"{'GPUs':>16}" + f"{'replicated':>14}{'sharded':>12}" * len(_kinds(needs)),
+    ]
+    for n in counts(cfg.gpus):
+        cells = (
+            f"{needs.replicated(n, kind) / 1e9:>14.3f}{needs.sharded(n, kind) / 1e9:>12.3f}" for kind in _kinds(needs)
+        )
+        lines.append(f"{n:>16}{''.join(cells)}")
+    return lines
+
+
+def _cards(cfg: Config, needs: Budget) -> list[str]:
+    """The fewest GPUs of each kind on which it fits."""
+    titles = "".join(f"{title:>26}" for title in ("plain", "with checkpointing")[: len(_kinds(needs))])
+    lines = [f"{f'fits, {RESERVE / 1e9:.1f} GB left free':<24}{titles}"]
+    for one in CARDS.values():
+        cells = (f"{_fewest(cfg, needs, one.usable_bytes, kind):>26}" for kind in _kinds(needs))
+        lines.append(f"{one.name:<24}{''.join(cells)}")
+    return lines
+
+
+def _fewest(cfg: Config, needs: Budget, room: int, checkpointing: bool) -> str:
+    if needs.peak(checkpointing) <= room:
+        return "1 GPU"
+    for n in counts(cfg.gpus):
+        if needs.sharded(n, checkpointing) <= room:
+            return f"{n} GPUs, sharded"
+    return f"not on {cfg.gpus}"
+
+
+def _hours(cfg: Config, needs: Budget) -> list[str]:
+    one = card(cfg.gpu)
+
+    def row(name: str, step: Step) -> str:
+        flops = step.flops / needs.tokens
+        speed = one.tflops * 1e12 * cfg.utilisation / flops
+        hours = cfg.tokens / speed / 3600
+        return f"{name:<24}{flops:>14.3e}{speed:>14,.0f}{hours:>14,.1f}{hours / cfg.gpus:>14,.1f}"
+
+    lines = [
+        f"{cfg.tokens:,.0f} tokens on {one.name}, at {cfg.utilisation:.0%} of {one.tflops:g} TFLOP/s",
+        f"{'':<24}{'FLOPs a token':>14}{'tokens/s':>14}{'hours':>14}{f'on {cfg.gpus} GPUs':>14}",
+        row("plain", needs.plain),
+    ]
+    return [*lines, row("with checkpointing", needs.checkpointed)] if needs.checkpointed else lines
