@@ -31,7 +31,7 @@ from experiments.resuming import configured
 
 @dataclass
 class PlanConfig(Config):
-    batch: int = 1  # sequences of a forward pass
+    batch: int = 1  # sequences of a forward pass on each GPU
     seq: int = 512  # tokens of a sequence
     gpus: int = 8  # plan for up to so many
     gpu: str = "h100"  # the one that hours are for: a key of experiments/plan/cards.py
@@ -62,7 +62,7 @@ def plan(cfg: PlanConfig) -> str:
     if cfg.measure:
         return _beside_a_run(cfg)
     dtype = torch.bfloat16 if cfg.trainer.dtype == "auto" else machine.DTYPES[cfg.trainer.dtype]
-    return f"{heading(cfg, dtype)}\n\n{table(cfg, budget(cfg, dtype, cfg.batch, cfg.seq))}"
+    return f"{heading(cfg, dtype)}\n\n{table(cfg, budget(cfg, dtype, cfg.batch, cfg.seq, cfg.gpus))}"
 
 
 def _beside_a_run(cfg: PlanConfig) -> str:

@@ -79,14 +79,14 @@ class Budget:
     Attributes:
         parameters, trained: their numbers.
         bits: a weight of the decoder's linears occupies.
-        tokens: of a forward pass.
+        tokens: of a forward pass on one GPU.
         logits: fp32 [tokens, vocabulary], which the loss does not make.
         packed, constants, dense, adapters: see Stored.
         gradients: of what trains.
         states: of each optimizer, by its name; without pages.
         state: of the configured one; with pages what of it is on the device.
         plain, checkpointed: a step; None: the model cannot be checkpointed.
-        gathered: what sharding brings together for a while: of two blocks, and of what is in none.
+        gathered: what sharded GPUs bring together for a while; None: they cannot.
     """
 
     parameters: int
@@ -103,7 +103,7 @@ class Budget:
     state: int
     plain: Step
     checkpointed: Step | None
-    gathered: int
+    gathered: int | None
     stored: Stored
     optimizer: str
 
@@ -115,23 +115,34 @@ class Budget:
         return self.step(checkpointing).peak - self.states[self.optimizer] + self.state
 
     def replicated(self, gpus: int, checkpointing: bool) -> int:
-        """On each of several GPUs that hold everything: with the buckets in which gradients are exchanged."""
-        return self.peak(checkpointing) + (self.gradients if gpus > 1 else 0)
-
-    def sharded(self, gpus: int, checkpointing: bool) -> int:
-        """On each of several GPUs that hold a share of everything but the activations."""
+        """On each of several GPUs that hold the model and its gradients, which they exchange in buckets as large, and
+        share the optimizer's state (trainer.parallel=ddp)."""
         if gpus == 1:
             return self.peak(checkpointing)
-        whole = nbytes(self.stored.all()) + self.gradients + self.state
-        trains = [tensor for tensor in self.stored.all() if tensor.requires_grad]
-        of_state = self.state / self.gradients if self.gradients else 0.0  # bytes of it to one of gradients
-        shares = shard_bytes(self.stored.all(), gpus) + round(shard_bytes(trains, gpus) * (1 + of_state))
+        return self.peak(checkpointing) + self.gradients - self.state + self.state // gpus
+
+    def sharded(self, gpus: int, checkpointing: bool) -> int | None:
+        """On each of several GPUs that share everything but the activations (trainer.parallel=fsdp); None: they
+        cannot."""
+        if gpus == 1:
+            return self.peak(checkpointing)
+        if self.gathered is None:
+            return None
+        tensors = self.stored.all()
+        trains = [tensor for tensor in tensors if tensor.requires_grad]
+        whole = nbytes(tensors) + self.gradients + self.state
+        shares = shard_bytes(tensors, gpus) + shard_bytes(trains, gpus) + self.state // gpus
         return self.peak(checkpointing) - whole + shares + self.gathered
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a model: the longest list of modules in it."""
-    return list(max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=len, default=[]))
+def _gathered(cfg: Config, model: PreTrainedModel, parts: Stored) -> int | None:
+    """What FSDP2 brings together for a while: a block, the next one, and what is in none; None: it cannot train this
+    (experiments/parallel.py)."""
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if not blocks or cfg.optim.name == "adamw8bit" or cfg.method.adapter not in ("none", "lora", "dora"):
+        return None
+    in_blocks = [nbytes((*block.parameters(), *block.buffers())) for block in blocks]
+    return 2 * max(in_blocks) + nbytes(parts.all()) - sum(in_blocks)
 
 
 def planned_model(cfg: Config, dtype: torch.dtype) -> PreTrainedModel:
@@ -148,16 +159,26 @@ def planned_model(cfg: Config, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, twins: bool = False) -> Budget:
-    """What `cfg` needs to compute in `dtype` on `batch` sequences of `seq` tokens.
+def most_gpus(model: PreTrainedModel) -> tuple[int, str]:
+    """On how many GPUs shards make sense, and for which linear: it has that many rows, and more would get nothing."""
+    rows = {name: weight_shape(linear)[0] for name, linear in decoder_linears(model).items()}
+    name = min(rows, key=rows.get)
+    return rows[name], name
+
+
+def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, twins: bool = False) -> Budget:
+    """What `cfg` needs to compute in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs.
 
     Args:
         twins: on a CPU.
 
     Raises:
-        UserError: see `planned_model`; a sequence longer than the model takes.
+        UserError: see `planned_model`; a sequence longer than the model takes; more GPUs than a linear has rows.
     """
     model = planned_model(cfg, dtype)
+    most, narrowest = most_gpus(model)
+    if gpus > most:
+        raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and seq > longest:
         raise UserError(f"seq={seq} is longer than model={cfg.model.name} takes: {longest} tokens")
@@ -179,8 +200,6 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, twins: bool = 
         return simulate(label_loss, fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, twins)
 
     storage = results.storage(model)
-    in_blocks = [list(block.parameters()) + list(block.buffers()) for block in blocks(model)]
-    outside = nbytes(parts.all()) - sum(map(nbytes, in_blocks))
     return Budget(
         parameters=storage["total_params"],
         trained=storage["trainable_params"],
@@ -196,7 +215,7 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, twins: bool = 
         state=state,
         plain=step(False),
         checkpointed=step(True) if model.supports_gradient_checkpointing else None,
-        gathered=2 * max(map(nbytes, in_blocks), default=0) + outside,
+        gathered=_gathered(cfg, model, parts),
         stored=parts,
         optimizer=cfg.optim.name,
     )
@@ -206,11 +225,3 @@ def _state_bytes(optimizer: torch.optim.Optimizer, params: list[Tensor]) -> int:
     """Bytes on the device of the optimizer's state, without pages. Beside it there is a number of steps on the host."""
     layouts = (optimizer.state_layout(p, p.numel()).values() for p in params)
     return sum(n * dtype.itemsize for layout in layouts for dtype, n in layout)
-
-
-def check_gpus(budget: Budget, gpus: int, linears: dict[str, nn.Module]) -> None:
-    """UserError: more GPUs than the smallest linear has rows to share among them."""
-    name, linear = min(linears.items(), key=lambda item: weight_shape(item[1])[0])
-    rows = weight_shape(linear)[0]
-    if gpus > rows:
-        raise UserError(f"gpus={gpus}: {name} has {rows} rows, so shards of it make sense on {rows} GPUs at most")

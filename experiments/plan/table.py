@@ -59,13 +59,19 @@ def _parts(cfg: Config, needs: Budget) -> list[str]:
     lines.append(_row("activations", plain.activations, "kept for backward"))
     if checkpointed:
         lines.append(_row("  with checkpointing", checkpointed.activations, "trainer.gradient_checkpointing=true"))
-    lines.append(_row("loss, on top", plain.loss, f"fp32 logits would be {needs.logits / 1e9:.3f} GB: not made whole"))
+    lines.append(
+        _row("loss, on top", plain.loss, f"in chunks; whole, the fp32 logits alone are {needs.logits / 1e9:.3f} GB")
+    )
     if plain.weight:
         lines.append(_row("largest dequantized weight, for a while", plain.weight))
     lines.append(_row("peak of a step", needs.peak(False), f"in {plain.phase}"))
     if checkpointed:
         lines.append(_row("  with checkpointing", needs.peak(True), f"in {checkpointed.phase}"))
     return lines
+
+
+def _gb(size: int | None) -> str:
+    return "cannot" if size is None else f"{size / 1e9:.3f}"
 
 
 def _kinds(needs: Budget) -> list[bool]:
@@ -84,9 +90,7 @@ def _gpus(cfg: Config, needs: Budget) -> list[str]:
         f"{'GPUs':>16}" + f"{'replicated':>14}{'sharded':>12}" * len(_kinds(needs)),
     ]
     for n in counts(cfg.gpus):
-        cells = (
-            f"{needs.replicated(n, kind) / 1e9:>14.3f}{needs.sharded(n, kind) / 1e9:>12.3f}" for kind in _kinds(needs)
-        )
+        cells = (f"{_gb(needs.replicated(n, kind)):>14}{_gb(needs.sharded(n, kind)):>12}" for kind in _kinds(needs))
         lines.append(f"{n:>16}{''.join(cells)}")
     return lines
 
@@ -105,8 +109,12 @@ def _fewest(cfg: Config, needs: Budget, room: int, checkpointing: bool) -> str:
     if needs.peak(checkpointing) <= room:
         return "1 GPU"
     for n in counts(cfg.gpus):
-        if needs.sharded(n, checkpointing) <= room:
-            return f"{n} GPUs, sharded"
+        for how, size in (
+            ("replicated", needs.replicated(n, checkpointing)),
+            ("sharded", needs.sharded(n, checkpointing)),
+        ):
+            if size is not None and size <= room:
+                return f"{n} GPUs, {how}"
     return f"not on {cfg.gpus}"
 
 

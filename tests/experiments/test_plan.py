@@ -1,0 +1,212 @@
+"""The planner against what is really allocated and computed, published sizes, and bad input."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from experiments.architecture import meta_model
+from experiments.config import Config, ModelConfig, resolve
+from experiments.errors import UserError
+from experiments.models import prepare_model, tiny_model
+from experiments.optim import make_optimizer
+from experiments.plan import __main__ as plan
+from experiments.plan import claims
+from experiments.plan.budget import budget, planned_model, shard_bytes, stored
+from experiments.plan.measure import allocated, measure
+from experiments.plan.simulate import loss_of, simulate
+from modules import AdamW, parameter_groups
+from modules.paging import PAGE_BYTES
+from tests.experiments.conftest import composed
+
+CPU = torch.device("cpu")
+PUBLISHED = {  # parameters, as the files on the Hugging Face hub have them
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "gemma-3-1b": 999_885_952,
+}
+
+
+def config(*overrides: str) -> Config:
+    return resolve(composed(*overrides, "output_dir=."))
+
+
+@pytest.fixture(scope="module")
+def small_llama(tmp_path_factory) -> str:
+    """A directory with a Llama of odd sizes: rows that are no whole number of blocks, grouped key and value heads."""
+    path = tmp_path_factory.mktemp("small")
+    _, tokenizer = tiny_model(torch.float32, seed=0)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 120, "intermediate_size": 328, "num_hidden_layers": 3, "vocab_size": 1003}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return f"model.path={path}"
+
+
+# ------------------------------------------------------------------------------------------ beside what is allocated
+
+
+@pytest.mark.parametrize(
+    "model, settings",
+    [
+        pytest.param("smollm2", ["+method=qdora", "optim=adamw8bit"], marks=pytest.mark.smollm2),
+        ("hf", ["+method=qlora", "rank=5", "quant.blocksize=32", "optim=adamw8bit"]),
+        ("hf", ["+method=qdora", "rank=7", "quant.double=false", "bias=all", "modules_to_save=[lm_head]"]),
+        ("hf", ["+method=lora", "init=pissa", "freeze_A=true"]),
+        ("hf", ["+method=full", "optim=adamw8bit"]),
+    ],
+    ids=["smollm2", "qlora", "qdora", "pissa", "full"],
+)
+def test_weights_adapters_and_optimizer_state_are_those_allocated(model, settings, small_llama):
+    cfg = config(f"model={model}", *settings, *([small_llama] if model == "hf" else []))
+    real, _ = prepare_model(cfg, CPU, torch.float32)
+    optimizer = make_optimizer(cfg, parameter_groups(real, cfg.lr))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    there = stored(real)
+    states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    gradients = [p.grad for p in real.parameters() if p.requires_grad]
+    needs = budget(cfg, torch.float32, batch=1, seq=8)
+    for name in ("packed", "constants", "dense", "adapters"):
+        assert getattr(needs, name) == allocated(getattr(there, name)), name
+    assert needs.gradients == allocated(gradients)
+    assert needs.state == needs.states[cfg.optim.name] == allocated(states)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["+method=qlora"],
+        ["+method=qlora", "trainer.gradient_checkpointing=true", "trainer.grad_accum=2"],
+        ["+method=qdora", "dropout=0.1", "optim=adamw8bit"],
+        ["+method=lora", "trainer.dtype=bfloat16"],
+        ["+method=full", "trainer.gradient_checkpointing=true"],
+        ["+method=full", "trainer.dtype=bfloat16"],
+    ],
+    ids=["qlora", "checkpointed", "qdora", "bf16", "full", "autocast"],
+)
+def test_the_peak_is_within_a_tenth_of_what_is_measured(settings, small_llama):
+    dtype = torch.bfloat16 if "trainer.dtype=bfloat16" in settings else torch.float32
+    cfg = config("model=hf", small_llama, "trainer.dtype=float32", *settings)
+    measured = measure(cfg, CPU, dtype, batch=2, seq=192)
+    needs = budget(cfg, dtype, batch=2, seq=192, twins=True)
+    assert needs.peak(cfg.trainer.gradient_checkpointing) == pytest.approx(measured.peak, rel=0.1)
+    assert measured.gradients == needs.gradients and measured.state == needs.state
+
+
+def test_pages_on_the_device(small_llama, tmp_path):
+    pages = ["optim.paged=true", "optim.budget_mb=4", f"output_dir={tmp_path}"]
+    cfg = resolve(composed("+method=full", "model=hf", small_llama, *pages))
+    whole = budget(config("+method=full", "model=hf", small_llama), torch.float32, 1, 64)
+    needs = budget(cfg, torch.float32, 1, 64)
+    assert needs.state == PAGE_BYTES < whole.state
+    assert needs.peak(False) == whole.peak(False) - whole.state + PAGE_BYTES
+    assert measure(cfg, CPU, torch.float32, 1, 64).state == PAGE_BYTES
+
+
+# ------------------------------------------------------------------------------------------ FLOPs, sizes, shards
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "qdora"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_flops_of_our_ops_are_those_of_the_products_in_their_twins(method, dropout):
+    cfg = config(f"+method={method}", "model=tiny", "rank=4", f"dropout={dropout}")
+    model = planned_model(cfg, torch.float32)
+    steps = [
+        simulate(loss_of(model), AdamW(parameter_groups(model, 1e-3)), 2, 48, checkpointing=checkpointing, twins=twins)
+        for checkpointing in (False, True)
+        for twins in (False, True)
+    ]
+    assert steps[0].flops == steps[1].flops < steps[2].flops == steps[3].flops
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_number_of_parameters(name):
+    model = meta_model(composed("+method=lora", f"model={name}").model, torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+def test_gpt3_and_gemma_3_27b_are_near_what_their_names_say():
+    for name, billions in (("gpt3-175b", 175), ("gemma-3-27b", 27)):
+        model = meta_model(composed("+method=lora", f"model={name}").model, torch.bfloat16)
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.01)
+
+
+def test_shards():
+    tensors = [torch.empty(5, 3), torch.empty(()), torch.empty(8, dtype=torch.uint8)]
+    assert shard_bytes(tensors, 1) == 5 * 3 * 4 + 4 + 8
+    assert shard_bytes(tensors, 4) == 2 * 3 * 4 + 4 + 2
+    needs = budget(config("+method=qlora", "model=tiny", "rank=4"), torch.bfloat16, 1, 64)
+    assert needs.sharded(1, True) == needs.replicated(1, True) == needs.peak(True)
+    assert needs.replicated(4, True) == needs.peak(True) + needs.gradients - needs.state + needs.state // 4
+    eight = budget(config("+method=qlora", "model=tiny", "optim=adamw8bit"), torch.bfloat16, 1, 64)
+    assert eight.sharded(2, False) is None
+
+
+# ------------------------------------------------------------------------------------------ what is printed
+
+
+def test_65b_in_48_gb(terminal):
+    given = ["model=llama-65b", "+method=qlora", "rank=64", "batch=1", "seq=512", "gpu=a6000", "tokens=1e6"]
+    code, text = terminal(plan, *given)
+    assert code == 0, text
+    for line in (
+        "66,085,199,872 parameters, of which 799,539,200 train (1.210%); 4.127 bits a weight in the linears",
+        "weights, packed in NF4                       32,380,026,880    32.380",
+        "adapters                                      3,198,156,800     3.198",
+        "RTX A6000, 48 GB                  2 GPUs, sharded                     1 GPU",
+    ):
+        assert line in text, text
+
+
+def test_claims():
+    rows = {row.what: row for row in claims.claims()}
+    assert [what for what, row in rows.items() if not row.holds] == [
+        "GPT-3 175B: fewer trainable parameters with LoRA",
+        "GPT-3 175B: memory of training all weights",
+    ]
+    assert rows["NF4 with double quantization, bits a weight"].here == "4.127"
+    assert claims.table(list(rows.values())).count("≠") == 2
+
+
+def test_a_local_config_json_is_enough(terminal, small_llama):
+    code, text = terminal(plan, "model=hf", f"{small_llama}/config.json", "+method=qdora", "gpus=4", "rank=8")
+    assert code == 0 and "cannot" not in text and "4.1" in text, text
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["model=llama-8b"], "Could not find 'model/llama-8b'"),
+        (["gpus=33"], "k_proj has 32 rows, so shards make sense on 32 GPUs at most"),
+        (["gpus=0"], "gpus=0: choose 1 or more"),
+        (["seq=1"], "a sequence of one token has none to predict"),
+        (["seq=4096"], "seq=4096 is longer than model=tiny takes: 2048 tokens"),
+        (["gpu=h10"], "gpu=h10: choose one of"),
+        (["utilisation=40"], "utilisation=40.0: choose a share above 0, up to 1"),
+        (["optim.paged=true", "optim.budget_mb=1"], "optim.budget_mb=1 is smaller than a page: choose 4 or more"),
+        (["rank=100"], "rank 100 is out of range"),
+    ],
+)
+def test_bad_input_is_one_line(terminal, given, message):
+    code, text = terminal(plan, "+method=qlora", "model=tiny", *given)
+    assert code == 1 and message in text and len(text.strip().splitlines()) == 1, text
+
+
+def test_an_architecture_without_linears_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 0}))
+    with pytest.raises(UserError, match="model=hf: LlamaForCausalLM has no linears to pack or to adapt"):
+        planned_model(config("+method=qlora", "model=hf", f"model.path={path}"), torch.bfloat16)
+    with pytest.raises(UserError, match="no causal language model"):
+        meta_model(ModelConfig(name="sound", source="preset", architecture={"model_type": "wav2vec2"}), torch.bfloat16)
