@@ -23,6 +23,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import machine
+from experiments.architecture import load_architecture
 from experiments.block_choice import (
     Problem,
     allowed_sizes,
@@ -40,7 +41,7 @@ from experiments.config import DataConfig, ModelConfig, TrainerConfig
 from experiments.data import load_data
 from experiments.errors import UserError
 from experiments.files import PROJECT_ROOT, writable_dir
-from experiments.models import load_architecture, load_model
+from experiments.models import load_model
 from experiments.progress import bar
 from experiments.quant_map import QuantMap, Shapes, write_map
 from modules import decoder_linears

@@ -70,7 +70,7 @@ def _beside_a_run(cfg: PlanConfig) -> str:
     if device.type == "cpu":
         machine.set_up_cpu(cfg.trainer)
     dtype = machine.pick_dtype(cfg.trainer, device)
-    needs = budget(cfg, dtype, cfg.batch, cfg.seq, twins=device.type == "cpu")
+    needs = budget(cfg, dtype, cfg.batch, cfg.seq, on_cpu=device.type == "cpu")
     measured = measure(cfg, device, dtype, cfg.batch, cfg.seq)
     where = f"{heading(cfg, dtype)}, on {machine.describe(device, dtype)}"
     return f"{where}\n\n{comparison(needs, measured, cfg.trainer.gradient_checkpointing)}"

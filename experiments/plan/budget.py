@@ -14,7 +14,7 @@ from experiments.config import Config
 from experiments.errors import UserError
 from experiments.models import adapt, weights_dtype
 from experiments.optim import OPTIMIZERS
-from experiments.plan.simulate import Step, loss_of, simulate
+from experiments.plan.simulate import Step, loss_of, simulate, use_on_cpu
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, parameter_groups
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
@@ -145,8 +145,8 @@ def _gathered(cfg: Config, model: PreTrainedModel, parts: Stored) -> int | None:
     return 2 * max(in_blocks) + nbytes(parts.all()) - sum(in_blocks)
 
 
-def planned_model(cfg: Config, dtype: torch.dtype) -> PreTrainedModel:
-    """The configured model on the meta device, packed and with its adapters.
+def planned_model(cfg: Config, dtype: torch.dtype, on_cpu: bool = False) -> PreTrainedModel:
+    """The configured model on the meta device, packed and with its adapters; `on_cpu`: as a CPU computes it.
 
     Raises:
         UserError: no such model, or one without linears, or settings that do not fit it.
@@ -154,6 +154,8 @@ def planned_model(cfg: Config, dtype: torch.dtype) -> PreTrainedModel:
     model = meta_model(cfg.model, weights_dtype(cfg, dtype))
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
+    if on_cpu:
+        use_on_cpu(model)
     # eva reads data, and gives tensors of the default's shapes
     adapt(replace(cfg, init="default") if cfg.init == "eva" else cfg, model, None, torch.device("meta"))
     return model
@@ -166,16 +168,16 @@ def most_gpus(model: PreTrainedModel) -> tuple[int, str]:
     return rows[name], name
 
 
-def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, twins: bool = False) -> Budget:
+def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, on_cpu: bool = False) -> Budget:
     """What `cfg` needs to compute in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs.
 
     Args:
-        twins: on a CPU.
+        on_cpu: as the code for a CPU does it.
 
     Raises:
         UserError: see `planned_model`; a sequence longer than the model takes; more GPUs than a linear has rows.
     """
-    model = planned_model(cfg, dtype)
+    model = planned_model(cfg, dtype, on_cpu)
     most, narrowest = most_gpus(model)
     if gpus > most:
         raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")
@@ -197,7 +199,7 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
 
     def step(checkpointing: bool) -> Step:
         fresh = OPTIMIZERS[cfg.optim.name](parameter_groups(model, cfg.lr))
-        return simulate(label_loss, fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, twins)
+        return simulate(label_loss, fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, on_cpu)
 
     storage = results.storage(model)
     return Budget(

@@ -9,8 +9,10 @@ formula for one. FLOPs are counted on the way, with torch's own formulas (torch.
 Beside what the operations return, these are known:
 - attention is torch's fused kernel, which keeps q, k, v, the output and fp32 log-sums; on the meta device torch would
   take the unfused form, which no device runs;
-- a linear over NF4 has its dense weight while it computes: the Triton launcher makes one in the compute dtype; on a CPU
-  the op's torch twin is run on the meta device too, so that its intermediate tensors are counted.
+- a linear over NF4 has its dense weight while it computes: the Triton launcher makes one in the compute dtype.
+
+For a CPU the code is run that runs there: the torch twins of the ops with all that they make on the way, and
+experiments/lean.py and attention.py. (Dequantization is the twin's, which makes more than bitsandbytes' routine does.)
 
 Not seen: what libraries allocate inside one operation (cuBLAS workspaces, blocks of attention), the CUDA context, and
 what an allocator loses to fragmentation.
@@ -18,18 +20,19 @@ what an allocator loses to fragmentation.
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch._library.custom_ops import OPDEFS  # the Python function behind each custom op
+from torch import Tensor, nn
+from torch._C import DispatchKey, DispatchKeySet
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
+from experiments import lean
 from experiments.loss import LabelLoss
 from experiments.plan import flops
 from experiments.train import checkpoint_blocks
@@ -65,12 +68,12 @@ class _Allocations(TorchDispatchMode):
     """Counts the bytes of live meta tensors.
 
     Args:
-        twins: run the torch twins of our linears, as a CPU does.
+        on_cpu: run the torch twins of our linears, as a CPU does.
     """
 
-    def __init__(self, twins: bool):
+    def __init__(self, on_cpu: bool):
         super().__init__()
-        self.twins = twins
+        self.on_cpu = on_cpu
         self.live = self.weight = self.flops = 0
         self.peaks = dict.fromkeys(PHASES, 0)
         self.phase = PHASES[0]
@@ -95,6 +98,8 @@ class _Allocations(TorchDispatchMode):
         on_meta = True in given
         if func is aten._local_scalar_dense.default and on_meta:
             return 1  # what .item() reads: a loss, a norm, whether tokens are padding (none is)
+        if func is aten.equal.default and on_meta:
+            return True  # whether code that keeps less computes the same (experiments/lean.py)
         if func is aten.nonzero.default and on_meta:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)  # rows for special care: none
         packet = func.overloadpacket
@@ -102,9 +107,9 @@ class _Allocations(TorchDispatchMode):
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         scratch = _dense_weight(func, args)
         self.weight = max(self.weight, scratch)
-        if self.twins and packet in flops.LINEARS:
+        if self.on_cpu and packet in flops.LINEARS:
             with self:
-                return OPDEFS[func._schema.name]._init_fn(*args, **kwargs)
+                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
         out = func(*args, **kwargs)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
@@ -140,36 +145,63 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-@contextlib.contextmanager
-def _as_on_a_device(autocast: torch.dtype | None) -> Iterator[dict]:
-    """What torch does on every device but the meta device: fused attention and, in a dtype, autocast of linears.
+class _Casts:
+    """What autocast does to the arguments of products, and remembers of parameters until it ends.
 
-    Yields the parameters that were cast, to be cleared where autocast ends.
+    Args:
+        dtype: to cast to; None: nothing is cast.
     """
-    attention, linear, casts = F.scaled_dot_product_attention, F.linear, {}
 
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype == autocast:
-            return tensor
-        if not tensor.is_leaf:
-            return tensor.to(autocast)
-        if tensor not in casts:
-            casts[tensor] = tensor.to(autocast)
-        return casts[tensor]
+    def __init__(self, dtype: torch.dtype | None):
+        self.dtype, self.kept = dtype, {}
 
-    F.scaled_dot_product_attention = _fused_attention
-    if autocast is not None:
-        F.linear = lambda x, weight, bias=None: linear(cast(x), cast(weight), cast(bias))
+    def around(self, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`product`, whose tensors are cast first."""
+        if self.dtype is None:
+            return product
+        return lambda *args, **more: product(*map(self._cast, args), **{k: self._cast(v) for k, v in more.items()})
+
+    def _cast(self, value):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == self.dtype:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.to(self.dtype)
+        if value not in self.kept:
+            self.kept[value] = value.to(self.dtype)
+        return self.kept[value]
+
+
+@contextlib.contextmanager
+def _as_on_a_device(casts: _Casts, on_cpu: bool) -> Iterator[None]:
+    """What torch does on every device but the meta device: fused attention, autocast of products.
+
+    Args:
+        on_cpu: tensors say that they are on a CPU, so that the code for one runs. Packed codes do not: the routine that
+            unpacks them there reads memory.
+    """
+    attention, linear, bmm = F.scaled_dot_product_attention, F.linear, torch.bmm
+    F.scaled_dot_product_attention = casts.around(_fused_attention)
+    F.linear, torch.bmm = casts.around(linear), casts.around(bmm)
+    if on_cpu:
+        Tensor.is_cpu = property(lambda tensor: tensor.dtype != torch.uint8)  # hides that of Tensor's base class
     try:
-        yield casts
+        yield
     finally:
-        F.scaled_dot_product_attention, F.linear = attention, linear
+        F.scaled_dot_product_attention, F.linear, torch.bmm = attention, linear, bmm
+        if on_cpu:
+            del Tensor.is_cpu
 
 
 def loss_of(model: PreTrainedModel) -> LabelLoss:
     """The loss of `model`, which is on the meta device."""
-    with _Allocations(twins=False):
+    with _Allocations(on_cpu=False):
         return LabelLoss(model)
+
+
+def use_on_cpu(model: PreTrainedModel) -> None:
+    """`lean.use_on_cpu` of a model on the meta device."""
+    with _Allocations(on_cpu=True):
+        lean.use_on_cpu(model)
 
 
 def simulate(
@@ -180,7 +212,7 @@ def simulate(
     autocast: torch.dtype | None = None,
     checkpointing: bool = False,
     accumulating: bool = False,
-    twins: bool = False,
+    on_cpu: bool = False,
 ) -> Step:
     """A training step of a model on the meta device, after the first.
 
@@ -191,7 +223,7 @@ def simulate(
         autocast: the dtype in which linears run whose weights train in fp32.
         checkpointing: of each block.
         accumulating: a second forward pass follows the first, with its gradients there.
-        twins: of a CPU, where the torch twins of our linears run.
+        on_cpu: as on a CPU, of a model that `use_on_cpu` was called on.
 
     Raises:
         UserError: checkpointing of a model that cannot.
@@ -202,8 +234,8 @@ def simulate(
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memory = _Allocations(twins)
-    with memory, _as_on_a_device(autocast) as casts:
+    memory, casts = _Allocations(on_cpu), _Casts(autocast)
+    with memory, _as_on_a_device(casts, on_cpu):
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state
@@ -222,7 +254,7 @@ def simulate(
         for _ in range(2 if accumulating else 1):
             memory.phase, before = "forward", memory.live
             loss = label_loss(tokens) / ids.numel()
-            casts.clear()
+            casts.kept.clear()
             activations = memory.live - before if activations is None else activations
             loss.item()
             memory.phase = "backward"

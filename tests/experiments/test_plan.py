@@ -99,7 +99,7 @@ def test_the_peak_is_within_a_tenth_of_what_is_measured(settings, small_llama):
     dtype = torch.bfloat16 if "trainer.dtype=bfloat16" in settings else torch.float32
     cfg = config("model=hf", small_llama, "trainer.dtype=float32", *settings)
     measured = measure(cfg, CPU, dtype, batch=2, seq=192)
-    needs = budget(cfg, dtype, batch=2, seq=192, twins=True)
+    needs = budget(cfg, dtype, batch=2, seq=192, on_cpu=True)
     assert needs.peak(cfg.trainer.gradient_checkpointing) == pytest.approx(measured.peak, rel=0.1)
     assert measured.gradients == needs.gradients and measured.state == needs.state
 
@@ -123,9 +123,9 @@ def test_flops_of_our_ops_are_those_of_the_products_in_their_twins(method, dropo
     cfg = config(f"+method={method}", "model=tiny", "rank=4", f"dropout={dropout}")
     model = planned_model(cfg, torch.float32)
     steps = [
-        simulate(loss_of(model), AdamW(parameter_groups(model, 1e-3)), 2, 48, checkpointing=checkpointing, twins=twins)
-        for checkpointing in (False, True)
-        for twins in (False, True)
+        simulate(loss_of(model), AdamW(parameter_groups(model, 1e-3)), 2, 48, checkpointing=again, on_cpu=on_cpu)
+        for again in (False, True)
+        for on_cpu in (False, True)
     ]
     assert steps[0].flops == steps[1].flops < steps[2].flops == steps[3].flops
 
