@@ -25,6 +25,7 @@ from experiments.files import PROJECT_ROOT
 from experiments.plan.budget import budget
 from experiments.plan.cards import card
 from experiments.plan.measure import comparison, measure
+from experiments.plan.plot import plot
 from experiments.plan.table import heading, table
 from experiments.resuming import configured
 
@@ -62,7 +63,9 @@ def plan(cfg: PlanConfig) -> str:
     if cfg.measure:
         return _beside_a_run(cfg)
     dtype = torch.bfloat16 if cfg.trainer.dtype == "auto" else machine.DTYPES[cfg.trainer.dtype]
-    return f"{heading(cfg, dtype)}\n\n{table(cfg, budget(cfg, dtype, cfg.batch, cfg.seq, cfg.gpus))}"
+    needs = budget(cfg, dtype, cfg.batch, cfg.seq, cfg.gpus)
+    text = f"{heading(cfg, dtype)}\n\n{table(cfg, needs)}"
+    return f"{text}\n\nWritten: {plot(cfg, dtype, cfg.batch, cfg.seq, needs)}" if cfg.plot else text
 
 
 def _beside_a_run(cfg: PlanConfig) -> str:

@@ -1,6 +1,7 @@
 """The memory that a configuration needs on each GPU, part by part, in bytes."""
 
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -77,6 +78,8 @@ class Budget:
     """What a run needs, in bytes where nothing else is said.
 
     Attributes:
+        longest: tokens of a sequence that the model takes.
+        widest: the highest rank that each of its linears can have.
         parameters, trained: their numbers.
         bits: a weight of the decoder's linears occupies.
         tokens: of a forward pass on one GPU.
@@ -89,6 +92,8 @@ class Budget:
         gathered: what sharded GPUs bring together for a while; None: they cannot.
     """
 
+    longest: int
+    widest: int
     parameters: int
     trained: int
     bits: float
@@ -181,8 +186,8 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     most, narrowest = most_gpus(model)
     if gpus > most:
         raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and seq > longest:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+    if seq > longest:
         raise UserError(f"seq={seq} is longer than model={cfg.model.name} takes: {longest} tokens")
     parts = stored(model)
     trains = [p for p in model.parameters() if p.requires_grad]
@@ -203,6 +208,8 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
 
     storage = results.storage(model)
     return Budget(
+        longest=longest,
+        widest=min(min(weight_shape(linear)) for linear in decoder_linears(model).values()),
         parameters=storage["total_params"],
         trained=storage["trainable_params"],
         bits=storage["bits_per_weight"],

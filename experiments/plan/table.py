@@ -6,10 +6,11 @@ from experiments.config import Config
 from experiments.plan.budget import Budget
 from experiments.plan.cards import CARDS, RESERVE, card
 from experiments.plan.simulate import Step
+from experiments.results import identity
 
 
 def heading(cfg: Config, dtype: torch.dtype) -> str:
-    rank = "" if cfg.method.adapter == "none" else f", rank {cfg.rank}"
+    rank = f", rank {cfg.rank}" if "rank" in identity(cfg) else ""
     dtype_name = str(dtype).removeprefix("torch.")
     return f"{cfg.model.name}, {cfg.method.name}{rank}: {cfg.batch} × {cfg.seq} tokens in {dtype_name}"
 

@@ -1,0 +1,79 @@
+"""A picture of the memory that a step needs, against rank, sequence length and model size. Each point is a plan."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib import ticker
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+
+from experiments.config import Config, ModelConfig
+from experiments.files import PROJECT_ROOT, writable_dir
+from experiments.plan.budget import Budget, budget
+from experiments.plan.cards import CARDS
+from experiments.plan.table import heading
+from experiments.progress import bar
+from experiments.results import BLUE, ORANGE, identity
+
+RANKS = (4, 16, 64, 128, 256)
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+SIZES = ("gemma-3-1b", "llama-7b", "llama-13b", "llama-33b", "llama-65b", "gpt3-175b")
+LINES = ("rtx4090", "a6000", "h100", "h200")  # whose memory is drawn
+
+
+def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -> Path:
+    """Draw and write the picture to cfg.output_dir; return where it is. `needs` is what `cfg` itself does."""
+    directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
+    panels: list[tuple[str, list, Callable[..., Budget]]] = []
+    if "rank" in identity(cfg):
+        ranks = sorted({r for r in (*RANKS, cfg.rank) if r <= needs.widest})
+        panels.append(("rank", ranks, lambda rank: budget(replace(cfg, rank=rank), dtype, batch, seq)))
+    lengths = sorted({n for n in (*LENGTHS, seq) if n <= needs.longest})
+    panels.append(("tokens of a sequence", lengths, lambda length: budget(cfg, dtype, batch, length)))
+    panels.append(("parameters", list(SIZES), lambda name: budget(replace(cfg, model=_model(name)), dtype, batch, seq)))
+
+    figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")  # not pyplot, whose state a notebook shares
+    figure.suptitle(heading(cfg, dtype), fontsize="medium")
+    for axes, (label, values, plan) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        plans = [plan(value) for value in bar(f"planning by {label}")(values)]
+        sized = label == "parameters"
+        x = [one.parameters for one in plans] if sized else values
+        for checkpointing, color, marker, name in ((False, BLUE, "o", "plain"), (True, ORANGE, "s", "checkpointing")):
+            if all(one.step(checkpointing) for one in plans):
+                y = [one.peak(checkpointing) / 1e9 for one in plans]
+                axes.plot(x, y, color=color, marker=marker, label=name)
+        if not sized:
+            kept = [(one.peak(False) - one.plain.activations) / 1e9 for one in plans]
+            axes.plot(x, kept, color="#999999", linestyle=":", label="plain, without activations")
+        low, high = axes.get_ylim()
+        for card in (CARDS[name] for name in LINES):
+            height = card.mib * 2**20 / 1e9
+            if sized or low < height < high:
+                axes.axhline(height, color="#999999", linewidth=0.8, zorder=0)
+                axes.annotate(card.name, (0.01, height), xycoords=("axes fraction", "data"), fontsize=7, va="bottom")
+        axes.set(xlabel=label, ylabel="GB on one GPU, peak of a step", xscale="log" if sized else "linear")
+        if sized:
+            axes.set_yscale("log")
+            axes.margins(x=0.18)  # names stand to the right of their points
+            axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
+            for name, one in zip(values, plans):
+                where = (one.parameters, one.peak(one.checkpointed is not None) / 1e9)
+                axes.annotate(name, where, textcoords="offset points", xytext=(8, -5), fontsize=7)
+        else:
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
+    path = directory / f"{cfg.model.name}-{cfg.method.name}.png"
+    partial = directory / f".{path.name}.partial"
+    figure.savefig(partial, dpi=130, format="png")
+    partial.replace(path)
+    return path
+
+
+def _model(name: str) -> ModelConfig:
+    """What conf/model/ says of a preset."""
+    values = OmegaConf.load(PROJECT_ROOT / "conf" / "model" / f"{name}.yaml")
+    values.pop("defaults")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))
