@@ -1,8 +1,9 @@
 """The memory that a configuration needs on each GPU, part by part, in bytes."""
 
+import functools
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +16,7 @@ from experiments.config import Config
 from experiments.errors import UserError
 from experiments.models import adapt, weights_dtype
 from experiments.optim import OPTIMIZERS
-from experiments.plan.simulate import Step, loss_of, simulate, use_on_cpu
+from experiments.plan.simulate import Allocations, Step, loss_of, simulate, use_on_cpu
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, parameter_groups
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
@@ -88,7 +89,8 @@ class Budget:
         gradients: of what trains.
         states: of each optimizer, by its name; without pages.
         state: of the configured one; with pages what of it is on the device.
-        plain, checkpointed: a step; None: the model cannot be checkpointed.
+        checkpoints: whether blocks of the model can be checkpointed.
+        step: simulates one, with checkpointing or without.
         gathered: what sharded GPUs bring together for a while; None: they cannot.
     """
 
@@ -106,14 +108,11 @@ class Budget:
     gradients: int
     states: dict[str, int]
     state: int
-    plain: Step
-    checkpointed: Step | None
+    checkpoints: bool
     gathered: int | None
     stored: Stored
     optimizer: str
-
-    def step(self, checkpointing: bool) -> Step | None:
-        return self.checkpointed if checkpointing else self.plain
+    step: Callable[[bool], Step]
 
     def peak(self, checkpointing: bool) -> int:
         """On one GPU."""
@@ -150,19 +149,26 @@ def _gathered(cfg: Config, model: PreTrainedModel, parts: Stored) -> int | None:
     return 2 * max(in_blocks) + nbytes(parts.all()) - sum(in_blocks)
 
 
-def planned_model(cfg: Config, dtype: torch.dtype, on_cpu: bool = False) -> PreTrainedModel:
+def _longest(model: PreTrainedModel) -> int:
+    return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
+
+
+def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0, on_cpu: bool = False) -> PreTrainedModel:
     """The configured model on the meta device, packed and with its adapters; `on_cpu`: as a CPU computes it.
 
     Raises:
-        UserError: no such model, or one without linears, or settings that do not fit it.
+        UserError: no such model, or one without linears, or that cannot take `seq` tokens; settings that do not fit it.
     """
     model = meta_model(cfg.model, weights_dtype(cfg, dtype))
+    if seq > _longest(model):
+        raise UserError(f"seq={seq} is longer than model={cfg.model.name} takes: {_longest(model)} tokens")
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
     if on_cpu:
         use_on_cpu(model)
     # eva reads data, and gives tensors of the default's shapes
-    adapt(replace(cfg, init="default") if cfg.init == "eva" else cfg, model, None, torch.device("meta"))
+    with Allocations():
+        adapt(replace(cfg, init="default") if cfg.init == "eva" else cfg, model, None, torch.device("meta"))
     return model
 
 
@@ -180,15 +186,12 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         on_cpu: as the code for a CPU does it.
 
     Raises:
-        UserError: see `planned_model`; a sequence longer than the model takes; more GPUs than a linear has rows.
+        UserError: see `planned_model`; more GPUs than a linear has rows.
     """
-    model = planned_model(cfg, dtype, on_cpu)
+    model = planned_model(cfg, dtype, seq, on_cpu)
     most, narrowest = most_gpus(model)
     if gpus > most:
         raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
-    if seq > longest:
-        raise UserError(f"seq={seq} is longer than model={cfg.model.name} takes: {longest} tokens")
     parts = stored(model)
     trains = [p for p in model.parameters() if p.requires_grad]
     optimizers = {name: of(parameter_groups(model, cfg.lr)) for name, of in OPTIMIZERS.items()}
@@ -202,13 +205,14 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
 
     label_loss = loss_of(model)
 
+    @functools.cache
     def step(checkpointing: bool) -> Step:
         fresh = OPTIMIZERS[cfg.optim.name](parameter_groups(model, cfg.lr))
         return simulate(label_loss, fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, on_cpu)
 
     storage = results.storage(model)
     return Budget(
-        longest=longest,
+        longest=_longest(model),
         widest=min(min(weight_shape(linear)) for linear in decoder_linears(model).values()),
         parameters=storage["total_params"],
         trained=storage["trainable_params"],
@@ -222,11 +226,11 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         gradients=nbytes(trains),
         states=states,
         state=state,
-        plain=step(False),
-        checkpointed=step(True) if model.supports_gradient_checkpointing else None,
+        checkpoints=model.supports_gradient_checkpointing,
         gathered=_gathered(cfg, model, parts),
         stored=parts,
         optimizer=cfg.optim.name,
+        step=step,
     )
 
 

@@ -1,6 +1,6 @@
-"""FLOPs of our linears and of fused attention, for torch.utils.flop_counter. A product of [m, k] with [k, n] has 2mkn.
+"""FLOPs that torch.utils.flop_counter has no formula for: of our linears and of fused attention on a CPU.
 
-Dequantization and element-wise work are not counted, as in torch's own formulas.
+A product of [m, k] with [k, n] has 2mkn. Dequantization and element-wise work are not counted, as in torch's own formulas.
 """
 
 import torch
@@ -58,6 +58,11 @@ def _(dy, x, *args, **_):
     products = 2 if dropout else 1
     through = products * _base(x[0], lora_A, lora_B) + 2 * x[0] * lora_A[0] * lora_A[1] if needs_dx else 0
     return _adapter(x[0], lora_A, lora_B) + 2 * x[0] * lora_B[0] * lora_B[1] + through
+
+
+@register_flop_formula(aten.addmm_)
+def _(added, a, b, **_):
+    return 2 * a[0] * a[1] * b[1]
 
 
 @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)

@@ -41,11 +41,11 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
         sized = label == "parameters"
         x = [one.parameters for one in plans] if sized else values
         for checkpointing, color, marker, name in ((False, BLUE, "o", "plain"), (True, ORANGE, "s", "checkpointing")):
-            if all(one.step(checkpointing) for one in plans):
+            if not checkpointing or all(one.checkpoints for one in plans):
                 y = [one.peak(checkpointing) / 1e9 for one in plans]
                 axes.plot(x, y, color=color, marker=marker, label=name)
         if not sized:
-            kept = [(one.peak(False) - one.plain.activations) / 1e9 for one in plans]
+            kept = [(one.peak(False) - one.step(False).activations) / 1e9 for one in plans]
             axes.plot(x, kept, color="#999999", linestyle=":", label="plain, without activations")
         low, high = axes.get_ylim()
         for card in (CARDS[name] for name in LINES):
@@ -59,7 +59,7 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
             axes.margins(x=0.18)  # names stand to the right of their points
             axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
             for name, one in zip(values, plans):
-                where = (one.parameters, one.peak(one.checkpointed is not None) / 1e9)
+                where = (one.parameters, one.peak(one.checkpoints) / 1e9)
                 axes.annotate(name, where, textcoords="offset points", xytext=(8, -5), fontsize=7)
         else:
             axes.set_ylim(bottom=0)

@@ -19,6 +19,7 @@ what an allocator loses to fragmentation.
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -64,14 +65,14 @@ class Step:
     flops: int
 
 
-class _Allocations(TorchDispatchMode):
-    """Counts the bytes of live meta tensors.
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of live meta tensors, and answers for their values, which they do not have.
 
     Args:
         on_cpu: run the torch twins of our linears, as a CPU does.
     """
 
-    def __init__(self, on_cpu: bool):
+    def __init__(self, on_cpu: bool = False):
         super().__init__()
         self.on_cpu = on_cpu
         self.live = self.weight = self.flops = 0
@@ -105,6 +106,9 @@ class _Allocations(TorchDispatchMode):
         packet = func.overloadpacket
         if len(given) == 2 and packet not in POSITIONS:  # labels are real
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+        if _is_composite(func):  # what a twin calls comes here before it is taken apart
+            with self:
+                return func.decompose(*args, **kwargs)
         scratch = _dense_weight(func, args)
         self.weight = max(self.weight, scratch)
         if self.on_cpu and packet in flops.LINEARS:
@@ -117,6 +121,11 @@ class _Allocations(TorchDispatchMode):
             self.add(tensor)
         self.peaks[self.phase] = max(self.peaks[self.phase], self.live + scratch)
         return out
+
+
+@functools.cache
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    return func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
 
 
 def _tensors(values: Iterable) -> Iterator[Tensor]:
@@ -194,13 +203,13 @@ def _as_on_a_device(casts: _Casts, on_cpu: bool) -> Iterator[None]:
 
 def loss_of(model: PreTrainedModel) -> LabelLoss:
     """The loss of `model`, which is on the meta device."""
-    with _Allocations(on_cpu=False):
+    with Allocations():
         return LabelLoss(model)
 
 
 def use_on_cpu(model: PreTrainedModel) -> None:
     """`lean.use_on_cpu` of a model on the meta device."""
-    with _Allocations(on_cpu=True):
+    with Allocations(on_cpu=True):
         lean.use_on_cpu(model)
 
 
@@ -234,7 +243,7 @@ def simulate(
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memory, casts = _Allocations(on_cpu), _Casts(autocast)
+    memory, casts = Allocations(on_cpu), _Casts(autocast)
     with memory, _as_on_a_device(casts, on_cpu):
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)

@@ -56,7 +56,7 @@ def _parts(cfg: Config, needs: Budget) -> list[str]:
         lines.append(
             _row("  in pages, on the device", needs.state, f"counted below; {max(rest, 0) / 1e9:.3f} GB elsewhere")
         )
-    plain, checkpointed = needs.plain, needs.checkpointed
+    plain, checkpointed = needs.step(False), needs.step(True) if needs.checkpoints else None
     lines.append(_row("activations", plain.activations, "kept for backward"))
     if checkpointed:
         lines.append(_row("  with checkpointing", checkpointed.activations, "trainer.gradient_checkpointing=true"))
@@ -76,7 +76,7 @@ def _gb(size: int | None) -> str:
 
 
 def _kinds(needs: Budget) -> list[bool]:
-    return [False, True] if needs.checkpointed else [False]
+    return [False, True] if needs.checkpoints else [False]
 
 
 def counts(gpus: int) -> list[int]:
@@ -131,6 +131,6 @@ def _hours(cfg: Config, needs: Budget) -> list[str]:
     lines = [
         f"{cfg.tokens:,.0f} tokens on {one.name}, at {cfg.utilisation:.0%} of {one.tflops:g} TFLOP/s",
         f"{'':<24}{'FLOPs a token':>14}{'tokens/s':>14}{'hours':>14}{f'on {cfg.gpus} GPUs':>14}",
-        row("plain", needs.plain),
+        row("plain", needs.step(False)),
     ]
-    return [*lines, row("with checkpointing", needs.checkpointed)] if needs.checkpointed else lines
+    return [*lines, row("with checkpointing", needs.step(True))] if needs.checkpoints else lines
