@@ -1,6 +1,7 @@
 """FLOPs that torch.utils.flop_counter has no formula for: of our linears and of fused attention on a CPU.
 
-A product of [m, k] with [k, n] has 2mkn. Dequantization and element-wise work are not counted, as in torch's own formulas.
+A product of [m, k] with [k, n] has 2mkn. Dequantization and element-wise work are not counted, as in torch's own
+formulas.
 """
 
 import torch

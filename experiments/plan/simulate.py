@@ -125,7 +125,9 @@ class Allocations(TorchDispatchMode):
 
 @functools.cache
 def _is_composite(func: torch._ops.OpOverload) -> bool:
-    return func.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    """True if every device takes `func` apart into other operations."""
+    composite, kernel = DispatchKey.CompositeImplicitAutograd, DispatchKey.CPU
+    return func.has_kernel_for_dispatch_key(composite) and not func.has_kernel_for_dispatch_key(kernel)
 
 
 def _tensors(values: Iterable) -> Iterator[Tensor]:
