@@ -27,7 +27,7 @@ class Stored:
     """A model's tensors by what they are.
 
     Attributes:
-        packed: codes of the linears in NF4.
+        packed: codes of linears in 4 bits.
         constants: what turns codes into weights: absmax, and with double quantization its own absmax and offset.
         dense: weights that are not packed, and buffers.
         adapters: what a method adds or trains beside the base.
@@ -203,12 +203,12 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         state = min(frames, len(optimizer.fill_pages(PAGE_BYTES)[1])) * PAGE_BYTES
     autocast = dtype if cfg.method.adapter == "none" and dtype != torch.float32 else None
 
-    label_loss = loss_of(model)
+    label_loss = functools.cache(lambda: loss_of(model))
 
     @functools.cache
     def step(checkpointing: bool) -> Step:
         fresh = OPTIMIZERS[cfg.optim.name](parameter_groups(model, cfg.lr))
-        return simulate(label_loss, fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, on_cpu)
+        return simulate(label_loss(), fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, on_cpu)
 
     storage = results.storage(model)
     return Budget(

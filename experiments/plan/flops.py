@@ -4,6 +4,8 @@ A product of [m, k] with [k, n] has 2mkn. Dequantization and element-wise work a
 formulas.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
@@ -12,6 +14,12 @@ LINEARS = (
     *(qdora.nf4_linear, qdora.nf4_linear_backward, qdora.lora_linear, qdora.lora_linear_backward),
     *(qdora.dora_linear, qdora.dora_linear_backward),
 )
+
+
+def _formula(op: torch._ops.OpOverloadPacket) -> Callable[[Callable[..., int]], None]:
+    """Decorator: the function of the op's arguments by name, shapes in place of tensors, is its formula."""
+    names = [argument.name for argument in op.default._schema.arguments]
+    return lambda formula: register_flop_formula(op)(lambda *args, **_: formula(**dict(zip(names, args))))
 
 
 def _adapter(tokens: int, lora_A: tuple, lora_B: tuple) -> int:
@@ -23,42 +31,43 @@ def _base(tokens: int, lora_A: tuple, lora_B: tuple) -> int:
     return 2 * tokens * lora_A[1] * lora_B[0]
 
 
-@register_flop_formula(qdora.nf4_linear)
-def _(x, packed, absmax, nested_absmax, nested_offset, blocksize, out_features, bias, **_):
+@_formula(qdora.nf4_linear)
+def _(x, out_features, **_):
     return 2 * x[0] * x[1] * out_features
 
 
-@register_flop_formula(qdora.nf4_linear_backward)
-def _(dy, packed, absmax, nested_absmax, nested_offset, blocksize, in_features, **_):
+@_formula(qdora.nf4_linear_backward)
+def _(dy, in_features, **_):
     return 2 * dy[0] * dy[1] * in_features
 
 
-@register_flop_formula(qdora.lora_linear)
-def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest, **_):
+@_formula(qdora.lora_linear)
+def _(x, lora_A, lora_B, **_):
     return _base(x[0], lora_A, lora_B) + _adapter(x[0], lora_A, lora_B)
 
 
-@register_flop_formula(qdora.lora_linear_backward)
-def _(dy, x, xa, weight, absmax, nested_absmax, nested_offset, blocksize, lora_A, lora_B, *rest, **_):
-    # dxa and dB, dA; dX where it is needed
-    through = _base(x[0], lora_A, lora_B) + 2 * x[0] * lora_A[0] * lora_A[1] if rest[-1] else 0
-    return _adapter(x[0], lora_A, lora_B) + 2 * x[0] * lora_B[0] * lora_B[1] + through
-
-
-@register_flop_formula(qdora.dora_linear)
-def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, norm_sq, norm, lora_A, lora_B, *rest, **_):
-    rank, (_, _, _, dropout, _) = lora_A[0], rest
+@_formula(qdora.dora_linear)
+def _(x, norm, lora_A, lora_B, dropout, **_):
+    rank = lora_A[0]
     of_norm = 2 * rank * (lora_A[1] * lora_B[0] + rank * (lora_A[1] + lora_B[0])) if norm is None else 0
     products = 2 if dropout else 1
     return products * _base(x[0], lora_A, lora_B) + _adapter(x[0], lora_A, lora_B) + of_norm
 
 
-@register_flop_formula(qdora.dora_linear_backward)
-def _(dy, x, *args, **_):
-    lora_A, lora_B, _, _, dropout, _, needs_dx = args[-7:]
-    products = 2 if dropout else 1
-    through = products * _base(x[0], lora_A, lora_B) + 2 * x[0] * lora_A[0] * lora_A[1] if needs_dx else 0
-    return _adapter(x[0], lora_A, lora_B) + 2 * x[0] * lora_B[0] * lora_B[1] + through
+def _backward(x: tuple, lora_A: tuple, lora_B: tuple, products: int, needs_dx: bool) -> int:
+    """dxa, dA and dB, and dX where it is needed, which takes so many products with the base."""
+    dx = products * _base(x[0], lora_A, lora_B) + 2 * x[0] * lora_A[0] * lora_A[1] if needs_dx else 0
+    return _adapter(x[0], lora_A, lora_B) + 2 * x[0] * lora_B[0] * lora_B[1] + dx
+
+
+@_formula(qdora.lora_linear_backward)
+def _(x, lora_A, lora_B, needs_dx, **_):
+    return _backward(x, lora_A, lora_B, 1, needs_dx)
+
+
+@_formula(qdora.dora_linear_backward)
+def _(x, lora_A, lora_B, dropout, needs_dx, **_):
+    return _backward(x, lora_A, lora_B, 2 if dropout else 1, needs_dx)
 
 
 @register_flop_formula(aten.addmm_)

@@ -113,7 +113,7 @@ def comparison(needs: Budget, measured: Measured, checkpointing: bool) -> str:
     }
     planned["peak"] = needs.peak(checkpointing)
     titles = {
-        "packed": "weights, packed in NF4",
+        "packed": "weights, packed",
         "constants": "quantization constants",
         "dense": "weights, not packed",
         "state": "optimizer state",

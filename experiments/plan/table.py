@@ -41,7 +41,7 @@ def _parts(cfg: Config, needs: Budget) -> list[str]:
     optim = cfg.optim.name
     lines = [f"{'':<38}{'bytes':>21}{'GB':>10}"]
     if needs.packed:
-        lines.append(_row("weights, packed in NF4", needs.packed))
+        lines.append(_row("weights, packed", needs.packed))
         lines.append(_row("quantization constants", needs.constants))
     lines.append(_row("weights, not packed", needs.dense))
     if needs.adapters:
