@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
-from experiments.models import model_directory, quiet, tiny_model
+from experiments.models import model_directory, tiny_model
+from experiments.quiet import quiet
 
 
 def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
