@@ -1,4 +1,4 @@
-"""What each linear of a model loses when it is packed in NF4, by block size, and what the loss makes of it.
+"""What each linear of a model loses when it is packed, by block size, and what the loss makes of it.
 
 With Ŵ what the codes of a weight W [out, in] stand for, x its inputs and g the gradient of a sample's log-likelihood:
 
@@ -64,7 +64,7 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """Every linear by its full name, and what it was measured on: model, data, samples, tokens, double."""
+    """Every linear by its full name, and what it was measured on: model, data, samples, tokens, type, double."""
 
     about: dict
     layers: dict[str, LayerProfile]
@@ -144,14 +144,16 @@ class Calibration:
 
 
 @torch.no_grad()
-def profile_layer(weight: Tensor, inputs: Tensor, squares: Tensor, tokens: int, double: bool) -> LayerProfile:
+def profile_layer(
+    weight: Tensor, inputs: Tensor, squares: Tensor, tokens: int, double: bool, quant_type: str = "nf4"
+) -> LayerProfile:
     """Profile one weight.
 
     Args:
         weight: [out, in] in the dtype it is packed from.
         inputs: Σ xxᵀ, fp32 [in, in].
         squares: Σ g², fp32 [out, in], over samples with `tokens` labelled tokens together.
-        double: absmax in 8 bits.
+        double, quant_type: see `kernels.quantize_4bit`.
     """
     w = weight.float()
     centred = w.double() - w.double().mean()
@@ -161,7 +163,7 @@ def profile_layer(weight: Tensor, inputs: Tensor, squares: Tensor, tokens: int, 
     for size in BLOCKSIZES:
         if size > w.numel():
             break
-        packed, quant_state = kernels.quantize_4bit(weight, size, double_quant=double)
+        packed, quant_state = kernels.quantize_4bit(weight, size, double, quant_type)
         difference = w - kernels.dequantize_4bit(packed, quant_state).float()
         absmax = torch.nn.functional.pad(w.reshape(-1), (0, -w.numel() % size)).view(-1, size).abs().amax(dim=1)
         sizes[size] = {
@@ -179,12 +181,13 @@ def profile_layer(weight: Tensor, inputs: Tensor, squares: Tensor, tokens: int, 
     )
 
 
-def profile_model(calibration: Calibration, double: bool, progress: Callable[[Iterable], Iterable]) -> dict:
-    """The LayerProfile of each linear."""
+def profile_model(
+    calibration: Calibration, double: bool, quant_type: str = "nf4", progress: Callable[[Iterable], Iterable] = iter
+) -> dict[str, LayerProfile]:
+    """The profile of each linear by its full name."""
+    inputs, squares, tokens = calibration.inputs, calibration.squares, calibration.tokens
     return {
-        name: profile_layer(
-            dense_weight(linear), calibration.inputs[name], calibration.squares[name], calibration.tokens, double
-        )
+        name: profile_layer(dense_weight(linear), inputs[name], squares[name], tokens, double, quant_type)
         for name, linear in progress(list(calibration.linears.items()))
     }
 
@@ -215,7 +218,7 @@ def read_profile(path: Path) -> Profile:
         first, _, rest = path.read_text(encoding="utf-8").partition("\n")
         about = json.loads(first.removeprefix("# "))
         layers = {row["layer"]: _layer(row) for row in csv.DictReader(io.StringIO(rest))}
-        if not layers or not {"model", "double"} <= about.keys():
+        if not layers or not {"model", "type", "double"} <= about.keys():
             raise ValueError("it has no layers" if not layers else "it does not say of which model it is")
     except OSError as error:
         raise UserError(f"profile={path}: {error.strerror}: leave profile out to measure one") from error

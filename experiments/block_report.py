@@ -93,14 +93,14 @@ def as_csv(profile: Profile, trials: list[Trial]) -> str:
     return text.getvalue()
 
 
-def plot(path: Path, model: str, profile: Profile, trials: list[Trial]) -> None:
+def plot(path: Path, what: str, profile: Profile, trials: list[Trial]) -> None:
     """Loss against bits a weight; below, what tuned maps differ from uniform block sizes by."""
     dense, *packed = trials
     names = list(dense.losses)
     uniform = {trial.beside: trial for trial in packed if trial.kind == "uniform"}
     weights = sum(map(math.prod, profile.shapes.values()))
     figure = Figure(figsize=(6.2 * len(names), 6.6), layout="constrained")  # not pyplot, whose state a notebook shares
-    figure.suptitle(f"{model} in NF4: block sizes tuned and uniform", fontsize="medium")
+    figure.suptitle(f"{what}: block sizes tuned and uniform", fontsize="medium")
     panels = figure.subplots(2, len(names), squeeze=False, sharex=True, height_ratios=(2, 1))
     for name, upper, lower in zip(names, *panels):
         for kind, colour, marker, line in (

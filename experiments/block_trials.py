@@ -72,11 +72,11 @@ class Packable:
     """A dense model, in evaluation mode, that can compute as if its linears were packed.
 
     Args:
-        double: absmax in 8 bits.
+        double, quant_type: see `kernels.quantize_4bit`.
     """
 
-    def __init__(self, model: PreTrainedModel, double: bool):
-        self.model, self.double, self.linears = model, double, decoder_linears(model)
+    def __init__(self, model: PreTrainedModel, double: bool, quant_type: str = "nf4"):
+        self.linears, self.how = decoder_linears(model), (double, quant_type)
         self.dense = {name: dense_weight(linear).detach().clone() for name, linear in self.linears.items()}
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class Packable:
         for name, linear in self.linears.items():
             weight = self.dense[name]
             if name in blocksizes:
-                weight = kernels.dequantize_4bit(*kernels.quantize_4bit(weight, blocksizes[name], self.double))
+                weight = kernels.dequantize_4bit(*kernels.quantize_4bit(weight, blocksizes[name], *self.how))
             dense_weight(linear).copy_(weight)
 
 

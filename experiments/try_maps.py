@@ -108,7 +108,7 @@ def run_trials(cfg: TrialConfig, shapes: Shapes, trials: list[Trial]) -> None:
             loaded = load_data(data, tokenizer)
             measured_on[data.name] = loaded.heldout
             print(loaded.note)
-    packable = Packable(model.to(device), cfg.quant.double)
+    packable = Packable(model.to(device), cfg.quant.double, cfg.quant.type)
     known: dict[tuple, dict[str, Losses]] = {}  # at the ends of the range tuned and uniform are the same
     for trial in bar("trying")(trials):
         choice = tuple(trial.blocksizes.items())
@@ -144,7 +144,7 @@ def try_maps(cfg: TrialConfig) -> str:
             file = f"map_{trial.title.removeprefix('tuned').strip(', ').replace(' ', '_')}.yaml"
             write_map(directory / file, QuantMap(cfg.quant.double, profile.shapes, trial.blocksizes), trial.title)
     write_atomically(directory / "trials.csv", as_csv(profile, trials))
-    plot(directory / "trials.png", cfg.model.name, profile, trials)
+    plot(directory / "trials.png", f"{cfg.model.name} in {cfg.quant.type}", profile, trials)
     return text
 
 

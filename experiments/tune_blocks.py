@@ -44,6 +44,7 @@ from experiments.files import PROJECT_ROOT, writable_dir
 from experiments.models import load_model
 from experiments.progress import bar
 from experiments.quant_map import QuantMap, Shapes, write_map
+from kernels.codebook import CODEBOOKS
 from modules import decoder_linears
 from modules.linear import weight_shape
 
@@ -51,7 +52,8 @@ DEFAULT_BUDGET = 0.05
 
 
 @dataclass
-class Constants:
+class Packing:
+    type: str = "nf4"  # nf4 | fp4 | int4
     double: bool = True  # absmax in 8 bits
     align: str = "none"  # none | row | head: what blocks must not run across
 
@@ -60,7 +62,7 @@ class Constants:
 class TuneConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)  # whose training part calibrates
-    quant: Constants = field(default_factory=Constants)
+    quant: Packing = field(default_factory=Packing)
     candidates: list[int] = field(default_factory=list)  # block sizes to choose from
     budget: float | None = None  # for all constants: a share of the bytes of the codes
     bits: float | None = None  # or bits a weight, codes included
@@ -79,6 +81,8 @@ def check(cfg: TuneConfig) -> None:
     """Raise UserError for values that the schema's types cannot exclude."""
     if cfg.sensitivity not in SENSITIVITIES:
         raise UserError(f"sensitivity={cfg.sensitivity}: choose {' or '.join(SENSITIVITIES)}")
+    if cfg.quant.type not in CODEBOOKS:
+        raise UserError(f"quant.type={cfg.quant.type}: choose {', '.join(CODEBOOKS)}")
     if cfg.budget is not None and cfg.bits is not None:
         raise UserError(f"budget={cfg.budget:g} and bits={cfg.bits:g} are two budgets: choose one")
     if cfg.budget is not None and not 0 < cfg.budget < 1:
@@ -117,12 +121,13 @@ def measure_profile(cfg: TuneConfig) -> Profile:
     examples = load_data(cfg.data, tokenizer).train[: cfg.samples]
     calibration = Calibration(model.to(device))
     calibration.see(examples, torch.Generator().manual_seed(cfg.seed), bar("calibrating"))
-    layers = profile_model(calibration, cfg.quant.double, bar("profiling"))
+    layers = profile_model(calibration, cfg.quant.double, cfg.quant.type, bar("profiling"))
     about = {
         "model": cfg.model.path or cfg.model.name,
         "data": cfg.data.path or cfg.data.name,
         "samples": len(examples),
         "tokens": calibration.tokens,
+        "type": cfg.quant.type,
         "double": cfg.quant.double,
         "dtype": str(dtype).removeprefix("torch."),
     }
@@ -136,14 +141,19 @@ def load_profile(cfg: TuneConfig) -> Profile:
         UserError: it is of another model, or of other constants.
     """
     profile = read_profile(Path(cfg.profile))
-    wanted = {"model": cfg.model.path or cfg.model.name, "double": cfg.quant.double}
+    model = cfg.model.path or cfg.model.name
+    wanted = {"model": model, "quant.type": cfg.quant.type, "quant.double": cfg.quant.double}
     for key, value in wanted.items():
-        if profile.about[key] != value:
+        if (there := profile.about[key.rpartition(".")[2]]) != value:
             raise UserError(
-                f"profile={cfg.profile} is of {key} {str(profile.about[key]).lower()}, not {str(value).lower()}: set "
-                f"{'quant.double' if key == 'double' else 'model'} so, or leave profile out to measure anew"
+                f"profile={cfg.profile} is of {key}={_shown(there)}, not {_shown(value)}: set it so, or leave profile "
+                "out to measure anew"
             )
     return profile
+
+
+def _shown(value: str | bool) -> str:
+    return value if isinstance(value, str) else str(value).lower()  # as the command line has it
 
 
 def problem_of(cfg: TuneConfig, profile: Profile, budget: int) -> Problem:
@@ -181,11 +191,8 @@ def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str
     """The linears by kind with the sizes chosen, and the choice beside the greedy one and uniform block sizes."""
     about = profile.about
     double = "8 bits" if cfg.quant.double else "fp32"
-    lines = [
-        f"{about['model']}, absmax in {double}, on {about['samples']} samples ({about['tokens']:,} labelled tokens) of "
-        f"{about['data']}",
-        "",
-    ]
+    on = f"{about['samples']} samples ({about['tokens']:,} labelled tokens) of {about['data']}"
+    lines = [f"{about['model']} in {about['type']}, absmax in {double}, profiled on {on}", ""]
     sizes = sorted({size for rises in problem.rises.values() for size in rises})
     lines.append(
         f"{'linears':<20}{'weights':>12}{'kurtosis':>10}{'outliers':>10}{'spread':>9}{'error':>8}   "

@@ -58,19 +58,19 @@ def tuned(command, tmp_path):
 
 
 @pytest.mark.parametrize("shape, dtype", [((48, 64), torch.float32), ((33, 51), torch.bfloat16)])
-@pytest.mark.parametrize("double", [True, False])
-def test_a_layer_against_numpy_in_float64(shape, dtype, double):
+@pytest.mark.parametrize("double, quant_type", [(True, "nf4"), (False, "nf4"), (True, "fp4")])
+def test_a_layer_against_numpy_in_float64(shape, dtype, double, quant_type):
     torch.manual_seed(0)
     weight = (torch.randn(shape) * torch.rand(shape[0], 1) ** 3).to(dtype)  # rows of very different sizes
     x, squares = torch.randn(20, shape[1]), torch.rand(shape)
-    profile = profile_layer(weight, x.t() @ x, squares, 7, double)
+    profile = profile_layer(weight, x.t() @ x, squares, 7, double, quant_type)
     w, x, squares = weight.double().numpy(), x.double().numpy(), squares.double().numpy()
     assert profile.shape == shape and profile.std == pytest.approx(w.std())
     assert profile.kurtosis == pytest.approx(stats.kurtosis(w, axis=None, fisher=False))
     assert profile.outliers == pytest.approx((numpy.abs(w - w.mean()) > 4 * w.std()).mean())
     assert list(profile.sizes) == [size for size in (32, 64, 128, 256, 512, 1024, 2048) if size <= w.size]
     for size, found in profile.sizes.items():
-        d = w - kernels.dequantize_4bit(*kernels.quantize_4bit(weight, size, double)).double().numpy()
+        d = w - kernels.dequantize_4bit(*kernels.quantize_4bit(weight, size, double, quant_type)).double().numpy()
         absmax = numpy.array([numpy.abs(w.ravel()[i : i + size]).max() for i in range(0, w.size, size)])
         assert found["spread"] == pytest.approx(absmax.std() / absmax.mean())
         assert found["error"] == pytest.approx((d**2).sum() / (w**2).sum(), rel=1e-5)
@@ -140,7 +140,7 @@ def test_gpt2_s_weights_are_profiled_as_out_by_in():
     model = dense_model("gpt2")  # its Conv1D holds [in, out]
     calibration = Calibration(model)
     calibration.see([Example(list(range(20)), list(range(20)))], torch.Generator().manual_seed(0))
-    profile = profile_model(calibration, True, iter)["transformer.h.0.attn.c_attn"]
+    profile = profile_model(calibration, True)["transformer.h.0.attn.c_attn"]
     assert profile.shape == (192, 64) and 0.005 < profile.sizes[64]["output"] < 0.02
     packable = Packable(model, double=True)
     before = model.transformer.h[0].attn.c_attn.weight.clone()
@@ -208,11 +208,16 @@ BAD = {
     "align": (["quant.align=rows"], "quant.align=rows: choose none, row, head"),
     "samples": (["samples=0"], "samples=0: choose 1 or more"),
     "no profile": (["profile=/nowhere"], "profile=/nowhere: No such file or directory: leave profile out to measure"),
-    "another model": (["model=smollm2", "profile={profile}"], "is of model tiny, not smollm2: set model so"),
+    "another model": (
+        ["model=smollm2", "profile={profile}"],
+        "is of model=tiny, not smollm2: set it so, or",
+    ),
     "another double": (
         ["quant.double=false", "profile={profile}"],
-        "is of double true, not false: set quant.double so",
+        "is of quant.double=true, not false: set it so",
     ),
+    "another type": (["quant.type=fp4", "profile={profile}"], "is of quant.type=nf4, not fp4: set it so"),
+    "no type": (["quant.type=nf3"], "quant.type=nf3: choose nf4, fp4, int4"),
     "no CSV": (["profile={map}"], "is no profile that tune_blocks wrote: "),
     "misspelt": (["budgett=0.05"], "Key 'budgett' not in 'TuneConfig'"),
     "preset": (["model=gpt3-175b"], "model=gpt3-175b has shapes for experiments.plan but no weights"),
