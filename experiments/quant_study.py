@@ -49,9 +49,8 @@ from modules import NF4Linear, decoder_linears
 COLUMNS = ("weights", "quant_type", "blocksize", "double", "bits", "rms_relative", "max_relative", "sqnr_db", "loss")
 DEGREES_OF_FREEDOM = 3  # of Student's t: the fewest whole number with a variance
 ON_A_GRID = (
-    "The weights of {name} come from a GGUF file in Q4_1: they already lie on grids of sixteen evenly spaced values, a "
-    "grid a block of 32.\nErrors on them flatter types with evenly spaced levels, int4 above all; the random weights "
-    "show what others have to expect."
+    "The weights of {name} come from a GGUF file and lie on its grids already (SmolLM2's: Q4_1, sixteen evenly spaced "
+    "values a block of 32).\nThat may flatter types with evenly spaced levels; the random weights lie on none."
 )
 
 
