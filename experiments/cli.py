@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import TypeVar, get_origin
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -66,6 +66,10 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         sys.exit(last_words(f"error: {error}"))
+    except OverrideParseException as error:
+        key, equals, value = error.override.partition("=")
+        how = f"quote it twice, \"{key}='{value}'\"" if equals else "give it as key=value"
+        sys.exit(last_words(f"error: {error.override} cannot be read: {how}"))
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(last_words(f"error: {_one_line(error)}"))
     except OSError as error:

@@ -127,12 +127,17 @@ def test_the_command_line_wins(tmp_path):
 
 
 BAD = {
-    "no method": ([], "no method: add one of +method=dora, +method=full, +method=lora"),
-    "unknown method": (["+method=vera"], "Could not find 'method/vera' Available options in 'method': dora full"),
+    "no method": ([], "no method: add one of +method=adapter, +method=bitfit"),
+    "unknown method": (["+method=vera"], "Could not find 'method/vera' Available options in 'method': adapter bitfit"),
     "rank 0": (["+method=lora", "rank=0"], "rank=0: choose 1 or more"),
     "negative rank": (["+method=lora", "rank=-3"], "rank=-3: choose 1 or more"),
     "rank too large": (["+method=lora", "rank=65"], "rank 65 is out of range: model.layers.0.self_attn.q_proj takes"),
     "rank not a number": (["+method=lora", "rank=ten"], "Value 'ten' of type 'str' could not be converted to Integer"),
+    "unquoted regex": (
+        ["+method=lora", "target_modules=.*[01].*"],
+        "target_modules=.*[01].* cannot be read: quote it twice, \"target_modules='.*[01].*'\"",
+    ),
+    "no value": (["+method=lora", "rank"], "rank cannot be read: give it as key=value"),
     "misspelt key": (["+method=lora", "rnk=3"], "Key 'rnk' not in 'Config'"),
     "added key": (["+method=lora", "+rnk=3"], "no such key: rnk; there are model, quant"),
     "added nested key": (["+method=lora", "+trainer.stepz=3"], "no such key: stepz; there are name, steps"),
