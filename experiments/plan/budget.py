@@ -64,14 +64,22 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def shard_bytes(tensors: Iterable[Tensor], gpus: int) -> int:
-    """The largest of the shards when each tensor is split along its first dimension, as FSDP2 does."""
-    return sum(
-        -(-tensor.shape[0] // gpus) * math.prod(tensor.shape[1:]) * tensor.element_size()
-        if tensor.dim()
-        else tensor.element_size()
-        for tensor in tensors
-    )
+def shard_bytes(parts: Stored, gpus: int) -> int:
+    """What the first GPU holds of a model that FSDP2 shards (experiments/engines.py): of parameters, codes and
+    constants its part, rows along the first dimension, rounded up; buffers and numbers whole."""
+    cut = [
+        *parts.packed,
+        *parts.constants,
+        *(t for t in (*parts.dense, *parts.adapters) if isinstance(t, nn.Parameter)),
+    ]
+    whole = nbytes(parts.all()) - nbytes(cut)
+    return whole + sum(_shard_bytes(tensor, gpus) for tensor in cut)
+
+
+def _shard_bytes(tensor: Tensor, gpus: int) -> int:
+    if tensor.dim() == 0:
+        return tensor.element_size()
+    return -(-tensor.shape[0] // gpus) * math.prod(tensor.shape[1:]) * tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ class Budget:
         tensors = self.stored.all()
         trains = [tensor for tensor in tensors if tensor.requires_grad]
         whole = nbytes(tensors) + self.gradients + self.state
-        shares = shard_bytes(tensors, gpus) + shard_bytes(trains, gpus) + self.state // gpus
+        gradients = sum(_shard_bytes(tensor, gpus) for tensor in trains)
+        shares = shard_bytes(self.stored, gpus) + gradients + self.state // gpus
         return self.peak(checkpointing) - whole + shares + self.gathered
 
 

@@ -5,16 +5,19 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from experiments.architecture import meta_model
 from experiments.config import Config, ModelConfig, resolve
+from experiments.engines import FSDP
 from experiments.errors import UserError
 from experiments.models import prepare_model, tiny_model
 from experiments.optim import make_optimizer
 from experiments.plan import __main__ as plan
 from experiments.plan import claims
-from experiments.plan.budget import budget, planned_model, shard_bytes, stored
+from experiments.plan.budget import budget, nbytes, planned_model, shard_bytes, stored
 from experiments.plan.measure import allocated, measure
 from experiments.plan.simulate import Step, loss_of, simulate
 from modules import AdamW, parameter_groups
@@ -143,10 +146,21 @@ def test_gpt3_and_gemma_3_27b_are_near_what_their_names_say():
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(billions * 1e9, rel=0.01)
 
 
-def test_shards():
-    tensors = [torch.empty(5, 3), torch.empty(()), torch.empty(8, dtype=torch.uint8)]
-    assert shard_bytes(tensors, 1) == 5 * 3 * 4 + 4 + 8
-    assert shard_bytes(tensors, 4) == 2 * 3 * 4 + 4 + 2
+@pytest.mark.parametrize("gpus", [2, 3, 8])
+def test_shards_are_those_that_fsdp_makes(gpus):
+    """Of a process that believes in others."""
+    model, _ = prepare_model(config("+method=qdora", "model=tiny", "rank=6"), CPU, torch.float32)
+    planned = shard_bytes(stored(model), gpus)
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    try:
+        FSDP(CPU).place(model)
+    finally:
+        dist.destroy_process_group()
+    local = {id(t): t.to_local() if hasattr(t, "to_local") else t for t in (*model.parameters(), *model.buffers())}
+    assert planned == nbytes(local.values())
+
+
+def test_totals_on_several_gpus():
     needs = budget(config("+method=qlora", "model=tiny", "rank=4"), torch.bfloat16, 1, 64)
     assert needs.sharded(1, True) == needs.replicated(1, True) == needs.peak(True)
     assert needs.replicated(4, True) == needs.peak(True) + needs.gradients - needs.state + needs.state // 4
