@@ -133,10 +133,10 @@ class Calibration:
         @torch.no_grad()
         def watch(_, args: tuple) -> None:
             if self._last is None or self._last[0] is not args[0]:
-                x = args[0].flatten(0, -2)
+                x = args[0].flatten(0, -2).float()
                 if name not in self.inputs:
                     self.inputs[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-                self.inputs[name].add_((x.t() @ x).float())
+                self.inputs[name].addmm_(x.t(), x)
                 self._last = args[0], self.inputs[name]
             self.inputs[name] = self._last[1]
 
@@ -165,7 +165,7 @@ def profile_layer(
             break
         packed, quant_state = kernels.quantize_4bit(weight, size, double, quant_type)
         difference = w - kernels.dequantize_4bit(packed, quant_state).float()
-        absmax = torch.nn.functional.pad(w.reshape(-1), (0, -w.numel() % size)).view(-1, size).abs().amax(dim=1)
+        absmax = F.pad(w.reshape(-1), (0, -w.numel() % size)).view(-1, size).abs().amax(dim=1)
         sizes[size] = {
             "spread": (absmax.std(correction=0) / absmax.mean().clamp(min=1e-30)).item(),
             "error": difference.square().sum().item() / max(energy, 1e-30),

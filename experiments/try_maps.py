@@ -20,6 +20,7 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from experiments import machine
 from experiments.block_choice import constant_bits, solve
@@ -119,6 +120,7 @@ def run_trials(cfg: TrialConfig, shapes: Shapes, trials: list[Trial]) -> None:
                 for name, examples in measured_on.items()
             }
         trial.losses = known[choice]
+        tqdm.write(f"{trial.title}: " + ", ".join(f"{name} {losses.mean:.4f}" for name, losses in trial.losses.items()))
 
 
 def try_maps(cfg: TrialConfig) -> str:
