@@ -48,7 +48,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
         By key a function that draws a value from an Optuna trial; the other overrides; trials.
 
     Raises:
-        UserError: bounds that are none, no key to search, or trials= not a number.
+        UserError: bounds that are none, no key to search, no method, or trials= not a number.
     """
     space, fixed, trials = {}, [], 20
     for argument in arguments:
@@ -69,6 +69,8 @@ def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
                 fixed.append(argument)
     if not space:
         raise UserError('nothing to search: give a key several values, rank=4,16, or a range, "lr=log(1e-4,1e-2)"')
+    if not any(argument.startswith("+method=") for argument in arguments):
+        raise UserError("no method: add one, +method=qdora, or several to choose from, +method=lora,qdora")
     return space, fixed, trials
 
 

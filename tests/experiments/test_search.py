@@ -82,6 +82,7 @@ def test_a_search_goes_on_and_does_again_what_was_cut_off(start, jobs, monkeypat
         (["lr=log(a,b)"], "lr=log(a,b): a range has two numbers, low and high"),
         (["lr=log(1)"], "lr=log(1): a range has two numbers, low and high"),
         (["rank=4"], "nothing to search: give a key several values"),
+        (["rank=4,8"], "no method: add one, +method=qdora, or several to choose from"),
         (["rank=4,8", "trials=0"], "trials=0: choose 1 or more"),
         (["rank=4,8", "sweep=rank"], "sweep=rank: a search makes its own jobs"),
         (["rankk=4,8"], "Could not override 'rankk'. Key 'rankk' not in 'Config'"),
@@ -89,7 +90,8 @@ def test_a_search_goes_on_and_does_again_what_was_cut_off(start, jobs, monkeypat
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(terminal, tmp_path, arguments, message):
-    code, text = terminal(search, "+method=lora", *TINY[:2], *arguments, f"output_dir={tmp_path / 'out'}")
+    method = [] if "no method" in message else ["+method=lora"]
+    code, text = terminal(search, *method, *TINY[:2], *arguments, f"output_dir={tmp_path / 'out'}")
     assert code == 1 and text.startswith("error: ") and message in text and text.count("\n") <= 1, text
     assert not (tmp_path / "out").exists()
 
