@@ -53,6 +53,8 @@ def _check(cfg: PlanConfig) -> None:
         raise UserError("seq=1: a sequence of one token has none to predict")
     if not 0 < cfg.utilisation <= 1:
         raise UserError(f"utilisation={cfg.utilisation}: choose a share above 0, up to 1")
+    if cfg.measure and cfg.plot:
+        raise UserError("plot=true draws plans, and measure=true makes a run: leave one of them out")
     card(cfg.gpu)
     machine.check_dtype(cfg.trainer)
 

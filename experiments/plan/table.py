@@ -64,7 +64,7 @@ def _parts(cfg: Config, needs: Budget) -> list[str]:
         _row("loss, on top", plain.loss, f"in chunks; whole, the fp32 logits alone are {needs.logits / 1e9:.3f} GB")
     )
     if plain.weight:
-        lines.append(_row("largest dequantized weight, for a while", plain.weight))
+        lines.append(_row("largest dequantized weight", plain.weight))
     lines.append(_row("peak of a step", needs.peak(False), f"in {plain.phase}"))
     if checkpointed:
         lines.append(_row("  with checkpointing", needs.peak(True), f"in {checkpointed.phase}"))

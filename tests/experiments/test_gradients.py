@@ -14,7 +14,13 @@ from experiments.train import Trainer, _accumulate
 from modules import attach, quantize
 from tests.experiments.test_run import composed
 
-METHODS = {"full": (None, False), "lora": ("lora", False), "qlora": ("lora", True), "qdora": ("dora", True)}
+METHODS = {
+    "full": (None, False),
+    "lora": ("lora", False),
+    "qlora": ("lora", True),
+    "dora": ("dora", False),
+    "qdora": ("dora", True),
+}
 
 
 def trainer(method: str, checkpointing: bool = False) -> Trainer:

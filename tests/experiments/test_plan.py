@@ -203,6 +203,19 @@ def test_a_local_config_json_is_enough(terminal, small_llama):
     assert code == 0 and "cannot" not in text and "4.1" in text, text
 
 
+def test_a_plot(terminal, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.plan.plot.SIZES", ("tiny",))
+    monkeypatch.setattr("experiments.plan.plot.LENGTHS", (16, 64))
+    code, text = terminal(plan, "model=tiny", "+method=lora", "rank=4", "seq=32", "plot=true", f"output_dir={tmp_path}")
+    assert code == 0 and f"Written: {tmp_path}/tiny-lora.png" in text, text
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny-lora.png"]
+
+
+def test_the_plan_beside_a_run(terminal):
+    code, text = terminal(plan, "model=tiny", "+method=qdora", "rank=4", "seq=64", "measure=true", "trainer=cpu")
+    assert code == 0 and re.search(r"adapters +40,960 +40,960 +equal\n", text) and "s a step" in text, text
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -214,6 +227,8 @@ def test_a_local_config_json_is_enough(terminal, small_llama):
         (["gpu=h10"], "gpu=h10: choose one of"),
         (["utilisation=40"], "utilisation=40.0: choose a share above 0, up to 1"),
         (["optim.paged=true", "optim.budget_mb=1"], "optim.budget_mb=1 is smaller than a page: choose 4 or more"),
+        (["plot=true", "measure=true"], "leave one of them out"),
+        (["model=llama-7b", "measure=true"], "model=llama-7b has shapes for experiments.plan but no weights"),
         (["rank=100"], "rank 100 is out of range"),
     ],
 )

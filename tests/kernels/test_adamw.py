@@ -1,9 +1,12 @@
 """adamw against float64 and torch.optim.AdamW; cuts, memory, bad input."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
 
+import kernels
 from kernels import adamw, use_backend
 from tests.kernels.nf4_cases import assert_nothing_beside, assert_same, embedded, needs_triton, triton_device
 
@@ -81,6 +84,28 @@ def test_where_a_tensor_is_cut_between_blocks_changes_nothing():
 def test_opcheck():
     args = (*state((5, 300), torch.get_default_device()), 1e-3, 0.9, 0.99, 1e-8, 0.1, 3)
     torch.library.opcheck(torch.ops.qdora.adamw.default, args)
+
+
+@pytest.mark.parametrize("op", ["adamw", "adamw8bit"])
+def test_all_tensors_share_a_launch(op, monkeypatch):
+    launches = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: launches.append(grid)
+
+    module = importlib.import_module(f"kernels.{op}")
+    monkeypatch.setattr(module, f"_{op}_kernel", Kernel())
+    sizes = (300, 5000, 70000)
+    fp32 = [[torch.zeros(n) for n in sizes] for _ in range(2)]
+    if op == "adamw":
+        lists = fp32 + [[torch.zeros(n) for n in sizes] for _ in range(2)]
+    else:
+        lists = fp32 + [[torch.zeros(n, dtype=torch.uint8) for n in sizes] for _ in range(2)]
+        lists += [[torch.zeros(-(-n // 256)) for n in sizes] for _ in range(2)]
+    monkeypatch.setattr(module, "use_triton", lambda _: True)
+    getattr(kernels, op)(*lists, lr=1e-3, step=1)
+    assert len(launches) == 1
 
 
 def test_meta_device_and_nothing_to_do():
