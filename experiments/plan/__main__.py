@@ -77,8 +77,8 @@ def _beside_a_run(cfg: PlanConfig) -> str:
     dtype = machine.pick_dtype(cfg.trainer, device)
     needs = budget(cfg, dtype, cfg.batch, cfg.seq, on_cpu=device.type == "cpu")
     measured = measure(cfg, device, dtype, cfg.batch, cfg.seq)
-    where = f"{heading(cfg, dtype)}, on {machine.describe(device, dtype)}"
-    return f"{where}\n\n{comparison(needs, measured, cfg.trainer.gradient_checkpointing)}"
+    beside = comparison(needs, measured, cfg.trainer.gradient_checkpointing)
+    return f"{heading(cfg, dtype)}\n{machine.describe(device, dtype)}\n\n{beside}"
 
 
 @hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="plan")

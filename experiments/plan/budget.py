@@ -21,6 +21,8 @@ from modules import LoRALinear, NF4Linear, adapters, decoder_linears, parameter_
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
 
+PAGED_MB = 64  # that pages may occupy, in a plan without them
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -96,7 +98,8 @@ class Budget:
         packed, constants, dense, adapters: see Stored.
         gradients: of what trains.
         states: of each optimizer, by its name; without pages.
-        state: of the configured one; with pages what of it is on the device.
+        paged: on the device, of the configured one with pages, within PAGED_MB unless optim.budget_mb says otherwise.
+        state: on the device, of the configured one as it is configured.
         checkpoints: whether blocks of the model can be checkpointed.
         step: simulates one, with checkpointing or without.
         gathered: what sharded GPUs bring together for a while; None: they cannot.
@@ -115,6 +118,7 @@ class Budget:
     adapters: int
     gradients: int
     states: dict[str, int]
+    paged: int
     state: int
     checkpoints: bool
     gathered: int | None
@@ -206,10 +210,8 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     optimizers = {name: of(parameter_groups(model, cfg.lr)) for name, of in OPTIMIZERS.items()}
     states = {name: _state_bytes(optimizer, trains) for name, optimizer in optimizers.items()}
     optimizer = optimizers[cfg.optim.name]
-    state = states[cfg.optim.name]
-    if cfg.optim.paged:
-        frames = cfg.optim.budget_mb * 2**20 // PAGE_BYTES
-        state = min(frames, len(optimizer.fill_pages(PAGE_BYTES)[1])) * PAGE_BYTES
+    frames = (cfg.optim.budget_mb or PAGED_MB) * 2**20 // PAGE_BYTES
+    paged = min(frames, len(optimizer.fill_pages(PAGE_BYTES)[1])) * PAGE_BYTES
     autocast = dtype if cfg.method.adapter == "none" and dtype != torch.float32 else None
 
     label_loss = functools.cache(lambda: loss_of(model))
@@ -234,7 +236,8 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         adapters=nbytes(parts.adapters),
         gradients=nbytes(trains),
         states=states,
-        state=state,
+        paged=paged,
+        state=paged if cfg.optim.paged else states[cfg.optim.name],
         checkpoints=model.supports_gradient_checkpointing,
         gathered=_gathered(cfg, model, parts),
         stored=parts,

@@ -5,8 +5,11 @@ and took back, as torch.profiler records it, above the model and the optimizer's
 counts what Python and the libraries occupy themselves.
 """
 
+import contextlib
+import os
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +98,10 @@ def _peak(trainer: Trainer, group: list[list[Example]], device: torch.device, be
         torch.cuda.reset_peak_memory_stats(device)
         trainer.step(group)
         return torch.cuda.max_memory_allocated(device)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with (
+        _silence(),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
+    ):
         trainer.step(group)
     now = highest = 0
     for event in profile.profiler.kineto_results.events():
@@ -103,6 +109,19 @@ def _peak(trainer: Trainer, group: list[list[Example]], device: torch.device, be
             now += event.nbytes()
             highest = max(highest, now)
     return before + highest
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps off the terminal what the profiler's library writes to it whatever its log level."""
+    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(terminal)
+        os.close(nowhere)
 
 
 def comparison(needs: Budget, measured: Measured, checkpointing: bool) -> str:

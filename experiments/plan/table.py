@@ -3,7 +3,7 @@
 import torch
 
 from experiments.config import Config
-from experiments.plan.budget import Budget
+from experiments.plan.budget import PAGED_MB, Budget
 from experiments.plan.cards import CARDS, RESERVE, card
 from experiments.plan.simulate import Step
 from experiments.results import identity
@@ -48,14 +48,13 @@ def _parts(cfg: Config, needs: Budget) -> list[str]:
         lines.append(_row("adapters", needs.adapters))
     lines.append(_row("gradients", needs.gradients))
     names = {"adamw": "AdamW, fp32", "adamw8bit": "AdamW, 8 bits"}
+    counted = ", counted below"
     for name, size in needs.states.items():
-        chosen = f"optim={name}" + (", the one counted below" if name == optim and not cfg.optim.paged else "")
-        lines.append(_row(f"optimizer state: {names[name]}", size, chosen))
-    if cfg.optim.paged:
-        rest = needs.states[optim] - needs.state
-        lines.append(
-            _row("  in pages, on the device", needs.state, f"counted below; {max(rest, 0) / 1e9:.3f} GB elsewhere")
-        )
+        chosen = counted if name == optim and not cfg.optim.paged else ""
+        lines.append(_row(f"optimizer state: {names[name]}", size, f"optim={name}{chosen}"))
+    elsewhere = max(needs.states[optim] - needs.paged, 0) / 1e9
+    pages = f"optim.paged=true optim.budget_mb={cfg.optim.budget_mb or PAGED_MB}{counted if cfg.optim.paged else ''}"
+    lines.append(_row(f"  {optim} in pages, on the GPU", needs.paged, f"{pages}; {elsewhere:.3f} GB on the host"))
     plain, checkpointed = needs.step(False), needs.step(True) if needs.checkpoints else None
     lines.append(_row("activations", plain.activations, "kept for backward"))
     if checkpointed:
