@@ -94,6 +94,7 @@ class _Run:
         watch: Callable[[dict], None] | None,
     ):
         self.cfg, self.directory, self.checkpoint, self.watch = cfg, directory, checkpoint, watch
+        self.shared_base = base is not None  # packing one may be the peak of a run's memory
         self.start, self.energy = time.perf_counter(), EnergyMeter()
         device = machine.pick_device(cfg.trainer)
         if device.type == "cpu":
@@ -152,6 +153,7 @@ class _Run:
         result |= {
             "tokens_per_s": trained.tokens / trained.seconds,
             "peak_memory_bytes": max(parallel.gather(machine.peak_memory_bytes(self.model.device)), default=0),
+            "shared_base": None if cfg.quant.name == "none" else self.shared_base,
             "processes": parallel.size(),
             "train_seconds": trained.seconds,
             "total_seconds": self._seconds(),

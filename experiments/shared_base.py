@@ -1,7 +1,7 @@
 """The packed base of a sweep: quantized once, and kept on disk for the jobs that begin with the same one.
 
-Such a job maps the file into its memory; no dense weights are read and packed. It computes the same bit for bit, and
-its peak memory is what training takes from a packed base on.
+Such a job maps the file into its memory; no dense weights are read and packed. It computes the same bit for bit. Its
+peak memory is without packing, which result.json says (`shared_base`) and a report over both kinds points out.
 """
 
 import contextlib

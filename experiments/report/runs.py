@@ -55,6 +55,7 @@ class Run:
     config: dict[str, Any]
     measures: dict[str, float]
     about: dict[str, str]  # commit and versions of packages
+    shared_base: bool | None = None  # whether a sweep had packed its base before; None: it has a dense one
     curve: list[dict] = field(default_factory=list)
     effective_ranks: dict[str, float] = field(default_factory=dict)
 
@@ -170,6 +171,7 @@ def _read(path: Path, folder: Path) -> Run:
         config=result["config"],
         measures=measures,
         about={"commit": result.get("commit") or "unknown", **(versions if isinstance(versions, dict) else {})},
+        shared_base=result.get("shared_base"),
         curve=_curve(path.parent / METRICS),
         effective_ranks=_effective_ranks(path.parent / SPECTRUM),
     )
@@ -261,4 +263,9 @@ def disagreements(runs: list[Run]) -> list[str]:
         values = sorted({run.about.get(key, "unknown") for run in runs})
         if len(values) > 1:
             lines.append(f"made with different {key}: {', '.join(value[:20] for value in values)}")
+    if {True, False} <= {run.shared_base for run in runs}:
+        lines.append(
+            "that packed their own base, which may be the peak of their memory, are beside others that began with one "
+            "that their sweep had packed"
+        )
     return lines

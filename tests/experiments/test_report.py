@@ -33,7 +33,7 @@ def write_run(folder: Path, method: str, seed: int, loss: float, curve: bool = T
         config |= {"rank": 16, "dropout": 0.0, "target_modules": "all-linear"}
     if quant == "nf4":
         config |= {"quant.blocksize": 64, "quant.double": True}
-    measured = {*MEASURES, "results_version", "versions"} & changes.keys()
+    measured = {*MEASURES, "results_version", "versions", "shared_base"} & changes.keys()
     config |= {key.replace("__", "."): value for key, value in changes.items() if key not in measured}
     if "rank" in config:
         config["lora_alpha"] = 2.0 * config["rank"]
@@ -216,6 +216,8 @@ def test_models_data_and_versions_are_kept_apart_and_it_is_said(terminal, result
     write_run(results, "lora", 0, 1.1, results_version=2)
     write_run(results, "lora", 0, 1.2, data__max_length=256, versions={"torch": "2.12.0"})
     write_run(results, "lora", 1, 1.2, data__max_length=256)
+    write_run(results, "qlora", 0, 1.3, data__max_length=256, shared_base=True)
+    write_run(results, "qlora", 1, 1.3, data__max_length=256, shared_base=False)
     code, text = terminal(command, str(results))
     assert code == 0, text
     markdown = (results / "report" / "report.md").read_text()
@@ -228,6 +230,7 @@ def test_models_data_and_versions_are_kept_apart_and_it_is_said(terminal, result
     ):
         assert f"{title}\n" in markdown
     assert "Compare with care: runs made with different torch: 2.12.0, 2.13.0" in markdown
+    assert "Compare with care: runs that packed their own base, which may be the peak of their memory" in markdown
     assert "**lora rank=16**, 2.8233" in markdown  # as without them
 
 

@@ -29,7 +29,7 @@ RESULT_KEYS = {
     *("loss_before", "loss_after", "perplexity_before", "perplexity_after"),
     *("token_accuracy_before", "token_accuracy_after", "trainable_params", "total_params"),
     *("tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds", "cpu_energy_joules", "effective_rank"),
-    "processes",
+    *("processes", "shared_base"),
 }
 
 

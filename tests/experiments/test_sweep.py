@@ -78,6 +78,7 @@ def test_a_shared_base_gives_the_same_run_bit_for_bit(tmp_path, chats):
         base = shared.of(cfg, Inline) if way == "shared" else None
         assert (base is None) == (way == "own")
         result = run.run(cfg, base)
+        assert result.pop("shared_base") == (way == "shared")
         curve = [json.loads(line) for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
         weights = (tmp_path / way / "adapter" / "adapter_model.safetensors").read_bytes()
         timed = ("seconds", "tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds", "cpu_energy_joules")
