@@ -4,6 +4,7 @@ import base64
 import csv
 import html
 import io
+import itertools
 from dataclasses import dataclass, field
 
 from experiments.report.plots import Picture
@@ -18,11 +19,21 @@ img{max-width:100%}figure{margin:1.5em 0}
 figcaption,details{color:#444;font-size:.9em}code{font-size:.9em}"""
 
 
-MORE = {  # what only some runs measure, and its column
+LEARNED = {  # measures and their columns, beside the losses; those that no run of a group has are left out
+    "token_accuracy_after": "token accuracy",
     "exact_match_after": "exact match",
     "second_loss_rise": "second loss rose by",
     "effective_rank": "effective rank",
+}
+COST = {
+    "train_seconds": "training time",
+    "total_seconds": "time in all",
+    "peak_memory_bytes": "peak memory",
     "cpu_energy_joules": "energy",
+    "trainable_params": "trained parameters",
+    "adapter_bytes": "adapter",
+    "base_bytes": "base",
+    "bits_per_weight": "bits a weight",
 }
 
 
@@ -79,7 +90,7 @@ def _section(number: int, group: Group, drawn: list[Picture]) -> Section:
     found = verdict(settings)
     section = Section(group.title, _conclusions(settings, found))
     section.lines += [f"- Compare with care: runs {line}." for line in disagreements(group.runs)]
-    section.tables = [_settings_table(settings, found)]
+    section.tables = [_learned_table(settings, found), _cost_table(settings)]
     if rows := method_differences(group):
         section.tables.append(_differences_table(rows))
     section.pictures = {f"{number}-{picture.name}.png": picture for picture in drawn}
@@ -111,50 +122,54 @@ def _conclusions(settings: dict[str, list[Run]], found: Verdict) -> list[str]:
     }.items():
         measured = {label: mean(runs, measure) for label, runs in settings.items()}
         measured = {label: m for label, m in measured.items() if m.n}
-        if measured:
+        if len({m.mean for m in measured.values()}) > 1:
             label = min(measured, key=lambda label: direction * measured[label].mean)
             lines.append(f"- {what}: **{label}**, {number(measure, measured[label])}.")
     return lines
-
-
-def _all(settings: dict[str, list[Run]]) -> list[Run]:
-    return [run for runs in settings.values() for run in runs]
 
 
 def _seeds(n: int) -> str:
     return "one seed, so no spread is known" if n == 1 else f"mean ± standard deviation over {n} seeds"
 
 
-def _settings_table(settings: dict[str, list[Run]], found: Verdict) -> Table:
-    header = ["setting", "seeds", "loss before", "loss after", "− best [95 %]", "perplexity", "token accuracy"]
-    header += ["training time", "peak memory", "trained", "adapter", "bits a weight"]
-    more = {name: title for name, title in MORE.items() if any(name in run.measures for run in _all(settings))}
-    header += more.values()
+def _best_first(settings: dict[str, list[Run]]) -> list[tuple[str, list[Run]]]:
+    return sorted(settings.items(), key=lambda item: mean(item[1], "loss_after").mean)
+
+
+def _measured(columns: dict[str, str], settings: dict[str, list[Run]]) -> dict[str, str]:
+    runs = list(itertools.chain.from_iterable(settings.values()))
+    return {name: title for name, title in columns.items() if any(name in run.measures for run in runs)}
+
+
+def _learned_table(settings: dict[str, list[Run]], found: Verdict) -> Table:
+    columns = _measured(LEARNED, settings)
     rows = []
-    for label in sorted(settings, key=lambda label: mean(settings[label], "loss_after").mean):
-        runs = settings[label]
-        values = {name: mean(runs, name) for name in MEASURES}
+    for label, runs in _best_first(settings):
         against = found.against.get(label)
         rows.append(
             [
                 label,
                 f"{len(runs)}",
-                spread(values["loss_before"], 4),
-                spread(values["loss_after"], 4),
+                *(spread(mean(runs, name), 4) for name in ("loss_before", "loss_after")),
                 "best" if label == found.best else interval(against) if against else "no common seed",
-                spread(values["perplexity_after"], 2),
-                number("token_accuracy_after", values["token_accuracy_after"]),
-                *(number(name, values[name]) for name in ("train_seconds", "peak_memory_bytes", "trainable_params")),
-                *(number(name, values[name]) for name in ("adapter_bytes", "bits_per_weight")),
-                *(number(name, mean(runs, name)) for name in more),
+                spread(mean(runs, "perplexity_after"), 2),
+                *(number(name, mean(runs, name)) for name in columns),
             ]
         )
     note = (
-        "Mean ± standard deviation over seeds, best first; losses are in nats a token. − best: the mean difference "
-        "from the first row over the seeds that both have, with Student's 95 % interval; each row by itself, not "
-        "corrected for how many there are."
+        "What was learned. Mean ± standard deviation over seeds, best first; losses are in nats a token. − best: the "
+        "mean difference from the first row over the seeds that both have, with Student's 95 % interval; each row by "
+        "itself, not corrected for how many there are."
     )
+    header = ["setting", "seeds", "loss before", "loss after", "− best [95 %]", "perplexity", *columns.values()]
     return Table(header, rows, note)
+
+
+def _cost_table(settings: dict[str, list[Run]]) -> Table:
+    columns = _measured(COST, settings)
+    rows = [[label, *(number(name, mean(runs, name)) for name in columns)] for label, runs in _best_first(settings)]
+    note = "What it cost. Mean ± standard deviation over seeds, in the order of the table above."
+    return Table(["setting", *columns.values()], rows, note)
 
 
 def _differences_table(rows: list[tuple[str, str, str, Difference]]) -> Table:
@@ -185,9 +200,11 @@ def number(measure: str, m: Mean) -> str:
     scale, unit, digits = {
         "token_accuracy_after": (100, " %", 1),
         "train_seconds": (1, " s", 1),
+        "total_seconds": (1, " s", 1),
         "peak_memory_bytes": (1e-9, " GB", 2),
         "trainable_params": (1, "", 0),
         "adapter_bytes": (1e-6, " MB", 2),
+        "base_bytes": (1e-6, " MB", 1),
         "bits_per_weight": (1, "", 3),
         "exact_match_after": (100, " %", 1),
         "second_loss_rise": (1, "", 3),
