@@ -102,6 +102,13 @@ def identity(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in flat(cfg).items() if key not in unused}
 
 
+def title(cfg: Config) -> str:
+    """The method, what sizes it, and the model: "lora, rank 16, smollm2"."""
+    sizes = [key for key in ("rank", "prefix_tokens", "infix_tokens") if key in SETTINGS.get(cfg.method.adapter, ())]
+    named = [f"{key.replace('_', ' ')} {getattr(cfg, key)}" for key in sizes if getattr(cfg, key)]
+    return ", ".join([cfg.method.name, *named, cfg.model.name])
+
+
 def config_hash(cfg: Config) -> str:
     """Twelve hex digits that runs of one configuration and one VERSION share, wherever they write and whatever tracks
     them. A key that has the schema's default does not count, so a key that is added later changes no hash."""

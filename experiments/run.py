@@ -101,7 +101,7 @@ class _Run:
             machine.set_up_cpu(cfg.trainer)
         dtype = machine.pick_dtype(cfg.trainer, device)
         many = f", {parallel.size()} processes ({parallel.mode(cfg)})" if parallel.size() > 1 else ""
-        print(f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name}{many}: {machine.describe(device, dtype)}")
+        print(f"{results.title(cfg)}{many}: {machine.describe(device, dtype)}")
 
         machine.seed_all(cfg.seed)
         self.engine = engine_of(cfg, device)
@@ -261,7 +261,7 @@ class _Run:
         cfg = self.cfg
         if not parallel.is_main():
             return
-        title = f"{cfg.method.name}, rank {cfg.rank}, {cfg.model.name} on {cfg.data.name}"
+        title = f"{results.title(cfg)} on {cfg.data.name}"
         self.directory.plot_loss(title)
         self.directory.write_samples(title, samples)
 
