@@ -6,6 +6,8 @@ reference: with `data.answer_tokens=N`, which data=arithmetic sets. An answer no
 Forgetting is the loss on a second domain's held-out samples, which no step trains on: `data@second=docstrings`.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +20,9 @@ from experiments.errors import UserError
 from experiments.evaluation import evaluate
 from experiments.generation import answer
 from experiments.progress import bar
+from modules import set_adapter
+from modules.adapter import DEFAULT
+from modules.prefix import virtual_tokens
 
 
 class Measures:
@@ -44,6 +49,18 @@ class Measures:
             batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
             found["second_loss"] = evaluate(model, self.second, batch_size, pad_id, bar("second domain")).loss
         return found
+
+
+@contextlib.contextmanager
+def without_prefix(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the tokens of prefix tuning are gone: they start at random, so before training the model is as it was
+    only without them."""
+    prefix = any(virtual_tokens(model))
+    if prefix:
+        set_adapter(model, None)
+    yield
+    if prefix:
+        set_adapter(model, DEFAULT)
 
 
 def exact_match(

@@ -43,17 +43,14 @@ from experiments.errors import UserError
 from experiments.evaluation import Evaluation, evaluate
 from experiments.files import PROJECT_ROOT, writable_dir
 from experiments.generation import answer
-from experiments.measures import Measures
+from experiments.measures import Measures, without_prefix
 from experiments.models import prepare_model
 from experiments.progress import bar
 from experiments.resuming import Story, checkpoint_of, configured
 from experiments.runs import ADAPTER, over_own_base, save_base, save_weights
 from experiments.tracking import Tracker, tracker
 from experiments.train import Trainer, heldout_record
-from modules import set_adapter
-from modules.adapter import DEFAULT
 from modules.config import changes_base
-from modules.prefix import virtual_tokens
 
 
 def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | None = None) -> dict:
@@ -197,13 +194,9 @@ class _Run:
             self.checkpoints.save(trainer, asdict(self.story) | {"seconds": self._seconds(), "joules": self._joules()})
 
         if self.story.before is None:
-            prefix = any(virtual_tokens(self.model))
-            if prefix:  # it starts with tokens drawn at random, so the model as it was is the one without
-                set_adapter(self.model, None)
-            measures = self.measures.measure(self.model)
-            self.story = Story(measure(), self._answers(), measures, tracker_id=tracking.run_id)
-            if prefix:
-                set_adapter(self.model, DEFAULT)
+            with without_prefix(self.model):
+                measures = self.measures.measure(self.model)
+                self.story = Story(measure(), self._answers(), measures, tracker_id=tracking.run_id)
         trainer.fit(self.data, log, measure, save, lambda: self.checkpoints.save_best(trainer))
         kept = trained.evaluation
         if cfg.trainer.keep_best:
