@@ -9,7 +9,8 @@ formula for one. FLOPs are counted on the way, with torch's own formulas (torch.
 Beside what the operations return, these are known:
 - attention is torch's fused kernel, which keeps q, k, v, the output and fp32 log-sums; on the meta device torch would
   take the unfused form, which no device runs;
-- a linear over NF4 has its dense weight while it computes: the Triton launcher makes one in the compute dtype.
+- a linear over packed codes has its dense weight while it computes: the Triton launcher makes one in the compute dtype;
+- autocast, which torch does not have on the meta device, casts the arguments of products.
 
 For a CPU the code is run that runs there: the torch twins of the ops with all that they make on the way, and
 experiments/lean.py and attention.py. (Dequantization is the twin's, which makes more than bitsandbytes' routine does.)
@@ -240,7 +241,10 @@ def simulate(
         UserError: checkpointing of a model that cannot.
     """
     model = label_loss.model.train()
-    checkpoint_blocks(model) if checkpointing else model.activation_checkpointing_disable()
+    if checkpointing:
+        checkpoint_blocks(model)
+    else:
+        model.activation_checkpointing_disable()
     ids = torch.zeros(batch, seq, dtype=torch.int64, device="meta")
     tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
