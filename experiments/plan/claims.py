@@ -86,8 +86,7 @@ def claims() -> list[Claim]:
             f"{full65.peak(True) / 1e9:.0f} GB",
             full65.peak(True) > 780e9,
             f"weights and gradients in 16 bits and Adam's state in fp32, 12 bytes a parameter, are "
-            f"{12 * base65 / 1e9:.0f} GB. Here weights that train and their gradients are fp32 too, 16 bytes, beside "
-            "copies in bf16 for the products",
+            f"{12 * base65 / 1e9:.0f} GB. Here weights that train and their gradients are fp32 too, 16 bytes",
         ),
         Claim(
             "GPT-3 175B: fewer trainable parameters with LoRA",
@@ -113,8 +112,8 @@ def claims() -> list[Claim]:
             f"{full175.peak(True) / 1e12:.2f} TB, {ratio:.1f} times",
             False,
             f"1.2 TB are {1.2e12 / base175:.1f} bytes a parameter, less than the 12 of weights and gradients in 16 "
-            "bits beside Adam's state in fp32; the paper does not say what it counts. Here they are 16, and copies in "
-            "bf16 for the products: LoRA saves more than it claims",
+            "bits beside Adam's state in fp32; the paper does not say what it counts. Here they are 16, so LoRA saves "
+            "more than it claims",
         ),
     ]
 

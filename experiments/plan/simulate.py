@@ -162,10 +162,18 @@ class _Casts:
 
     Args:
         dtype: to cast to; None: nothing is cast.
+
+    Attributes:
+        keeps: whether it remembers. It does through a forward pass; a block that backward computes again has an
+            autocast of its own.
     """
 
     def __init__(self, dtype: torch.dtype | None):
-        self.dtype, self.kept = dtype, {}
+        self.dtype, self.kept, self.keeps = dtype, {}, True
+
+    def end(self) -> None:
+        self.kept.clear()
+        self.keeps = False
 
     def around(self, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`product`, whose tensors are cast first."""
@@ -176,7 +184,7 @@ class _Casts:
     def _cast(self, value):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == self.dtype:
             return value
-        if not isinstance(value, nn.Parameter):
+        if not self.keeps or not isinstance(value, nn.Parameter):
             return value.to(self.dtype)
         if value not in self.kept:
             self.kept[value] = value.to(self.dtype)
@@ -267,9 +275,9 @@ def simulate(
         hook = model.get_output_embeddings().register_forward_pre_hook(loss_begins)
         activations = None
         for _ in range(2 if accumulating else 1):
-            memory.phase, before = "forward", memory.live
+            memory.phase, before, casts.keeps = "forward", memory.live, True
             loss = label_loss(tokens) / ids.numel()
-            casts.kept.clear()
+            casts.end()
             activations = memory.live - before if activations is None else activations
             loss.item()
             memory.phase = "backward"

@@ -96,8 +96,9 @@ def test_weights_adapters_and_optimizer_state_are_those_allocated(model, setting
         ["+method=lora", "trainer.dtype=bfloat16"],
         ["+method=full", "trainer.gradient_checkpointing=true"],
         ["+method=full", "trainer.dtype=bfloat16"],
+        ["+method=full", "trainer.dtype=bfloat16", "trainer.gradient_checkpointing=true"],
     ],
-    ids=["qlora", "checkpointed", "qdora", "bf16", "full", "autocast"],
+    ids=["qlora", "checkpointed", "qdora", "bf16", "full", "autocast", "autocast-checkpointed"],
 )
 def test_the_peak_is_within_a_tenth_of_what_is_measured(settings, small_llama):
     dtype = torch.bfloat16 if "trainer.dtype=bfloat16" in settings else torch.float32
