@@ -29,15 +29,22 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def label_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def label_logits(
+    model: PreTrainedModel, batch: dict[str, Tensor], forward: Callable | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits [n, vocabulary] for the n labelled tokens of a batch, and those tokens [n].
 
     The output embeddings run at those positions only: most of a prompt's tokens carry no label, and the product with
     the vocabulary is the largest of a small model.
+
+    Args:
+        forward: what to call in place of `model`, such as torch's DDP around it.
     """
     targets, labelled = label_positions(batch)
     with _head_sees_only(model, labelled), prompt_lengths(model, label_starts(batch)):
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = (forward or model)(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
     return output.logits, targets
 
 

@@ -119,7 +119,7 @@ class LabelLoss:
 
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         if not self.plain_head:
-            logits, targets = label_logits(self.forward, batch)
+            logits, targets = label_logits(self.model, batch, self.forward)
             return F.cross_entropy(logits.float(), targets, reduction="sum")
         targets, labelled = label_positions(batch)
         head, kept = self.model.get_output_embeddings(), []
