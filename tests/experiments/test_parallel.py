@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,19 @@ from torch import nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from experiments import machine, parallel, run
-from experiments.config import TrainerConfig, resolve
+from experiments.config import ModelConfig, TrainerConfig, resolve
 from experiments.data import batches, load_data
 from experiments.engines import engine_of
-from experiments.models import prepare_model
+from experiments.models import load_model, prepare_model
 from experiments.train import Trainer
 from tests.experiments.conftest import TINY, composed, write_chats
 from tests.experiments.many import failures, processes, run_until, runs
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
+BASELINES = ["adapter", "prefix_layer"]  # for DDP alone
 # 19 samples in batches of 6: the fourth of each epoch has one sample, which leaves all processes but one without any
 SETTINGS = ["trainer.device=cpu", "trainer.dtype=float32", "trainer.batch_size=6", "trainer.grad_accum=2", "lr=3e-3"]
 SETTINGS += ["data.max_train=19", "data.max_heldout=5", "trainer.eval_batch_size=2"]
@@ -36,12 +39,20 @@ CLOCKS = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes",
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     write_chats(folder)
+    tokenizer = load_model(ModelConfig(name="tiny", source="tiny"), torch.float32, seed=0)[1]
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**shape, **heads)).save_pretrained(folder / "gemma")
+    tokenizer.save_pretrained(folder / "gemma")
     return folder
 
 
 def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
     where = ["data=jsonl", f"data.path={folder / 'chats.jsonl'}", f"output_dir={folder / name}"]
-    return [*TINY, *SETTINGS, *where, *overrides]
+    # lora on a model whose logits are no linear function of its last hidden state
+    model = ["model=hf", f"model.path={folder / 'gemma'}"] if "+method=lora" in overrides else []
+    return [*TINY, *SETTINGS, *where, *model, *overrides]
 
 
 def records(directory: Path) -> list[dict]:
@@ -60,7 +71,7 @@ def good(ended) -> None:
 @pytest.fixture(scope="module")
 def one(folder) -> Path:
     """Each method in one process; returns the folder, with `<method>-one` in it."""
-    for method in METHODS:
+    for method in METHODS + BASELINES:
         run.run(resolve(composed(f"+method={method}", *arguments(folder, f"{method}-one", *EACH[method]))))
     return folder
 
@@ -83,6 +94,7 @@ def two(folder) -> Path:
             "init=pissa",
         ]
         jobs.append(arguments(folder, f"dropout-{mode}", "+method=qdora", how, *more))
+    jobs += [arguments(folder, f"{method}-ddp", f"+method={method}", *SHORT) for method in BASELINES]
     good(processes(2, folder / "two", runs, jobs))
     return folder
 
@@ -134,8 +146,7 @@ def assert_same_training(directory: Path, one: Path) -> None:
     assert {p.name for p in directory.iterdir()} == {p.name for p in one.iterdir()}
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, mode", [*product(METHODS, ["ddp", "fsdp"]), *product(BASELINES, ["ddp"])])
 def test_two_processes_train_as_one_does(one, two, method, mode):
     assert_same_training(two / f"{method}-{mode}", one / f"{method}-one")
     assert result(two / f"{method}-{mode}")["processes"] == 2
@@ -238,6 +249,9 @@ def test_what_several_processes_cannot_do_is_said_once_and_early(folder):
         "trainer.compile=true is for one process": ["+method=lora", "trainer.compile=true"],
         "trainer.parallel=fsdp cuts parameters where optim=adamw8bit": [
             *("+method=lora", "trainer.parallel=fsdp", "optim=adamw8bit")
+        ],
+        "trainer.parallel=fsdp cannot train method=bitfit: use trainer.parallel=ddp": [
+            *("+method=bitfit", "trainer.parallel=fsdp")
         ],
         "trainer.parallel=zero: choose auto, ddp or fsdp": ["+method=lora", "trainer.parallel=zero"],
         "a sweep starts a process for each run itself": ["+method=lora,dora", "-m"],
