@@ -72,7 +72,7 @@ def good(ended) -> None:
 def one(folder) -> Path:
     """Each method in one process; returns the folder, with `<method>-one` in it."""
     for method in METHODS + BASELINES:
-        run.run(resolve(composed(f"+method={method}", *arguments(folder, f"{method}-one", *EACH[method]))))
+        run.run(resolve(composed(*arguments(folder, f"{method}-one", f"+method={method}", *EACH[method]))))
     return folder
 
 
