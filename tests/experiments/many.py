@@ -45,7 +45,7 @@ def processes(n: int, folder: Path, work: Callable, *args) -> list[Ended]:
         started.append(context.Process(target=_process, args=(environment, folder / str(rank), work, args)))
         started[-1].start()
     for process in started:
-        process.join(120)
+        process.join(300)
     hung = [process for process in started if process.is_alive()]
     for process in hung:
         process.kill()
