@@ -35,7 +35,7 @@ from experiments.files import PROJECT_ROOT, writable_dir, write_atomically
 from experiments.models import load_model
 from experiments.progress import bar
 from experiments.quant_types import quantize_dequantize
-from experiments.report.plots import COLOURS, MARKERS
+from experiments.report.drawing import COLOURS, MARKERS
 from kernels.codebook import BLOCKSIZES, CODEBOOKS
 from modules import NF4Linear, decoder_linears
 from modules.decompose import METHODS, decompose

@@ -42,7 +42,7 @@ from experiments.quant_types import (
     quantize_dequantize,
     stored_bits,
 )
-from experiments.report.plots import COLOURS, MARKERS
+from experiments.report.drawing import COLOURS, MARKERS
 from kernels.codebook import BLOCKSIZES
 from modules import NF4Linear, decoder_linears
 
