@@ -51,6 +51,7 @@ def exact_match(group: Group) -> Picture | None:
     axes.hlines(before, *zip(*((place - 0.4, place + 0.4) for place in range(len(measures)))), color="0.4", ls=":")
     axes.plot([], [], color="0.4", ls=":", label="before training, all runs")
     axes.set_xticks(range(len(measures)), ["all", *(f"level {level}" for level in levels)])
+    axes.set_ylim(-2, max(10, axes.get_ylim()[1]))
     finish(axes, xlabel="difficulty of the problem", ylabel="right answers (%)")
     axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     which = f" The {MAX_LABELS} settings with the lowest loss." if len(settings) < len(group.settings()) else ""
@@ -161,9 +162,13 @@ def rank_in_use(group: Group) -> Picture | None:
                 label=label,
                 **look,
             )
+    ranks = [mean(members, "effective_rank").mean for members in settings.values()]
     for axes in (by_kind, by_depth):
-        axes.set_yscale("log", base=2)
-        axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        if max(ranks) > 4 * min(ranks):
+            axes.set_yscale("log", base=2)
+            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        else:
+            axes.set_ylim(bottom=0)
     by_kind.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     by_depth.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     finish(by_kind, xlabel="linear", ylabel="effective rank of ΔW")

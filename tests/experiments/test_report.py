@@ -188,6 +188,8 @@ def test_what_else_was_measured_is_drawn_and_told(terminal, tmp_path):
             result |= {f"exact_match_level_{n}_{when}": 0.5 for n in (1, 2) for when in ("before", "after")}
             (path / "result.json").write_text(json.dumps(result))
             if modules:
+                result["effective_rank"] = 3.0
+                (path / "result.json").write_text(json.dumps(result))
                 ranks = "".join(f"model.layers.{n}.self_attn.q_proj,{2 + n}\n" for n in range(3))
                 (path / "spectrum.csv").write_text(f"layer,effective_rank\n{ranks}")
     [one] = groups_of(tmp_path)
