@@ -59,12 +59,12 @@ def check_dtype(trainer: TrainerConfig) -> None:
 
 
 def set_up_cpu(trainer: TrainerConfig) -> None:
-    """Threads and allocator for products on the CPU."""
+    """Threads for products on the CPU, and an allocator for loading a model: see `keep_freed_memory`."""
     threads = min(torch.get_num_threads(), usable_cores())
     if parallel.size() > 1:  # torchrun tells every process to use one thread
         threads = max(1, usable_cores() // parallel.local_size())
     torch.set_num_threads(trainer.threads or threads)
-    _keep_freed_memory()
+    _allocator(mapped_from=2**17)
 
 
 def seed_all(seed: int) -> None:
@@ -84,13 +84,19 @@ def usable_cores() -> int:
         return cores
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc reuse freed memory instead of returning it to the system. A training step allocates the same
-    activations again and again, and would get each of their pages anew."""
+def keep_freed_memory() -> None:
+    """Have the allocator reuse freed memory instead of returning it to the system. A training step allocates the same
+    activations again and again, and would get each of their pages anew. While a model is loaded it is the other way
+    round: a dense weight that has been packed is better given back."""
+    _allocator(mapped_from=2**30, trimmed_from=2**31 - 1)
+
+
+def _allocator(mapped_from: int, trimmed_from: int = 2**17) -> None:
+    """glibc: blocks of so many bytes come from the system and go back to it; so does the free end of the heap."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: smaller blocks come from the heap
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: which is not given back
+        libc.mallopt(-3, mapped_from)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, trimmed_from)  # M_TRIM_THRESHOLD
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

@@ -134,6 +134,8 @@ def load_run(directory: Path, changes: list[str] = (), dense: bool = False) -> F
     model, tokenizer = _load(cfg, directory, dtype)
     if dense:
         make_dense(model)
+    if device.type == "cpu":
+        machine.keep_freed_memory()
     return FinishedRun(cfg, model.to(device).eval(), tokenizer, dtype)
 
 

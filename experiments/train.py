@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from experiments import parallel
+from experiments import machine, parallel
 from experiments.config import Config, TrainerConfig
 from experiments.data import Data, batches, collate
 from experiments.data_chat import IGNORED, Example
@@ -97,6 +97,8 @@ class Trainer:
         if cfg.trainer.gradient_checkpointing:
             checkpoint_blocks(model)
         self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
+        if model.device.type == "cpu":
+            machine.keep_freed_memory()
 
     def fit(
         self,

