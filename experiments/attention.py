@@ -47,12 +47,15 @@ def _probabilities(q: Tensor, k: Tensor, heads: int, mask: Tensor | None, start:
 
 
 class _Attention(torch.autograd.Function):
-    """q [groups, heads, queries, d], k and v [groups, keys, d]; mask [batch, 1, queries, keys] or None: causal."""
+    """q [batch · groups, heads of a group, queries, d], k and v [batch · groups, keys, d], mask as `attention` has it.
+
+    The result is [batch, queries, groups, heads, d]: what the model's next linear reads and keeps.
+    """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, batch: int) -> Tensor:
         groups, heads, queries, _ = q.shape
-        out = q.new_empty(groups, heads, queries, v.shape[-1])
+        out = q.new_empty(batch, queries, groups // batch, heads, v.shape[-1])
         wide_k = k.to(torch.promote_types(q.dtype, torch.float32))
         step = _block(q, k.shape[1])
         for start in range(0, queries, step):
@@ -60,7 +63,8 @@ class _Attention(torch.autograd.Function):
             seen = stop if mask is None else k.shape[1]
             rows = _rows(q, start, stop).to(wide_k.dtype)
             p = _probabilities(rows, wide_k[:, :seen], heads, mask, start, scale).to(q.dtype)
-            out[:, :, start:stop] = torch.bmm(p, v[:, :seen]).unflatten(1, (heads, -1))
+            rows = torch.bmm(p, v[:, :seen]).view(batch, -1, heads, stop - start, v.shape[-1])
+            out[:, start:stop] = rows.permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(q, k, v, mask, out)
         ctx.scale = scale
         return out
@@ -69,6 +73,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout: Tensor):
         q, k, v, mask, out = ctx.saved_tensors
         heads, queries = q.shape[1:3]
+        dout, out = (x.permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (dout, out))
         precise = torch.promote_types(q.dtype, torch.float32)
         wide_k, wide_v = k.to(precise), v.to(precise)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
@@ -84,7 +89,7 @@ class _Attention(torch.autograd.Function):
             ds = torch.bmm(wide, wide_v[:, :seen].mT).sub_(correction).mul_(p).mul_(ctx.scale).to(q.dtype)
             dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
             dk[:, :seen] += torch.bmm(ds.mT, rows)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -96,12 +101,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
             query sees the keys up to its own place.
 
     Returns:
-        [batch, heads, queries, d of v]. Differentiable in q, k and v.
+        [batch, heads, queries, d of v], in memory [batch, queries, heads, d]. Differentiable in q, k and v.
     """
     batch, groups = k.shape[:2]
     q = q.unflatten(1, (groups, -1)).flatten(0, 1)
-    out = _Attention.apply(q, k.flatten(0, 1), v.flatten(0, 1), mask, scale)
-    return out.unflatten(0, (batch, groups)).flatten(1, 2)
+    out = _Attention.apply(q, k.flatten(0, 1), v.flatten(0, 1), mask, scale, batch)
+    return out.flatten(2, 3).transpose(1, 2)
 
 
 def _forward(
@@ -127,7 +132,7 @@ def _forward(
     if attention_mask is None:  # of a static cache the rest is still empty
         key, value = key[:, :, :queries], value[:, :, :queries]
     out = attention(query, key, value, attention_mask, d**-0.5 if scaling is None else scaling)
-    return out.transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)

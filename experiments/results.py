@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from torch import nn
 
 from experiments.config import ADAPTER_KEYS, Config, flat
@@ -75,6 +74,8 @@ class RunDirectory:
 
     def plot_loss(self, title: str) -> None:
         """Draw loss.png from the records so far: training loss a step, held-out loss where it was measured."""
+        from matplotlib.figure import Figure  # here: it takes memory that training could use
+
         figure = Figure(figsize=(7, 4.2), layout="constrained")  # not pyplot, whose state a notebook shares
         axes = figure.subplots()
         for key, style in (

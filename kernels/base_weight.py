@@ -38,11 +38,11 @@ def base_args(weight: Tensor, quant_state: QuantState | None, x: Tensor) -> Base
 
 
 def dense_weight(base: BaseArgs, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The weight [out, in] in `dtype`: itself if dense, dequantized if packed."""
-    weight, absmax, nested_absmax, nested_offset, blocksize, quant_type = base
-    if absmax is None:
+    """The weight [out, in] in `dtype`: itself if dense, dequantized if packed, and then valid until the next call."""
+    weight, *state, blocksize, quant_type = base
+    if state[0] is None:
         return weight
-    return dequantize_impl(weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, list(shape), dtype)
+    return dequantize_impl(weight, *state, blocksize, quant_type, list(shape), dtype, reuse=True)
 
 
 def check_adapter(

@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map
 
+_own = threading.local()  # what belongs to a thread: its buffer of each dtype
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -68,8 +70,14 @@ def dequantize_4bit(
     quant_type: str,
     shape: list[int],
     dtype: torch.dtype,
+    reuse: bool = False,
 ) -> Tensor:
-    """`reference.dequantize_4bit`, by the routine as far as it goes."""
+    """`reference.dequantize_4bit`, by the routine as far as it goes.
+
+    Args:
+        reuse: the result may lie in a buffer that the thread's next call overwrites. The buffer stays in the
+            processor's cache, and leaves no holes between what a training step keeps.
+    """
     routine = _routine(dtype) if packed.is_cpu and quant_type == "nf4" else None
     n = torch.Size(shape).numel()
     full = n // blocksize * blocksize
@@ -79,13 +87,22 @@ def dequantize_4bit(
         )
     if nested_absmax is not None:
         absmax = _dequantize_absmax(absmax, nested_absmax, nested_offset)
-    w = torch.empty(shape, dtype=dtype, device=packed.device)
-    flat, packed = w.view(-1), packed.view(-1)
+    flat = _buffer(n, dtype) if reuse else torch.empty(n, dtype=dtype, device=packed.device)
+    packed = packed.view(-1)
     _blocks(routine, packed, absmax, flat[:full], blocksize)
     if full < n:
         rest = (packed[full // 2 :], absmax[-1:], None, None, blocksize, quant_type, [n - full], dtype)
         flat[full:] = reference.dequantize_4bit(*rest)
-    return w
+    return flat.view(shape)
+
+
+def _buffer(n: int, dtype: torch.dtype) -> Tensor:
+    buffer = getattr(_own, _DTYPES[dtype], None)
+    if buffer is None or buffer.numel() < n:
+        with torch.inference_mode(False):  # or it could only be used there
+            buffer = torch.empty(n, dtype=dtype, device="cpu")
+        setattr(_own, _DTYPES[dtype], buffer)
+    return buffer[:n]
 
 
 def _dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:

@@ -170,19 +170,13 @@ def _(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape
     return packed.new_empty(shape, dtype=dtype)
 
 
-def dequantize_impl(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    quant_type: str,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The op's body, for ops that dequantize inside themselves."""
-    dequantize = _launch_dequantize if use_triton(packed) else cpu_dequantize.dequantize_4bit
-    return dequantize(packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype)
+def dequantize_impl(packed: Tensor, *args, reuse: bool = False) -> Tensor:
+    """The op's body, for ops that dequantize inside themselves; `reuse`: see cpu_dequantize.py."""
+    return (
+        _launch_dequantize(packed, *args)
+        if use_triton(packed)
+        else cpu_dequantize.dequantize_4bit(packed, *args, reuse)
+    )
 
 
 def dequantize_4bit(packed: Tensor, quant_state: QuantState, dtype: torch.dtype | None = None) -> Tensor:

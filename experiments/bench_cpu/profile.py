@@ -4,8 +4,10 @@ python -m experiments.bench_cpu.profile qdora        or: make profile-cpu
 """
 
 import argparse
+import contextlib
 import sys
 from collections import Counter
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -17,27 +19,30 @@ from experiments.bench_cpu.pair import batches, tokens_of
 from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig
 from experiments.models import wheel_directory
-from kernels import reference
+from kernels import cpu_dequantize, reference
 
-PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
-LABELLED = {"dequantize_4bit": "dequantize", "dora_norm": "DoRA norm"}  # of kernels.reference
-BY_NAME = {
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
+LABELLED = {(cpu_dequantize, "dequantize_4bit"): "dequantize", (reference, "dora_norm"): "DoRA norm"}
+BY_NAME = {  # of an operation or one that it is part of
     "_LinearCrossEntropy": "loss",
+    "_Attention": "attention",
     "scaled_dot_product": "attention",
+    "_RMSNorm": "norms and activations",
+    "_Gated": "norms and activations",
     "Optimizer": "optimizer",
     "qdora::": "adapter, elementwise",
-    "qdora_": "adapter, elementwise",
 }
+REST = "the rest of the model (rotary embedding, residuals, autograd, Python)"
 
 
-def _labelled(name: str):
-    function = getattr(reference, name)
+def _labelled(module: ModuleType, name: str):
+    function = getattr(module, name)
 
     def run(*args):
-        with record_function(LABELLED[name]):
+        with record_function(LABELLED[module, name]):
             return function(*args)
 
-    return patch.object(reference, name, run)
+    return patch.object(module, name, run)
 
 
 def _category(event, rank: int) -> str:
@@ -51,7 +56,7 @@ def _category(event, rank: int) -> str:
             if part in event.name:
                 return category
         event = event.cpu_parent
-    return "the rest of the model (norms, rotary, activation, residuals)"
+    return REST
 
 
 def main(argv: list[str]) -> int:
@@ -69,7 +74,9 @@ def main(argv: list[str]) -> int:
     for _ in range(2):
         worker.step(batch)
     floor = worker.products(count)
-    with _labelled("dequantize_4bit"), _labelled("dora_norm"):
+    with contextlib.ExitStack() as labels:
+        for module, name in LABELLED:
+            labels.enter_context(_labelled(module, name))
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
             _, seconds = worker.step(batch)
     spent: Counter[str] = Counter()

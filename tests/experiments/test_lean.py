@@ -74,6 +74,17 @@ def test_of_a_model(model_class):
                 torch.testing.assert_close(have.grad, want.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_compiles():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).requires_grad_(False)
+    lean.use_on_cpu(model)
+    attach(model, "dora", 4)
+    input_ids = torch.randint(101, (2, 9))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    got, want = (run(input_ids=input_ids, use_cache=False).logits for run in (compiled, model))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def test_what_computes_something_else_is_left_alone():
     model = Gemma2ForCausalLM(Gemma2Config(**SMALL))  # its norms multiply with 1 + w
     nn.init.normal_(model.model.norm.weight)
