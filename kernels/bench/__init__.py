@@ -9,6 +9,6 @@ Compare ratios within one run, never times of two runs.
 
 import logging
 
-# Imported beside this project, bitsandbytes takes our `kernels` for Hugging Face's package of that name and warns that a
-# kernel for its own evaluation mode is missing there. Nothing here uses it.
+# Beside this project bitsandbytes takes our `kernels` for Hugging Face's package of that name, and warns that a kernel
+# for its own evaluation mode is missing there. Nothing here uses it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
