@@ -110,8 +110,13 @@ def _dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> 
     routine = _symbol("cdequantize_blockwise_cpu_fp32", 4, 2)
     if routine is None:
         return reference.dequantize_absmax(codes, nested_absmax, offset)
-    absmax = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-    levels = dynamic_map(codes.device)
-    pointers = (tensor.data_ptr() for tensor in (levels, codes, nested_absmax, absmax))
-    routine(*pointers, NESTED_BLOCKSIZE, codes.numel())
+    absmax, levels = torch.empty_like(codes, dtype=torch.float32), dynamic_map("cpu")
+    routine(
+        levels.data_ptr(),
+        codes.data_ptr(),
+        nested_absmax.data_ptr(),
+        absmax.data_ptr(),
+        NESTED_BLOCKSIZE,
+        codes.numel(),
+    )
     return absmax.add_(offset)
