@@ -1,7 +1,7 @@
 """Parts of a transformers model computed on a CPU with fewer passes, and less kept for backward.
 
     RMSNorm     y = w ⊙ x · rsqrt(mean x² + ε)           keeps x as it came; eager PyTorch keeps it in fp32
-    gated MLP   down(act(gate(x)) ⊙ up(x))               keeps gate(x) and up(x); act(gate(x)) is computed again
+    gated MLP   down(act(gate(x)) ⊙ up(x))               keeps gate(x) and up(x); their product is computed again
 
 Results are those of the model's own code bit for bit, or a module is left as it is: what it does to random numbers is
 compared first. Attention has its own file (attention.py).
@@ -59,7 +59,21 @@ def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
-    return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x), self.act_fn))
+    gate, up = self.gate_proj(x), self.up_proj(x)
+    product = _Gated.apply(gate, up, self.act_fn)
+    address, size = product.data_ptr(), product.numel()  # not `product`: the hooks would keep it
+
+    def keep(saved: Tensor) -> Tensor | torch.Size:
+        return saved.shape if (saved.data_ptr(), saved.numel()) == (address, size) else saved
+
+    def restore(kept: Tensor | torch.Size) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        with torch.no_grad():
+            return (self.act_fn(gate) * up).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+        return self.down_proj(product)
 
 
 def _rms_norm_or_own(self: nn.Module, hidden_states: Tensor) -> Tensor:

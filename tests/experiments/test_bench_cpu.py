@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from experiments.bench_cpu import __main__ as bench
+from experiments.bench_cpu import curves
 from experiments.bench_cpu.pair import Pair, batches
 from experiments.bench_cpu.plot import plot
 from experiments.bench_cpu.worker import Job
@@ -74,3 +75,22 @@ def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_curves(model_dir, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(curves, "wheel_directory", lambda _: model_dir)
+    monkeypatch.setattr(curves, "tokens_of", lambda _, count: torch.randint(128, (count,)).tolist())
+    path = tmp_path / "new" / "curves.csv"
+    small = ["--steps", "20", "--length", "8", "--threads", "1", "--csv", str(path)]
+    assert curves.main(["ours-0", *small]) == 0
+    assert "peft-0, peft-1 still to be run" in capsys.readouterr().out
+    (ours,) = curves.read(path).values()
+    assert len(ours) == 20 and ours[0] != ours[1]
+    curves.write(path, {"ours-0": ours, "peft-0": [x + 0.25 for x in ours], "peft-1": [x - 0.25 for x in ours]})
+    assert curves.main(small) == 0
+    printed = capsys.readouterr().out
+    assert "ours-0 and peft-0: 0.2500 apart on average, 0.2500 at most" in printed
+    assert "peft-1 and peft-0: 0.5000 apart" in printed
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="has runs of another number of steps: choose another --csv"):
+        curves.main(["--steps", "40", *small[2:]])
