@@ -210,8 +210,9 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     optimizers = {name: of(parameter_groups(model, cfg.lr)) for name, of in OPTIMIZERS.items()}
     states = {name: _state_bytes(optimizer, trains) for name, optimizer in optimizers.items()}
     optimizer = optimizers[cfg.optim.name]
-    frames = (cfg.optim.budget_mb or PAGED_MB) * 2**20 // PAGE_BYTES
-    paged = min(frames, len(optimizer.fill_pages(PAGE_BYTES)[1])) * PAGE_BYTES
+    paged = (cfg.optim.budget_mb or PAGED_MB) * 2**20 // PAGE_BYTES * PAGE_BYTES
+    if states[cfg.optim.name] < paged:  # so few pages that they may all be on the device
+        paged = min(paged, len(optimizer.fill_pages(PAGE_BYTES)[1]) * PAGE_BYTES)
     autocast = dtype if cfg.method.adapter == "none" and dtype != torch.float32 else None
 
     label_loss = functools.cache(lambda: loss_of(model))
