@@ -56,7 +56,7 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
         axes.set(xlabel=label, ylabel="GB on one GPU, peak of a step", xscale="log" if sized else "linear")
         if sized:
             axes.set_yscale("log")
-            axes.margins(x=0.18)  # names stand to the right of their points
+            axes.margins(x=0.22)  # names stand to the right of their points
             axes.yaxis.set_major_formatter(ticker.ScalarFormatter())
             for name, one in zip(values, plans):
                 where = (one.parameters, one.peak(one.checkpoints) / 1e9)
