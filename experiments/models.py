@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments import lean
+from experiments import lean, mapped
 from experiments.config import ADAPTER_KEYS, Config, ModelConfig
 from experiments.data import batches, collate, load_data
 from experiments.errors import UserError
@@ -226,7 +226,13 @@ def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pr
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True, use_safetensors=True)
+            stored = mapped.stored_dtype(path) or dtype
+            options = {"local_files_only": True, "use_safetensors": True}
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=stored, **options)
+            if stored != dtype and not model._keep_in_fp32_modules:
+                mapped.cast(model, dtype)
+            elif stored != dtype:  # transformers knows what to cast
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"{path}: {' '.join(str(error).split())}") from error
     return model, tokenizer
