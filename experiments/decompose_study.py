@@ -176,8 +176,9 @@ def plot(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[d
             error, seconds = pooled(rows, method="svd", rank=rank)
             place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": "small"}
             axes.annotate(f"rank {rank}", (1000 * seconds, error), **place)
-        axes.set(title=kind, xscale="log", xlabel="ms a matrix", ylabel=f"error, ‖{kind} − BA‖ / ‖{kind}‖")
-        axes.margins(x=0.2)
+        axes.set(title=kind, xlabel="ms a matrix", ylabel=f"error, ‖{kind} − BA‖ / ‖{kind}‖")
+        axes.margins(x=0.15)
+        axes.set_xlim(left=0)
     for position, init in enumerate(STARTS):
         errors = [pooled(starts, init=init, rank=rank)[0] for rank in cfg.ranks]
         last.plot(cfg.ranks, errors, color=COLOURS[position], marker=MARKERS[position], label=f"init={init}")
