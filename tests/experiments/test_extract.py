@@ -91,7 +91,7 @@ BAD = {
     "no tuned": ([], "no tuned: add tuned=DIR"),
     "not there": (
         ["tuned=/nowhere"],
-        "/nowhere: no such directory or file, and no model of that name; there are gguf, gpt3-175b, hf",
+        "/nowhere: no such directory or file, and no model of that name; there are ",
     ),
     "adapter": (["tuned=tiny", "adapter=ia3"], "adapter=ia3: choose lora or dora"),
     "decomposition": (["tuned=tiny", "decomposition=qr"], "decomposition=qr: choose svd, randomized, als, nuclear"),
