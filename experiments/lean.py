@@ -72,6 +72,8 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
         with torch.no_grad():
             return (self.act_fn(gate) * up).view(kept)
 
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # checkpointing keeps none of them
+        return self.down_proj(product)
     with torch.autograd.graph.saved_tensors_hooks(keep, restore):
         return self.down_proj(product)
 

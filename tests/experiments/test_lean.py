@@ -99,3 +99,13 @@ def test_a_norm_that_trains_gets_its_gradient():
     want, norm.weight.grad = norm.weight.grad, None
     lean._rms_norm_or_own(norm, x).sum().backward()
     torch.testing.assert_close(norm.weight.grad, want)
+
+
+def test_checkpointing_decides_what_is_kept():
+    """A hook of our own inside its hooks would hold what feeds the product, of every block at once."""
+    mlp = LlamaForCausalLM(LlamaConfig(**SMALL)).model.layers[0].mlp
+    x, kept = torch.randn(2, 5, 64, requires_grad=True), []
+    product = lean._Gated.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.act_fn)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        lean._mlp(mlp, x)
+    assert any(torch.equal(tensor.flatten(), product.flatten()) for tensor in kept)
