@@ -69,7 +69,7 @@ def logits(model, ids):
 
 
 def assert_close(one, other):
-    assert (one - other).norm() < 1e-4 * other.norm()  # what experiments.export holds in fp32
+    assert (one - other).norm() < 1e-5 * other.norm()  # fp32 through 30 layers: 3.2e-6 was the most seen
 
 
 def test_it_is_the_real_model(loaded):
