@@ -4,10 +4,14 @@
     dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ − Σ_d dO ⊙ O),  dQ = scale · dS K,  dK = scale · dSᵀ Q
 
 As in torch's (Dao 2023, FlashAttention-2, §3.1), scores, P and dO Vᵀ are fp32, the other products run in the compute
-dtype, and backward computes P again. Here each product is the library's own, of all heads and a block of
+dtype, and backward computes P again. fp32 products of what are bf16 values take the processor's bf16 instructions, if
+it has them: nothing is rounded, and sums are fp32. Here each product is the library's own, of all heads and a block of
 queries at once. Queries that share keys and values (GQA) are rows of the same product. Not materialised: scores of more
 queries than a block, repeated keys and values, keys to the right of a causal block.
 """
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +35,20 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
     return x[:, :, start:stop].flatten(1, 2)
 
 
+@contextlib.contextmanager
+def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
+    """fp32 products of what are `dtype` values take bf16 instructions, where these round nothing."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
 def _probabilities(q: Tensor, k: Tensor, heads: int, mask: Tensor | None, start: int, scale: float) -> Tensor:
     """P of rows q, which begin at query `start`, in their dtype: [groups, heads · queries, keys]."""
-    scores = torch.bmm(q * scale, k.mT).unflatten(1, (heads, -1))
+    scores = torch.bmm(q, k.mT).mul_(scale).unflatten(1, (heads, -1))
     queries, keys = scores.shape[-2:]
     lowest = torch.finfo(scores.dtype).min  # not -inf: a query that sees nothing would be NaN
     if mask is None:
@@ -62,7 +77,8 @@ class _Attention(torch.autograd.Function):
             stop = min(start + step, queries)
             seen = stop if mask is None else k.shape[1]
             rows = _rows(q, start, stop).to(wide_k.dtype)
-            p = _probabilities(rows, wide_k[:, :seen], heads, mask, start, scale).to(q.dtype)
+            with _bf16_products(q.dtype):
+                p = _probabilities(rows, wide_k[:, :seen], heads, mask, start, scale).to(q.dtype)
             rows = torch.bmm(p, v[:, :seen]).view(batch, -1, heads, stop - start, v.shape[-1])
             out[:, start:stop] = rows.permute(0, 3, 1, 2, 4)
         ctx.save_for_backward(q, k, v, mask, out)
@@ -83,10 +99,12 @@ class _Attention(torch.autograd.Function):
             seen = stop if mask is None else k.shape[1]
             rows, drows = _rows(q, start, stop), _rows(dout, start, stop)
             wide = drows.to(precise)
-            p = _probabilities(rows.to(precise), wide_k[:, :seen], heads, mask, start, ctx.scale)
+            with _bf16_products(q.dtype):
+                p = _probabilities(rows.to(precise), wide_k[:, :seen], heads, mask, start, ctx.scale)
+                ds = torch.bmm(wide, wide_v[:, :seen].mT)
             dv[:, :seen] += torch.bmm(p.to(q.dtype).mT, drows)
             correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
-            ds = torch.bmm(wide, wide_v[:, :seen].mT).sub_(correction).mul_(p).mul_(ctx.scale).to(q.dtype)
+            ds = ds.sub_(correction).mul_(p).mul_(ctx.scale).to(q.dtype)
             dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
             dk[:, :seen] += torch.bmm(ds.mT, rows)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None

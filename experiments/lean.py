@@ -33,19 +33,33 @@ class _RMSNorm(torch.autograd.Function):
         return dx.addcmul_(x, along, value=-1).to(x.dtype), None, None
 
 
+class _Activation:
+    """act(gate), computed again in backward: once, for two that need it one after the other."""
+
+    def __init__(self, act: nn.Module):
+        self.act = act
+        self.again: tuple[Tensor, Tensor] | None = None  # a leaf, and what act makes of it
+
+    def of(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        if self.again is None:
+            with torch.enable_grad():
+                leaf = gate.detach().requires_grad_()
+                self.again = leaf, self.act(leaf)
+        return self.again
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, activation: _Activation) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return act(gate) * up
+        ctx.activation = activation
+        return activation.act(gate) * up
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
+        leaf, activated = ctx.activation.of(gate)
+        ctx.activation.again = None
         (dgate,) = torch.autograd.grad(activated, leaf, dy * up)
         return dgate, dy * activated.detach(), None
 
@@ -60,7 +74,8 @@ def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
 
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    product = _Gated.apply(gate, up, self.act_fn)
+    activation = _Activation(self.act_fn)
+    product = _Gated.apply(gate, up, activation)
     address, size = product.data_ptr(), product.numel()  # not `product`: the hooks would keep it
 
     def keep(saved: Tensor) -> Tensor | torch.Size:
@@ -70,7 +85,7 @@ def _mlp(self: nn.Module, x: Tensor) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         with torch.no_grad():
-            return (self.act_fn(gate) * up).view(kept)
+            return (activation.of(gate)[1] * up).view(kept)
 
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # checkpointing keeps none of them
         return self.down_proj(product)

@@ -108,6 +108,10 @@ class LabelLoss:
     def __init__(self, model: PreTrainedModel, compiled: bool = False):
         self.model, self.forward = model, model
         self.plain_head = has_plain_head(model)  # without one the logits are materialised
+        self.labelled: Tensor | None = None  # of the batch whose loss is computed
+        self.hidden: Tensor | None = None  # what the output embeddings got at these places
+        if self.plain_head:  # registered once: torch.compile would begin anew for another hook
+            model.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
         if compiled:
             compiler = os.environ.get("CXX", "g++")
             if model.device.type == "cpu" and not shutil.which(compiler):
@@ -121,17 +125,17 @@ class LabelLoss:
         if not self.plain_head:
             logits, targets = label_logits(self.model, batch, self.forward)
             return F.cross_entropy(logits.float(), targets, reduction="sum")
-        targets, labelled = label_positions(batch)
-        head, kept = self.model.get_output_embeddings(), []
-
-        def keep(_, args: tuple) -> tuple:
-            kept.append(args[0][labelled])
-            return kept[0][:1], *args[1:]  # what the head makes of it is not used
-
-        hook = head.register_forward_pre_hook(keep)
+        targets, self.labelled = label_positions(batch)
+        head = self.model.get_output_embeddings()
         try:
             with prompt_lengths(self.model, label_starts(batch)):
                 self.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+            return linear_cross_entropy(self.hidden, head.weight, head.bias, targets)
         finally:
-            hook.remove()
-        return linear_cross_entropy(kept[0], head.weight, head.bias, targets)
+            self.labelled = self.hidden = None
+
+    def _keep_labelled(self, head: torch.nn.Module, args: tuple) -> tuple:
+        if self.labelled is None:
+            return args
+        self.hidden = args[0][self.labelled]
+        return self.hidden[:1], *args[1:]  # what the head makes of it is not used

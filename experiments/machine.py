@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib.metadata
+import mmap
 import os
 import platform
 import random
@@ -17,6 +18,7 @@ from experiments import parallel
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
 
+HEAP_BLOCKS = 8  # of 512 MB: what a step of a model that trains on a CPU may need
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -85,18 +87,37 @@ def usable_cores() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Have the allocator reuse freed memory instead of returning it to the system. A training step allocates the same
-    activations again and again, and would get each of their pages anew. While a model is loaded it is the other way
-    round: a dense weight that has been packed is better given back."""
-    _allocator(mapped_from=2**30, trimmed_from=2**31 - 1)
+    """Have the allocator reuse freed memory instead of returning it to the system, and keep it in huge pages. A
+    training step allocates the same activations again and again, and would get each of their pages anew. While a model
+    is loaded it is the other way round: a dense weight that has been packed is better given back."""
+    _allocator(mapped_from=2**30, trimmed_from=-1)
+    _huge_pages()
+
+
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return None
+    return ctypes.CDLL("libc.so.6")
 
 
 def _allocator(mapped_from: int, trimmed_from: int = 2**17) -> None:
-    """glibc: blocks of so many bytes come from the system and go back to it; so does the free end of the heap."""
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL("libc.so.6")
+    """glibc: blocks of so many bytes come from the system and go back to it; so does the free end of the heap, unless
+    that is -1."""
+    if libc := _glibc():
         libc.mallopt(-3, mapped_from)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, trimmed_from)  # M_TRIM_THRESHOLD
+
+
+def _huge_pages() -> None:
+    """Ask for huge pages where the heap will grow, by taking addresses in advance: they cost no memory until used."""
+    if libc := _glibc():
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        blocks = [block for _ in range(HEAP_BLOCKS) if (block := libc.malloc(2**29))]
+        for block in blocks:
+            libc.madvise(-(-block // mmap.PAGESIZE) * mmap.PAGESIZE, 2**29 - mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+        for block in blocks:
+            libc.free(block)
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

@@ -146,8 +146,8 @@ def weight_norm_sq(w: Tensor) -> Tensor:
 
 def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """‖W + sBA‖ of each row, fp32 [out]; `norm_sq` is ‖W‖², fp32 [out]."""
-    a, b = lora_A.float(), lora_B.float() * scaling
-    u = w @ lora_A.to(w.dtype).t()  # WAᵀ [out, r]
+    a, b = lora_A.float() * scaling, lora_B.float()
+    u = w @ a.to(w.dtype).t()  # s·WAᵀ [out, r]
     total = norm_sq + (b * torch.addmm(u.float(), b, a @ a.t(), beta=2)).sum(dim=1)
     # Where little is left of ‖W‖² the terms have cancelled, and their rounding with them has grown: compute the row
     # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
@@ -218,7 +218,7 @@ def dora_linear_backward(
         dx += through_base - dropout(through_base, p, seed)
     if y is None:
         return dx, dA, dB, _magnitude_grad(dy, z, norm).to(magnitude.dtype)
-    dm = (dy * y).sum(dim=0, dtype=torch.float32).div_(magnitude)  # z / ‖W + sBA‖ = y / m
+    dm = (dy * y).sum(dim=0).to(torch.float32).div_(magnitude)  # z / ‖W + sBA‖ = y / m
     # Where m = 0, or nearly, y has lost z's digits: compute z again.
     rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
     if rows.numel():
@@ -229,4 +229,4 @@ def dora_linear_backward(
 
 def _magnitude_grad(dy: Tensor, z: Tensor, norm: Tensor) -> Tensor:
     """dm = Σ_t dy ⊙ z / ‖W + sBA‖, fp32 [out]."""
-    return ((dy * z).sum(dim=0, dtype=torch.float32) / norm).masked_fill_(norm == 0, 0.0)
+    return ((dy * z).sum(dim=0).to(torch.float32) / norm).masked_fill_(norm == 0, 0.0)

@@ -38,6 +38,11 @@ class Piece(NamedTuple):
     stop: int
     state: dict[str, Any]
 
+    def of(self, tensor: Tensor) -> Tensor:
+        """Of a contiguous tensor like the parameter these elements; itself if it is all of them."""
+        whole = self.stop - self.start == tensor.numel()  # views of a model's every tensor are half of a step's time
+        return tensor if whole else tensor.view(-1)[self.start : self.stop]
+
     def part(self, name: str) -> slice:
         """Where in the flat state tensor `name` of the whole parameter this piece's is."""
         if name.endswith("absmax"):
@@ -141,11 +146,12 @@ class AdamW(torch.optim.Optimizer):
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
-        for param in self._params():
-            if param.grad is not None:
-                if param not in self.state:
-                    self.state[param] = self._new_state(param)
-                self.state[param]["step"] += 1
+        updated = [param for param in self._params() if param.grad is not None]
+        for param in updated:
+            if param not in self.state:
+                self.state[param] = self._new_state(param)
+        if updated:
+            torch._foreach_add_([self.state[param]["step"] for param in updated], 1)
         for pieces in self._batches():
             self._update(pieces)
         return loss
@@ -181,8 +187,8 @@ class AdamW(torch.optim.Optimizer):
             group = self.param_groups[i]
             update = kernels.adamw8bit if "exp_avg_absmax" in names else kernels.adamw
             update(
-                [_local(piece.param).view(-1)[piece.start : piece.stop] for piece in members],
-                [_local(piece.param.grad).contiguous().view(-1)[piece.start : piece.stop] for piece in members],
+                [piece.of(_local(piece.param)) for piece in members],
+                [piece.of(_local(piece.param.grad).contiguous()) for piece in members],
                 *([piece.state[name] for piece in members] for name in names),
                 lr=group["lr"],
                 betas=tuple(group["betas"]),
