@@ -4,8 +4,7 @@
     dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ − Σ_d dO ⊙ O),  dQ = scale · dS K,  dK = scale · dSᵀ Q
 
 As in torch's (Dao 2023, FlashAttention-2, §3.1), scores, P and dO Vᵀ are fp32, the other products run in the compute
-dtype, and backward computes P again. fp32 products of what are bf16 values take the processor's bf16 instructions, if
-it has them: nothing is rounded, and sums are fp32. Here each product is the library's own, of all heads and a block of
+dtype, and backward computes P again. Here each product is the library's own, of all heads and a block of
 queries at once. Queries that share keys and values (GQA) are rows of the same product. Not materialised: scores of more
 queries than a block, repeated keys and values, keys to the right of a causal block.
 """
@@ -37,7 +36,8 @@ def _rows(x: Tensor, start: int, stop: int) -> Tensor:
 
 @contextlib.contextmanager
 def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """fp32 products of what are `dtype` values take bf16 instructions, where these round nothing."""
+    """oneDNN instead of MKL for fp32 products of what are bf16 values, with bf16 instructions if it likes: they would
+    round nothing. On processors that are not Intel's it takes half of MKL's time even in fp32."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
     try:
@@ -48,11 +48,13 @@ def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
 
 def _probabilities(q: Tensor, k: Tensor, heads: int, mask: Tensor | None, start: int, scale: float) -> Tensor:
     """P of rows q, which begin at query `start`, in their dtype: [groups, heads · queries, keys]."""
-    scores = torch.bmm(q, k.mT).mul_(scale).unflatten(1, (heads, -1))
+    scores = q.new_empty(*q.shape[:2], k.shape[1])
+    torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
+    scores = scores.unflatten(1, (heads, -1))
     queries, keys = scores.shape[-2:]
     lowest = torch.finfo(scores.dtype).min  # not -inf: a query that sees nothing would be NaN
     if mask is None:
-        scores += torch.full((queries, keys), lowest, dtype=scores.dtype).triu_(start + 1)
+        scores[..., start:] += torch.full((queries, queries), lowest, dtype=scores.dtype).triu_(1)
     else:
         seen = mask[..., start : start + queries, :keys]  # [batch, 1, queries, keys]
         if seen.dtype == torch.bool:
@@ -104,10 +106,10 @@ class _Attention(torch.autograd.Function):
                 ds = torch.bmm(wide, wide_v[:, :seen].mT)
             dv[:, :seen] += torch.bmm(p.to(q.dtype).mT, drows)
             correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
-            ds = ds.sub_(correction).mul_(p).mul_(ctx.scale).to(q.dtype)
+            ds = ds.sub_(correction).mul_(p).to(q.dtype)
             dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
             dk[:, :seen] += torch.bmm(ds.mT, rows)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None, None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
