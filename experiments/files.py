@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments.errors import UserError
 
 RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
+NAME_LENGTH = 120  # of what a run varies, in its directory's name; a file name may have 255 bytes
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -4,7 +4,7 @@
     gated MLP   down(act(gate(x)) ⊙ up(x))               keeps gate(x) and up(x); their product is computed again
 
 Results are those of the model's own code bit for bit, or a module is left as it is: what it does to random numbers is
-compared first. Attention has its own file (attention.py).
+compared first. Attention and rotary embedding have files of their own (attention.py, rotary.py).
 """
 
 from types import MethodType
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from experiments import attention
+from experiments import attention, rotary
 from modules import NF4Linear
 
 
@@ -133,8 +133,9 @@ def _computes_the_same(module: nn.Module, forward) -> bool:
 
 
 def use_on_cpu(model: PreTrainedModel) -> None:
-    """Have `model`, while it is on a CPU, compute norms, gated MLPs and attention here where it can."""
+    """Have `model`, while it is on a CPU, compute norms, gated MLPs, attention and rotary embedding here if it can."""
     attention.use_on_cpu(model)
+    rotary.use_on_cpu(model)
     for module in model.modules():
         if _is_rms_norm(module) and _computes_the_same(module, _rms_norm):
             module.forward = MethodType(_rms_norm_or_own, module)

@@ -34,12 +34,11 @@ from omegaconf import DictConfig
 from experiments import checkpoints, parallel, results
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.files import write_atomically
+from experiments.files import NAME_LENGTH, write_atomically
 from experiments.shared_base import SharedBase
 
 DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
 STOPPED = "stopped"  # by whoever watched it
-NAME_LENGTH = 120  # a file name may have 255 bytes
 
 
 @dataclass

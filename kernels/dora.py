@@ -135,7 +135,7 @@ def _backward(ctx, dy, *_):
     x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         raise RuntimeError("dora_linear gives no gradient for the base weight: it is frozen")
-    dx, dA, dB, dm = torch.ops.qdora.dora_linear_backward(
+    dx, dA, dB, dm = _dora_linear_backward(
         dy.contiguous(),
         x,
         xa,
@@ -204,7 +204,7 @@ def dora_linear(
             raise ValueError(f"{name} {tuple(vector.shape)} must be [{out_features}]")
     if dropout and seed is None:
         seed = new_seed(x.device)
-    y, *_ = torch.ops.qdora.dora_linear(
+    y, *_ = _dora_linear(
         x.reshape(-1, x.shape[-1]),
         *base,
         norm_sq,

@@ -70,7 +70,7 @@ def weight_norm_sq(weight: Tensor, quant_state: QuantState | None = None) -> Ten
     shape = weight.shape if quant_state is None else quant_state.shape
     dtype = weight.dtype if quant_state is None else quant_state.dtype
     base = base_args(weight, quant_state, weight.new_empty(0, shape[-1], dtype=dtype))
-    return torch.ops.qdora.weight_norm_sq(*base, shape)
+    return _weight_norm_sq(*base, shape)
 
 
 def dora_norm(
@@ -99,4 +99,4 @@ def dora_norm(
     check_adapter(x, lora_A, lora_B, out_features)
     if norm_sq.shape != (out_features,):
         raise ValueError(f"norm_sq {tuple(norm_sq.shape)} must be [{out_features}]")
-    return torch.ops.qdora.dora_norm(*base, norm_sq, lora_A.detach(), lora_B.detach(), scaling, dtype)
+    return _dora_norm(*base, norm_sq, lora_A.detach(), lora_B.detach(), scaling, dtype)

@@ -19,7 +19,6 @@ write and read, against the 2 bytes of bf16 that it saves. At 128 tokens a tile 
 rank 16, where at most one byte in six would be won and 4096 tokens would keep only 32 of a GPU's multiprocessors busy.
 """
 
-import torch
 from torch import Tensor
 
 from kernels import nf4_gemm, reference
@@ -130,7 +129,7 @@ def _backward(ctx, dy, _dxa):
     x, xa, *base, lora_A, lora_B, seed = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         raise RuntimeError("lora_linear gives no gradient for the base weight: it is frozen")
-    dx, dA, dB = torch.ops.qdora.lora_linear_backward(
+    dx, dA, dB = _lora_linear_backward(
         dy.contiguous(),
         x,
         xa,
@@ -185,5 +184,5 @@ def lora_linear(
     check_adapter(x, lora_A, lora_B, out_features, bias, dropout)
     if dropout and seed is None:
         seed = new_seed(x.device)
-    y, _ = torch.ops.qdora.lora_linear(x.reshape(-1, x.shape[-1]), *base, lora_A, lora_B, bias, scaling, dropout, seed)
+    y, _ = _lora_linear(x.reshape(-1, x.shape[-1]), *base, lora_A, lora_B, bias, scaling, dropout, seed)
     return y.view(*x.shape[:-1], out_features)

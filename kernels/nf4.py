@@ -194,7 +194,7 @@ def dequantize_4bit(packed: Tensor, quant_state: QuantState, dtype: torch.dtype 
     check_packed(packed, quant_state)
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}; dequantize_4bit gives float32, float16 or bfloat16")
-    return torch.ops.qdora.dequantize_4bit(
+    return _dequantize_4bit(
         packed, *quant_state.tensors(), quant_state.blocksize, quant_state.quant_type, quant_state.shape, dtype
     )
 

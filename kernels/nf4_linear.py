@@ -4,7 +4,6 @@ W is dequantized in forward, unless there are so few tokens that nf4_gemm.py rea
 backward (dX = dY W), and the products are the library's; no W-sized tensor is kept in between.
 """
 
-import torch
 from torch import Tensor
 
 from kernels import nf4_gemm, reference
@@ -70,7 +69,7 @@ def _backward(ctx, dy):
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         base = (*ctx.saved_tensors, ctx.blocksize, ctx.quant_type)
-        dx = torch.ops.qdora.nf4_linear_backward(dy.contiguous(), *base, ctx.in_features)
+        dx = _nf4_linear_backward(dy.contiguous(), *base, ctx.in_features)
     if ctx.needs_input_grad[8]:
         dbias = dy.sum(0).to(ctx.bias_dtype)
     return dx, None, None, None, None, None, None, None, dbias
@@ -96,5 +95,5 @@ def nf4_linear(x: Tensor, packed: Tensor, quant_state: QuantState, bias: Tensor 
     base = base_args(packed, quant_state, x)
     out_features = quant_state.shape[0]
     check_bias(bias, out_features)
-    y = torch.ops.qdora.nf4_linear(x.reshape(-1, x.shape[-1]), *base, out_features, bias)
+    y = _nf4_linear(x.reshape(-1, x.shape[-1]), *base, out_features, bias)
     return y.view(*x.shape[:-1], out_features)

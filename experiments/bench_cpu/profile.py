@@ -30,7 +30,8 @@ BY_NAME = {  # of an operation or one that it is part of
     "_RMSNorm": "norms and activations",
     "_Gated": "norms and activations",
     "Optimizer": "optimizer",
-    "qdora::": "adapter, elementwise",
+    "lora_linear": "adapter, elementwise",
+    "dora_linear": "adapter, elementwise",
 }
 REST = "the rest of the model (rotary embedding, residuals, autograd, Python)"
 

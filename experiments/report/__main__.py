@@ -43,7 +43,7 @@ def report(folder: Path, copy: Path | None = None) -> tuple[Path, int, list[str]
         raise UserError(f"{folder}: no results: {hint}")
     groups = group(runs)
     if copy is not None:
-        copy_runs(runs, folder, copy)
+        copy_runs(groups, folder, copy)
         folder = copy
     directory = writable_dir(folder / "report", "copy the results to a folder")
     parts = page.sections(folder.name or str(folder), groups, problems, [pictures(one) for one in groups])

@@ -220,8 +220,8 @@ def number(measure: str, m: Mean) -> str:
 
 
 def behind(picture: Picture) -> str:
-    """The runs behind a picture, by the hash that ends their directories' names in a sweep."""
-    return ", ".join(f"{run.name} ({run.identity})" for run in picture.runs)
+    """The runs behind a picture, each by its directory and its hash, which ends the directory's name in a sweep."""
+    return ", ".join(run.name if run.identity in run.name else f"{run.name} ({run.identity})" for run in picture.runs)
 
 
 def markdown(parts: list[Section]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.files import METRICS, RESULT, SPECTRUM, directory_atomically
+from experiments.files import METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
 MEASURES = {
@@ -89,6 +89,10 @@ class Group:
         method = [run.method] if "method.name" not in without else []
         return " ".join([*method, *(f"{key.removeprefix('trainer.')}={shown(run.config[key])}" for key in keys)])
 
+    def name(self, run: Run) -> str:
+        """A run among those of the group, such as "lora rank=8 seed=0"."""
+        return f"{self.label(run)} seed={run.seed}"
+
 
 def _order(value: Any) -> tuple[float, str]:
     return (value, "") if _is_number(value) else (-math.inf, shown(value))
@@ -121,8 +125,9 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     return list(runs.values()), problems
 
 
-def copy_runs(runs: list[Run], folder: Path, copy: Path) -> None:
-    """Copy what a report reads of `runs` from `folder` to `copy`, in place of an earlier copy.
+def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
+    """Copy what a report reads of the runs from `folder` to `copy`, in place of an earlier copy. There a run's
+    directory, and `run.name`, are what it varies and its hash.
 
     Raises:
         UserError: `copy` has something in it that is no part of a copy.
@@ -131,14 +136,21 @@ def copy_runs(runs: list[Run], folder: Path, copy: Path) -> None:
         if not (path.is_dir() or path.name in (RESULT, METRICS, SPECTRUM) or path.parent == copy / "report"):
             raise UserError(f"{path} is no part of a copy of results: choose another folder than {copy}")
     with directory_atomically(copy) as directory:
-        for run in runs:
-            (directory / run.name).mkdir(parents=True, exist_ok=True)
-            for name in (RESULT, METRICS):
-                if (folder / run.name / name).exists():
-                    shutil.copyfile(folder / run.name / name, directory / run.name / name)
-            if run.effective_ranks:  # the singular values themselves are most of the file
-                lines = ["layer,effective_rank", *(f"{layer},{r:.4g}" for layer, r in run.effective_ranks.items())]
-                (directory / run.name / SPECTRUM).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        for among in groups:
+            for run in among.runs:
+                original = folder / run.name
+                run.name = f"{among.name(run).replace(' ', ',').replace('/', '-')[:NAME_LENGTH]}_{run.identity}"
+                _copy_run(run, original, directory / run.name)
+
+
+def _copy_run(run: Run, original: Path, directory: Path) -> None:
+    directory.mkdir()
+    for name in (RESULT, METRICS):
+        if (original / name).exists():
+            shutil.copyfile(original / name, directory / name)
+    if run.effective_ranks:  # the singular values themselves are most of the file
+        lines = ["layer,effective_rank", *(f"{layer},{r:.4g}" for layer, r in run.effective_ranks.items())]
+        (directory / SPECTRUM).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _read(path: Path, folder: Path) -> Run:

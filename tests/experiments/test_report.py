@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -280,8 +281,12 @@ def test_a_copy_holds_what_a_report_reads_and_replaces_a_copy_only(terminal, res
     assert not (results / "report").exists()
     copied = {path.name for path in copy.rglob("*") if path.is_file()}
     assert {"result.json", "metrics.jsonl", "report.html", "runs.csv"} < copied and "adapter" not in copied
-    assert (copy / first.name / "metrics.jsonl").read_bytes() == (first / "metrics.jsonl").read_bytes()
-    assert read_runs(copy)[0] == read_runs(results)[0]
+    runs, originals = ({run.identity: run for run in read_runs(folder)[0]} for folder in (copy, results))
+    identity = json.loads((first / "result.json").read_text())["config_hash"]
+    there = copy / runs[identity].name
+    assert there.name.startswith("full") and there.name.endswith(f"_{identity}")
+    assert (there / "metrics.jsonl").read_bytes() == (first / "metrics.jsonl").read_bytes()
+    assert runs == {identity: replace(run, name=runs[identity].name) for identity, run in originals.items()}
     assert terminal(command, str(copy))[0] == 0
     code, text = terminal(command, str(copy), "--to", str(results))
     assert code == 1 and f"is no part of a copy of results: choose another folder than {results}" in text
