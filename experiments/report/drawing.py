@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from matplotlib import ticker
@@ -30,6 +31,14 @@ class Picture:
 
 def style(position: int) -> dict:
     return {"color": COLOURS[position % len(COLOURS)], "marker": MARKERS[position % len(MARKERS)], "ms": 6}
+
+
+def looks(group: Group, labels: Iterable[str]) -> dict[str, dict]:
+    """The style of each setting: the same in every picture of the group, if all its settings can have their own."""
+    settings = list(group.settings())
+    if len(settings) > len(COLOURS):
+        settings = [label for label in settings if label in set(labels)]
+    return {label: style(settings.index(label)) for label in labels}
 
 
 def new_figure(group: Group, title: str, runs: list[Run], columns: int = 1, height: float = 4.4, width: float = 0):

@@ -13,6 +13,7 @@ from experiments.report.drawing import (
     Picture,
     errorbar,
     finish,
+    looks,
     new_figure,
     scatter,
     style,
@@ -42,11 +43,12 @@ def exact_match(group: Group) -> Picture | None:
     measures = ["exact_match", *(f"exact_match_level_{level}" for level in levels)]
     figure, (axes,) = new_figure(group, "Exact match of generated answers", runs, height=4.8, width=9.5)
     settings = dict(list(_best_first(group, runs).items())[:MAX_LABELS])
+    styles = looks(group, settings)
     for position, (label, members) in enumerate(settings.items()):
         beside = 0.06 * (position - (len(settings) - 1) / 2)
         values = [mean(members, f"{measure}_after").scaled(100) for measure in measures]
         places = [place + beside for place in range(len(measures))]
-        errorbar(axes, places, values, label=label, ls="none", **style(position))
+        errorbar(axes, places, values, label=label, ls="none", **styles[label])
     before = [mean(runs, f"{measure}_before").mean * 100 for measure in measures]
     axes.hlines(before, *zip(*((place - 0.4, place + 0.4) for place in range(len(measures)))), color="0.4", ls=":")
     axes.plot([], [], color="0.4", ls=":", label="before training, all runs")
@@ -138,12 +140,12 @@ def rank_in_use(group: Group) -> Picture | None:
     runs = [run for run in group.runs if any(run.effective_ranks.values())]
     if not runs:
         return None
-    best = list(_best_first(group, runs))[:MAX_LABELS]
-    settings = {label: members for label, members in group.settings().items() if label in best}
+    ranked = list(_best_first(group, runs))
+    settings = {label: members for label, members in group.settings().items() if label in ranked[:MAX_LABELS]}
+    styles = looks(group, settings)
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for run in runs for name in run.effective_ranks))
     figure, (by_kind, by_depth) = new_figure(group, "The rank that an update uses", runs, 2, 4.8, 13)
     for position, (label, members) in enumerate(settings.items()):
-        look = style(position)
         for axes, of in ((by_kind, lambda name: kinds.index(name.rpartition(".")[2])), (by_depth, _depth)):
             values = defaultdict(list)
             for run in members:
@@ -160,7 +162,7 @@ def rank_in_use(group: Group) -> Picture | None:
                 lw=1.2,
                 elinewidth=0.6,
                 label=label,
-                **look,
+                **styles[label],
             )
     ranks = [mean(members, "effective_rank").mean for members in settings.values()]
     for axes in (by_kind, by_depth):
@@ -176,7 +178,7 @@ def rank_in_use(group: Group) -> Picture | None:
     figure.legend(
         *by_kind.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=4
     )
-    which = f"; the {MAX_LABELS} settings with the lowest loss" if len(settings) < len(group.settings()) else ""
+    which = f"; the {MAX_LABELS} settings with the lowest loss" if len(settings) < len(ranked) else ""
     caption = (
         "Effective rank, the exponential of the entropy of ΔW's singular values (Roy and Vetterli 2007), by kind of "
         f"linear and by depth{which}. Mean ± standard deviation over layers and seeds."
