@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 ARGS ?=
 
-# make sweeps: which of conf/sweep/, on which data, where the runs go, and where what is committed of them
+# make sweeps: which of conf/sweep/, on which data, with what, where the runs go, and where what is committed of them.
+# Runs of one thread, of which -j2 does two at a time, use two cores better than one run of two threads does.
 SWEEPS ?= method rank
 DATA ?= docstrings arithmetic
+SETTINGS ?= trainer.threads=1 trainer.steps=100 trainer.batch_size=4 trainer.eval_every=50 trainer.samples=0
 OUT ?= outputs/sweeps
 RESULTS ?= notebooks/results
 second_docstrings := arithmetic
@@ -57,11 +59,11 @@ static-cost: $(READY) ## count what notebooks/kernels.ipynb shows: instructions 
 	$(BIN)/python -m kernels.aot 'nf4_dequantize/b64-*' 'nf4_quantize/b64-*' 'dora_norm_nf4/r*-b64-double-bf16' \
 		--peers --targets sm_80,sm_90,sm_100 --csv notebooks/results/static_cost.csv
 
-sweeps: $(foreach s,$(SWEEPS),$(DATA:%=sweep-$s-%)) ## what README and notebooks show: hours (ARGS="trainer.steps=…"; one: make sweep-rank-docstrings)
+sweeps: $(foreach s,$(SWEEPS),$(DATA:%=sweep-$s-%)) ## what README and notebooks show: over an hour with -j2 (one: make sweep-rank-docstrings)
 
 sweep-%: $(READY) # a sweep and its data: only the runs that $(OUT) lacks, then a report on a copy without weights
 	$(BIN)/python -m experiments.run sweep=$(firstword $(subst -, ,$*)) data=$(lastword $(subst -, ,$*)) \
-		data@second=$(second_$(lastword $(subst -, ,$*))) output_dir=$(OUT)/$* $(ARGS)
+		data@second=$(second_$(lastword $(subst -, ,$*))) output_dir=$(OUT)/$* $(SETTINGS) $(ARGS)
 	$(BIN)/python -m experiments.report $(OUT)/$* --to $(RESULTS)/$*
 
 notebooks: $(READY) ## execute every notebook on its small path

@@ -6,7 +6,8 @@
 As in torch's (Dao 2023, FlashAttention-2, §3.1), scores, P and dO Vᵀ are fp32, the other products run in the compute
 dtype, and backward computes P again. Here each product is the library's own, of all heads and a block of
 queries at once. Queries that share keys and values (GQA) are rows of the same product. Not materialised: scores of more
-queries than a block, repeated keys and values, keys to the right of a causal block.
+queries than a block, repeated keys and values, keys to the right of a causal block. It is an op, so that torch.compile
+leaves it as it is.
 """
 
 import contextlib
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kernels.library import define_op, register_autograd, register_fake
 
 NAME = "blocked_on_cpu"
 BLOCK = 128  # queries
@@ -63,53 +66,74 @@ def _probabilities(q: Tensor, k: Tensor, heads: int, mask: Tensor | None, start:
     return torch.softmax(scores.flatten(1, 2), -1)
 
 
-class _Attention(torch.autograd.Function):
+@define_op("blocked_attention")
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, batch: int) -> Tensor:
     """q [batch · groups, heads of a group, queries, d], k and v [batch · groups, keys, d], mask as `attention` has it.
 
     The result is [batch, queries, groups, heads, d]: what the model's next linear reads and keeps.
     """
+    groups, heads, queries, _ = q.shape
+    out = q.new_empty(batch, queries, groups // batch, heads, v.shape[-1])
+    wide_k = k.to(torch.promote_types(q.dtype, torch.float32))
+    step = _block(q, k.shape[1])
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
+        seen = stop if mask is None else k.shape[1]
+        rows = _rows(q, start, stop).to(wide_k.dtype)
+        with _bf16_products(q.dtype):
+            p = _probabilities(rows, wide_k[:, :seen], heads, mask, start, scale).to(q.dtype)
+        rows = torch.bmm(p, v[:, :seen]).view(batch, -1, heads, stop - start, v.shape[-1])
+        out[:, start:stop] = rows.permute(0, 3, 1, 2, 4)
+    return out
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, batch: int) -> Tensor:
-        groups, heads, queries, _ = q.shape
-        out = q.new_empty(batch, queries, groups // batch, heads, v.shape[-1])
-        wide_k = k.to(torch.promote_types(q.dtype, torch.float32))
-        step = _block(q, k.shape[1])
-        for start in range(0, queries, step):
-            stop = min(start + step, queries)
-            seen = stop if mask is None else k.shape[1]
-            rows = _rows(q, start, stop).to(wide_k.dtype)
-            with _bf16_products(q.dtype):
-                p = _probabilities(rows, wide_k[:, :seen], heads, mask, start, scale).to(q.dtype)
-            rows = torch.bmm(p, v[:, :seen]).view(batch, -1, heads, stop - start, v.shape[-1])
-            out[:, start:stop] = rows.permute(0, 3, 1, 2, 4)
-        ctx.save_for_backward(q, k, v, mask, out)
-        ctx.scale = scale
-        return out
 
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        q, k, v, mask, out = ctx.saved_tensors
-        heads, queries = q.shape[1:3]
-        dout, out = (x.permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (dout, out))
-        precise = torch.promote_types(q.dtype, torch.float32)
-        wide_k, wide_v = k.to(precise), v.to(precise)
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-        step = _block(q, k.shape[1])
-        for start in range(0, queries, step):
-            stop = min(start + step, queries)
-            seen = stop if mask is None else k.shape[1]
-            rows, drows = _rows(q, start, stop), _rows(dout, start, stop)
-            wide = drows.to(precise)
-            with _bf16_products(q.dtype):
-                p = _probabilities(rows.to(precise), wide_k[:, :seen], heads, mask, start, ctx.scale)
-                ds = torch.bmm(wide, wide_v[:, :seen].mT)
-            dv[:, :seen] += torch.bmm(p.to(q.dtype).mT, drows)
-            correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
-            ds = ds.sub_(correction).mul_(p).to(q.dtype)
-            dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
-            dk[:, :seen] += torch.bmm(ds.mT, rows)
-        return dq.mul_(ctx.scale), dk.mul_(ctx.scale).to(k.dtype), dv.to(v.dtype), None, None, None
+@register_fake("blocked_attention")
+def _(q, k, v, mask, scale, batch):
+    groups, heads, queries, _ = q.shape
+    return q.new_empty(batch, queries, groups // batch, heads, v.shape[-1])
+
+
+@define_op("blocked_attention_backward")
+def _attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, queries = q.shape[1:3]
+    dout, out = (x.permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (dout, out))
+    precise = torch.promote_types(q.dtype, torch.float32)
+    wide_k, wide_v = k.to(precise), v.to(precise)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    step = _block(q, k.shape[1])
+    for start in range(0, queries, step):
+        stop = min(start + step, queries)
+        seen = stop if mask is None else k.shape[1]
+        rows, drows = _rows(q, start, stop), _rows(dout, start, stop)
+        wide = drows.to(precise)
+        with _bf16_products(q.dtype):
+            p = _probabilities(rows.to(precise), wide_k[:, :seen], heads, mask, start, scale)
+            ds = torch.bmm(wide, wide_v[:, :seen].mT)
+        dv[:, :seen] += torch.bmm(p.to(q.dtype).mT, drows)
+        correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
+        ds = ds.sub_(correction).mul_(p).to(q.dtype)
+        dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
+        dk[:, :seen] += torch.bmm(ds.mT, rows)
+    return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
+
+
+@register_fake("blocked_attention_backward")
+def _(dout, q, k, v, mask, out, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx, inputs, out):
+    q, k, v, mask, ctx.scale, _ = inputs
+    ctx.save_for_backward(q, k, v, mask, out)
+
+
+def _backward(ctx, dout):
+    return *_attention_backward(dout, *ctx.saved_tensors, ctx.scale), None, None, None
+
+
+register_autograd("blocked_attention", _backward, _setup_context)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -125,7 +149,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     """
     batch, groups = k.shape[:2]
     q = q.unflatten(1, (groups, -1)).flatten(0, 1)
-    out = _Attention.apply(q, k.flatten(0, 1), v.flatten(0, 1), mask, scale, batch)
+    out = _attention(q, k.flatten(0, 1), v.flatten(0, 1), mask, scale, batch)
     return out.flatten(2, 3).transpose(1, 2)
 
 
@@ -144,7 +168,7 @@ def _forward(
     batch, _, queries, d = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     fits = causal if attention_mask is None else attention_mask.shape[:3] == (batch, 1, queries)
-    ours = fits and query.is_cpu and queries > 1 and dropout == 0.0 and not torch.compiler.is_compiling()
+    ours = fits and query.is_cpu and queries > 1 and dropout == 0.0
     if not ours or any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "cache")):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs

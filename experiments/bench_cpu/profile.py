@@ -25,7 +25,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 LABELLED = {(cpu_dequantize, "dequantize_4bit"): "dequantize", (reference, "dora_norm"): "DoRA norm"}
 BY_NAME = {  # of an operation or one that it is part of
     "_LinearCrossEntropy": "loss",
-    "_Attention": "attention",
+    "blocked_attention": "attention",
     "scaled_dot_product": "attention",
     "_RMSNorm": "norms and activations",
     "_Gated": "norms and activations",

@@ -76,7 +76,7 @@ def forgetting(group: Group) -> Picture | None:
     scatter(axes, settings, "second_loss_rise", 1, label, sorted({run.method for run in group.runs}))
     axes.axvline(0, color="0.6", lw=1, zorder=0)
     figure.legend(
-        *axes.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=5
+        *axes.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=6
     )
     caption = (
         f"Held-out loss after training against the rise of the loss on a second domain ({', '.join(domains)}), which "
