@@ -21,6 +21,7 @@ from experiments.config import TrainerConfig
 from experiments.models import wheel_directory
 from kernels import cpu_dequantize, reference
 
+FEW = 16  # tokens
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 LABELLED = {(cpu_dequantize, "dequantize_4bit"): "dequantize", (reference, "dora_norm"): "DoRA norm"}
 BY_NAME = {  # of an operation or one that it is part of
@@ -89,6 +90,9 @@ def main(argv: list[str]) -> int:
         print(f"{category:<64} {time:6.2f} s {time / seconds:6.1%}")
     print(f"{'the step, profiled':<64} {seconds:6.2f} s")
     print(f"{'its products with frozen weights, timed alone':<64} {floor:6.2f} s {floor / seconds:6.1%}")
+    few = [batch[0][:FEW]]
+    fixed = min(worker.step(few)[1] for _ in range(5))
+    print(f"{f'a step over {FEW} tokens, not profiled: what does not grow with them':<64} {fixed:6.2f} s")
     return 0
 
 

@@ -89,7 +89,8 @@ def scatter(axes, settings: dict[str, list[Run]], measure: str, scale: float, la
     axes.plot(
         *zip(*(points[name] for name in best)), "o", mfc="none", mec="0.2", ms=13, label="Pareto front", ls="none"
     )
-    for name in best:
-        axes.annotate(name, points[name], xytext=(8, 8), textcoords="offset points", fontsize="x-small")
+    for number, name in enumerate(best):  # neighbours on different sides, that their names do not meet
+        at = (8, 8) if number % 2 == 0 else (8, -14)
+        axes.annotate(name, points[name], xytext=at, textcoords="offset points", fontsize="x-small")
     axes.margins(x=0.18, y=0.12)
     finish(axes, xlabel=label, ylabel=LOSS)
