@@ -218,7 +218,7 @@ def dora_linear_backward(
         dx += through_base - dropout(through_base, p, seed)
     if y is None:
         return dx, dA, dB, _magnitude_grad(dy, z, norm).to(magnitude.dtype)
-    dm = (dy * y).sum(dim=0).to(torch.float32).div_(magnitude)  # z / ‖W + sBA‖ = y / m
+    dm = _sum_over_tokens(dy * y).div_(magnitude)  # z / ‖W + sBA‖ = y / m
     # Where m = 0, or nearly, y has lost z's digits: compute z again.
     rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
     if rows.numel():
@@ -229,4 +229,10 @@ def dora_linear_backward(
 
 def _magnitude_grad(dy: Tensor, z: Tensor, norm: Tensor) -> Tensor:
     """dm = Σ_t dy ⊙ z / ‖W + sBA‖, fp32 [out]."""
-    return ((dy * z).sum(dim=0).to(torch.float32) / norm).masked_fill_(norm == 0, 0.0)
+    return (_sum_over_tokens(dy * z) / norm).masked_fill_(norm == 0, 0.0)
+
+
+def _sum_over_tokens(x: Tensor) -> Tensor:
+    """Σ_t x, fp32 [out], summed in fp32. Of bf16 it is rounded to bf16 once: on a CPU a sum into another dtype takes
+    several times as long; in fp16 it might overflow."""
+    return x.sum(dim=0, dtype=None if x.dtype == torch.bfloat16 else torch.float32).to(torch.float32)

@@ -40,7 +40,7 @@ class Piece(NamedTuple):
 
     def of(self, tensor: Tensor) -> Tensor:
         """Of a contiguous tensor like the parameter these elements; itself if it is all of them."""
-        whole = self.stop - self.start == tensor.numel()  # views of a model's every tensor are half of a step's time
+        whole = self.stop - self.start == tensor.numel()  # views of every tensor took half of the step's time
         return tensor if whole else tensor.view(-1)[self.start : self.stop]
 
     def part(self, name: str) -> slice:

@@ -65,7 +65,6 @@ def test_of_a_model(monkeypatch):
     assert ours(*meta)[0].is_meta and len(called) == 1
 
 
-def test_another_formula_stays(monkeypatch):
+def test_another_formula_is_told_apart():
     """GLM turns neighbours, and half of the dimensions only."""
-    theirs = modeling_glm.apply_rotary_pos_emb
-    assert not rotary._computes_the_same(theirs)
+    assert not rotary._computes_the_same(modeling_glm.apply_rotary_pos_emb)

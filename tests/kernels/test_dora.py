@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import dora_linear, dora_norm, weight_norm_sq
+from kernels import dora_linear, dora_norm, reference, weight_norm_sq
 from tests.kernels.linear_cases import (
     BASES,
     DTYPES,
@@ -335,3 +335,8 @@ def test_norm_checks_its_shapes():
         dora_norm(w, weight_norm_sq(w), torch.zeros(4, 64), torch.zeros(64, 4), 1.0)
     with pytest.raises(ValueError, match=r"norm_sq \(64,\) must be \[48\]"):
         dora_norm(w, torch.zeros(64), torch.zeros(4, 64), torch.zeros(48, 4), 1.0)
+
+
+def test_fp16_sums_of_the_magnitude_gradient_do_not_overflow():
+    dy, norm = torch.full((100, 3), 30.0, dtype=torch.float16), torch.ones(3)
+    assert torch.equal(reference._magnitude_grad(dy, dy, norm), torch.full((3,), 90000.0))  # fp16 ends at 65504
