@@ -12,7 +12,8 @@ more mantissa bits towards 1. The signed one is the data type of the second quan
 8-bit AdamW's first moment, the unsigned one that of its second moment.
 """
 
-from functools import cache
+import functools
+from collections.abc import Callable
 
 import torch
 
@@ -48,25 +49,37 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # block of the second quantization; bitsandbytes writes no other
 
 
+def _table(make: Callable) -> Callable:
+    """Decorator: `make` runs once for each of its arguments, on the CPU whatever torch's default device is then."""
+
+    @functools.cache
+    @functools.wraps(make)
+    def remembered(*args, **kwargs):
+        with torch.device("cpu"):
+            return make(*args, **kwargs)
+
+    return remembered
+
+
 def _midpoints(levels: torch.Tensor) -> torch.Tensor:
     """fp32 decision bounds [n - 1] between sorted fp32 levels [n]."""
     return (levels[:-1] + levels[1:]) / 2
 
 
-@cache
+@_table
 def levels(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The level of each code, fp32 [16]."""
     return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
 
 
-@cache
+@_table
 def decision_bounds(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """(decision bounds fp32 [15], codes uint8 [16]): the code of x is codes[number of bounds below x]."""
     ordered, codes = levels(quant_type).sort(stable=True)
     return _midpoints(ordered).to(device), codes.to(torch.uint8).to(device)
 
 
-@cache
+@_table
 def code_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, bool]:
     """What a kernel looks the code of x in [-1, 1] up with: (codes int32, bounds fp32, whether they go by bin).
 
@@ -87,7 +100,7 @@ def code_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[tor
     return codes.int().to(device), limits[tree].to(device), False
 
 
-@cache
+@_table
 def bin_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, int]:
     """What the torch twin looks the code of x in [-1, 1] up with: (codes int32, bounds fp32, scale).
 
@@ -104,7 +117,7 @@ def bin_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[torc
     return codes.to(device), torch.cat([limits, torch.tensor([torch.inf])])[below].to(device), scale
 
 
-@cache
+@_table
 def level_pairs(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The two levels of every packed byte, fp32 [256, 2] seen as int64 [256], the even element (high nibble) first.
 
@@ -136,7 +149,7 @@ def normal_float(bits: int) -> torch.Tensor:
     return ordered / ordered[-1]
 
 
-@cache
+@_table
 def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> torch.Tensor:
     """bitsandbytes' dynamic map, fp32 [256], ascending; has an exact 0 and a 1 but no -1."""
     values = [0.0, 1.0]
@@ -147,7 +160,7 @@ def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> torc
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
-@cache
+@_table
 def dynamic_bounds(device: torch.device | str = "cpu", signed: bool = True) -> torch.Tensor:
     """Decision bounds of `dynamic_map`, fp32 [256]: the code nearest to x is the number of bounds below x. The last
     one is inf."""
@@ -155,7 +168,7 @@ def dynamic_bounds(device: torch.device | str = "cpu", signed: bool = True) -> t
     return torch.cat([bounds, torch.tensor([torch.inf])]).to(device)
 
 
-@cache
+@_table
 def dynamic_bins(device: torch.device | str = "cpu", signed: bool = True) -> torch.Tensor:
     """Code of the least x in each bin, uint8 [65536]; the code of any x in that bin is c or c + 1.
 
@@ -168,7 +181,7 @@ def dynamic_bins(device: torch.device | str = "cpu", signed: bool = True) -> tor
     return codes.clamp(max=254).to(torch.uint8).to(device)
 
 
-@cache
+@_table
 def dynamic_codes(device: torch.device | str = "cpu") -> torch.Tensor:
     """Code of the nearest `dynamic_map` value at each of 65536 points evenly spread over [-1, 1], uint8 [65536].
 

@@ -5,6 +5,14 @@ import torch
 
 from kernels import use_backend
 from kernels.dispatch import interpreting
+from tests.kernels.nf4_cases import triton_device
+
+
+@pytest.fixture
+def on_triton_device():
+    """Makes the device that Triton kernels run on the default one."""
+    with torch.device(triton_device()):
+        yield
 
 
 @pytest.fixture(params=["torch", "triton"])

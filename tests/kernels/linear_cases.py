@@ -17,6 +17,11 @@ def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return numbers.to(torch.get_default_device(), dtype)
 
 
+def dropout_seed() -> Tensor:
+    """On the default device, where the ops want it."""
+    return torch.tensor(42)
+
+
 def make_base(kind: str, out_features: int, in_features: int, dtype: torch.dtype, blocksize: int = 64):
     """(weight as the op takes it, its quant_state or None, the numbers it stands for in fp32)."""
     w = randn(out_features, in_features, seed=1, dtype=dtype) / in_features**0.5

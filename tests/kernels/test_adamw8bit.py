@@ -167,7 +167,9 @@ def test_a_step_equals_bitsandbytes_cpu_optimizer_within_its_rounding(step):
             )
             error, their_error = (mine - exact[name]).abs(), (their - exact[name]).abs()
             assert (error <= their_error + 1e-6 * absmax).all(), name
-            width = torch.diff(dynamic_map("cpu", signed), prepend=torch.tensor([0.0 if not signed else -1.0]))
+            width = torch.diff(
+                dynamic_map("cpu", signed), prepend=torch.tensor([-1.0 if signed else 0.0], device="cpu")
+            )
             gap = torch.maximum(width[ours[2 + k].long()], width[(ours[2 + k].int() + 1).clamp(max=255)]) * absmax
             assert ((mine - their).abs() <= gap + absmax * (1 / 65535 + 1e-6)).all(), name
 
@@ -188,7 +190,8 @@ def test_a_step_equals_bitsandbytes_triton_kernel(step):
             bnb_triton_step(before, i, step),
             exact_step(before, i, step),
         )
-        torch.testing.assert_close(ours[0], theirs[0].cpu(), rtol=1e-6, atol=1e-7)
+        p, their_p = before[0][i].cpu(), theirs[0].cpu()  # the update may cancel nearly all of p, but not its rounding
+        assert ((ours[0] - their_p).abs() <= 1e-6 * (p.abs() + their_p.abs()) + 1e-7).all()
         for k, (name, signed) in enumerate(SIGNED.items()):
             torch.testing.assert_close(ours[4 + k], theirs[4 + k].cpu(), rtol=1e-6, atol=0)
             mine, their = ours[2 + k].int(), theirs[2 + k].cpu().int()

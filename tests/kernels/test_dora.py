@@ -12,6 +12,7 @@ from tests.kernels.linear_cases import (
     DTYPES,
     assert_as_accurate,
     compare_with_peft,
+    dropout_seed,
     make_base,
     op_args,
     peft_layer,
@@ -24,7 +25,6 @@ from tests.kernels.linear_cases import (
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-SEED = torch.tensor(42)
 
 # (x's leading shape, in, out, rank, bias, dropout): odd sizes, ranks that are and are not powers of two
 SHAPES = [
@@ -58,14 +58,14 @@ def make_op(weight, state, p: float = 0.0, scaling: float = 1.5):
     norm_sq = weight_norm_sq(weight, state)
 
     def op(x, lora_A, lora_B, magnitude, bias=None):
-        return dora_linear(x, weight, norm_sq, lora_A, lora_B, magnitude, scaling, bias, state, p, SEED)
+        return dora_linear(x, weight, norm_sq, lora_A, lora_B, magnitude, scaling, bias, state, p, dropout_seed())
 
     return op
 
 
 def make_plain(w, p: float = 0.0, scaling: float = 1.5):
     def plain(x, lora_A, lora_B, magnitude, bias=None):
-        y = plain_linear(x.flatten(0, -2), w.to(x.dtype), lora_A, lora_B, scaling, bias, magnitude, p, SEED)
+        y = plain_linear(x.flatten(0, -2), w.to(x.dtype), lora_A, lora_B, scaling, bias, magnitude, p, dropout_seed())
         return y.view(*x.shape[:-1], -1)
 
     return plain
@@ -195,7 +195,7 @@ def test_a_given_norm_is_taken(backend, p):
     norm_sq = weight_norm_sq(weight, state)
     right, other = (dora_norm(weight, norm_sq, tensors["lora_A"], s * tensors["lora_B"], 1.5, state) for s in (1, 3))
     op = functools.partial(dora_linear, weight=weight, norm_sq=norm_sq, scaling=1.5, quant_state=state, dropout=p)
-    seed = SEED if p else None
+    seed = dropout_seed() if p else None
     got = with_gradients(functools.partial(op, norm=other, seed=seed), tensors, dy)
     want = with_gradients(
         functools.partial(op, seed=seed), tensors | {"magnitude": tensors["magnitude"] * right / other}, dy
@@ -259,7 +259,7 @@ def test_opcheck(kind, extras):
     tensors, dy = make_tensors(SHAPES[0], torch.float32)
     x, lora_A, lora_B, magnitude = (tensors[n].requires_grad_() for n in ("x", "lora_A", "lora_B", "magnitude"))
     bias = randn(48, seed=5) if extras else None
-    p, seed = (0.3, SEED) if extras else (0.0, None)
+    p, seed = (0.3, dropout_seed()) if extras else (0.0, None)
     base, norm_sq = op_args(weight, state), weight_norm_sq(weight, state)
     norm = dora_norm(weight, norm_sq, lora_A, lora_B, 1.5, state) if extras else None
     forward = (x, *base, norm_sq, norm, lora_A, lora_B, magnitude, bias, 1.5, p, seed)

@@ -9,6 +9,7 @@ from tests.kernels.nf4_cases import embedded, guarded_memory, needs_triton
 
 
 @needs_triton
+@pytest.mark.usefixtures("on_triton_device")
 @pytest.mark.parametrize("variant", ["plain", "bias", "dropout"])
 @pytest.mark.parametrize("kind", ["dense", "nf4-double"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])

@@ -10,6 +10,7 @@ from tests.kernels.linear_cases import (
     DTYPES,
     assert_as_accurate,
     compare_with_peft,
+    dropout_seed,
     make_base,
     op_args,
     peft_layer,
@@ -22,7 +23,6 @@ from tests.kernels.linear_cases import (
 
 pytestmark = pytest.mark.usefixtures("backend")
 
-SEED = torch.tensor(42)
 
 # (x's leading shape, in, out, rank, bias, dropout): odd sizes, ranks that are and are not powers of two
 SHAPES = [
@@ -60,10 +60,12 @@ def test_forward_and_gradients_against_float64(dtype, kind, shape):
     tensors, dy = make_tensors(shape, dtype)
 
     def op(x, lora_A, lora_B, bias):
-        return lora_linear(x, weight, lora_A, lora_B, 1.5, bias, state, p, SEED)
+        return lora_linear(x, weight, lora_A, lora_B, 1.5, bias, state, p, dropout_seed())
 
     def plain(x, lora_A, lora_B, bias):
-        return plain_linear(x.flatten(0, -2), w.to(x.dtype), lora_A, lora_B, 1.5, bias, None, p, SEED).view_as(dy)
+        return plain_linear(
+            x.flatten(0, -2), w.to(x.dtype), lora_A, lora_B, 1.5, bias, None, p, dropout_seed()
+        ).view_as(dy)
 
     got = with_gradients(op, tensors, dy)
     assert {name: t.dtype for name, t in got.items()} == {"y": dtype, "dx": dtype} | {
@@ -154,7 +156,7 @@ def test_peft_lora_on_a_bitsandbytes_linear(double):
     linear = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4", compress_statistics=double)
     w = randn(64, 128, seed=1)
     linear.load_state_dict({"weight": w, "bias": randn(64, seed=5)})
-    linear = linear.to("cpu")  # quantizes
+    linear = linear.to(torch.get_default_device())  # quantizes
     model, layer = peft_layer(linear, 8, 16)
     x, dy = randn(2, 5, 128, seed=2), randn(2, 5, 64, seed=6)
     packed, state, _ = quantized_base("nf4-double" if double else "nf4", w)
@@ -174,7 +176,7 @@ def test_opcheck(kind, extras):
     tensors, dy = make_tensors(SHAPES[0], torch.float32)
     x, lora_A, lora_B = (tensors[n].requires_grad_() for n in ("x", "lora_A", "lora_B"))
     bias = randn(48, seed=5) if extras else None
-    p, seed = (0.3, SEED) if extras else (0.0, None)
+    p, seed = (0.3, dropout_seed()) if extras else (0.0, None)
     base = op_args(weight, state)
     torch.library.opcheck(torch.ops.qdora.lora_linear.default, (x, *base, lora_A, lora_B, bias, 1.5, p, seed))
     args = (dy, x.detach(), randn(7, 16, seed=7), *base, lora_A.detach(), lora_B.detach(), 1.5, p, seed)
@@ -189,7 +191,7 @@ def test_compiles_to_one_graph_forward_and_backward(kind):
     del tensors["bias"]
 
     def op(x, lora_A, lora_B):
-        return lora_linear(x, weight, lora_A, lora_B, 1.5, None, state, 0.3, SEED)
+        return lora_linear(x, weight, lora_A, lora_B, 1.5, None, state, 0.3, dropout_seed())
 
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     got, want = with_gradients(compiled, tensors, dy), with_gradients(op, tensors, dy)

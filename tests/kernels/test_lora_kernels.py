@@ -9,6 +9,7 @@ from tests.kernels.nf4_cases import embedded, guarded_memory, needs_triton
 
 
 @needs_triton
+@pytest.mark.usefixtures("on_triton_device")
 @pytest.mark.parametrize("library", [False, True], ids=["fused", "library-gemm"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_kernels_over_many_tiles_write_all_of_their_outputs_and_nothing_else(dtype, library, monkeypatch):

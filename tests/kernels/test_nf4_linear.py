@@ -63,7 +63,7 @@ def test_bitsandbytes_linear4bit():
     w, bias, x = randn(64, 128, seed=1), randn(64, seed=5), randn(3, 128, seed=2)
     linear = bnb.nn.Linear4bit(128, 64, compute_dtype=torch.float32, quant_type="nf4")
     linear.load_state_dict({"weight": w, "bias": bias})
-    linear = linear.to("cpu")  # quantizes
+    linear = linear.to(torch.get_default_device())  # quantizes
     torch.testing.assert_close(nf4_linear(x, *quantize_4bit(w, 64, double_quant=True), bias), linear(x))
 
 

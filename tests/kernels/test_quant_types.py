@@ -138,6 +138,17 @@ def test_a_new_data_type_is_one_table(monkeypatch):
             cached.cache_clear()
 
 
+def test_tables_do_not_depend_on_the_default_device():
+    """A model is often made under `torch.device("meta")` or "cuda"."""
+    tables = (codebook.bin_table, codebook.code_table, codebook.decision_bounds, codebook.level_pairs)
+    dynamic = (codebook.dynamic_bins, codebook.dynamic_bounds, codebook.dynamic_codes, codebook.dynamic_map)
+    for table in (codebook.levels, *tables, *dynamic):
+        table.cache_clear()
+    with torch.device("meta"):
+        made = [part for table in tables for part in table("fp4")] + [table("cpu") for table in dynamic]
+    assert all(tensor.device.type == "cpu" for tensor in made if isinstance(tensor, torch.Tensor))
+
+
 @pytest.mark.parametrize("quant_type", CODEBOOKS)
 def test_every_level_comes_back_as_itself(quant_type):
     w = levels(quant_type).clamp(-1, 1).repeat(4)
