@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.grid import cdiv
 from kernels.spec import KernelSpec
 
 _MASK32 = 0xFFFFFFFF
@@ -88,7 +89,7 @@ def launch_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if rows:
         with torch.cuda.device_of(x):
-            _dropout_kernel[(triton.cdiv(rows, _TILE["BLOCK_ROWS"]), triton.cdiv(cols, _TILE["BLOCK_COLS"]))](
+            _dropout_kernel[(cdiv(rows, _TILE["BLOCK_ROWS"]), cdiv(cols, _TILE["BLOCK_COLS"]))](
                 x, seed, y, rows, cols, 1 / (1 - p), THRESHOLD=threshold(p), **_TILE, enable_fp_fusion=False
             )
     return y

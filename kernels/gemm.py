@@ -10,12 +10,15 @@ computing S in it as well costs more registers than it saves traffic (freesolo-c
 W and V may have any strides. Not materialised: S V, the dropout mask.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import keep, threshold
+from kernels.grid import cdiv, next_power_of_2
 from kernels.spec import KernelSpec
 
 # Tokens (M) from which the library's GEMM, followed by this kernel's epilogue over its result, is taken to be faster
@@ -113,7 +116,7 @@ def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.con
 
 def _tiles(dtype: torch.dtype, rank: int, tokens: int, epilogue: bool) -> dict[str, int]:
     """Tile sizes, warps and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
-    block_r = min(64, max(16, triton.next_power_of_2(rank)))
+    block_r = min(64, max(16, next_power_of_2(rank)))
     if epilogue and tokens <= 16:  # decoding: narrow tiles, or there are too few of them for a GPU
         m, n, k, block_r, warps, stages = 16, 64, 16, 16, 4, 1
     elif epilogue and dtype == torch.float32:  # no matrix units
@@ -128,12 +131,16 @@ def _tiles(dtype: torch.dtype, rank: int, tokens: int, epilogue: bool) -> dict[s
     }
 
 
+@functools.cache
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
 def use_library(x: Tensor) -> bool:
     """Whether x's GEMM is the library's. The interpreter's never is: it has no speed to choose by."""
     if not x.is_cuda:
         return False
-    major = torch.cuda.get_device_capability(x.device)[0]
-    return x.dtype == torch.float32 or x.shape[0] >= LIBRARY_FROM.get(major, float("inf"))
+    return x.dtype == torch.float32 or x.shape[0] >= LIBRARY_FROM.get(_major(x.device), float("inf"))
 
 
 def gemm(
@@ -166,7 +173,7 @@ def gemm(
         return y, z
     rank = 0 if s is None else s.shape[1]
     tiles = _tiles(x.dtype, rank, x.shape[0], epilogue)
-    grid = (triton.cdiv(y.shape[0], tiles["BLOCK_M"]) * triton.cdiv(y.shape[1], tiles["BLOCK_N"]),)
+    grid = (cdiv(y.shape[0], tiles["BLOCK_M"]) * cdiv(y.shape[1], tiles["BLOCK_N"]),)
     with torch.cuda.device_of(x):
         gemm_kernel[grid](
             None if epilogue else x, None if epilogue else w, xw, s, v, gain, bias, seed if p else None, y, z,

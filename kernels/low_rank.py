@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import keep, threshold
+from kernels.grid import cdiv, next_power_of_2
 from kernels.spec import KernelSpec
 
 
@@ -103,14 +104,14 @@ def _project_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
     """Tile sizes, warps and stages. Every choice fits 64 KiB of shared memory and 255 registers (see AOT_SPECS)."""
     if dtype == torch.float32:  # no matrix units
         return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-    block_r = min(128, max(16, triton.next_power_of_2(rank)))
+    block_r = min(128, max(16, next_power_of_2(rank)))
     return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2 if block_r > 64 else 3}
 
 
 def _outer_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_C": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-    block_r = min(128, max(16, triton.next_power_of_2(rank)))
+    block_r = min(128, max(16, next_power_of_2(rank)))
     return {"BLOCK_M": 64, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
 
 
@@ -126,7 +127,7 @@ def project(
     tiles = _project_tiles(x.dtype, rank)
     s = torch.empty(m, rank, dtype=x.dtype, device=x.device)
     if m:
-        grid = (triton.cdiv(m, tiles["BLOCK_M"]), triton.cdiv(rank, tiles["BLOCK_R"]))
+        grid = (cdiv(m, tiles["BLOCK_M"]), cdiv(rank, tiles["BLOCK_R"]))
         with torch.cuda.device_of(x):
             project_kernel[grid](
                 x, v, seed if p else None, s, m, x.shape[1], *v.stride(), scale / (1 - p),
@@ -150,8 +151,8 @@ def outer(
     da = torch.empty(rank, k, dtype=dtypes[0], device=x.device)
     db = torch.empty(n, rank, dtype=dtypes[1], device=x.device)
     grid = (
-        triton.cdiv(k, tiles["BLOCK_C"]) + triton.cdiv(n, tiles["BLOCK_C"]),
-        triton.cdiv(rank, tiles["BLOCK_R"]),
+        cdiv(k, tiles["BLOCK_C"]) + cdiv(n, tiles["BLOCK_C"]),
+        cdiv(rank, tiles["BLOCK_R"]),
     )
     with torch.cuda.device_of(x):
         outer_kernel[grid](

@@ -26,6 +26,7 @@ from kernels import cpu_dequantize
 from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.dispatch import use_triton
 from kernels.double_quant import load_absmax
+from kernels.grid import cdiv
 from kernels.library import define_op, register_fake
 from kernels.quant_state import FLOATS, QuantState, check_packed
 from kernels.spec import KernelSpec
@@ -136,7 +137,7 @@ def _launch_dequantize(
         packed = packed.clone()
     if n:
         with torch.cuda.device_of(packed):
-            _dequantize_kernel[(triton.cdiv(n, PROGRAM),)](
+            _dequantize_kernel[(cdiv(n, PROGRAM),)](
                 packed,
                 absmax,
                 nested_absmax,

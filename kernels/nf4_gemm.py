@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.base_weight import BaseArgs, load_row_absmax
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.grid import cdiv, next_power_of_2
 from kernels.spec import KernelSpec
 
 FEW_TOKENS = 64  # up to here; on paper: the lookups then still cost less than reading and writing a dense W
@@ -72,7 +73,7 @@ def _nf4_gemm_kernel(
 
 def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile sizes. Every choice fits 64 KiB of shared memory and 255 registers (see AOT_SPECS)."""
-    block_m = max(16, triton.next_power_of_2(m))
+    block_m = max(16, next_power_of_2(m))
     block_n = 128 if block_m == 16 else 64
     return {
         "BLOCK_M": block_m,
@@ -91,10 +92,10 @@ def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int) -> Tensor:
     weight, absmax, nested_absmax, nested_offset, blocksize, quant_type = base
     (m, k), n, device = x.shape, out_features, x.device
     tiles = _tiles(m, k, blocksize, x.dtype)
-    rows = triton.cdiv(n, tiles["BLOCK_N"])
+    rows = cdiv(n, tiles["BLOCK_N"])
     splits = min(MAX_SPLITS, max(1, PROGRAMS // rows))
-    columns = triton.cdiv(triton.cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
-    splits = triton.cdiv(k, columns)
+    columns = cdiv(cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
+    splits = cdiv(k, columns)
     partial = torch.empty(splits, m, n, dtype=torch.float32, device=device)
     with torch.cuda.device_of(x):
         _nf4_gemm_kernel[(rows, splits)](

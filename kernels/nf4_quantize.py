@@ -16,6 +16,7 @@ from kernels import reference
 from kernels.codebook import BLOCKSIZES, code_table
 from kernels.dispatch import use_triton
 from kernels.double_quant import quantize_absmax
+from kernels.grid import cdiv
 from kernels.nf4 import PROGRAM, nibble_shifts, tiles
 from kernels.quant_state import FLOATS, QuantState, check_blocksize, check_quant_type, packed_sizes
 from kernels.spec import KernelSpec
@@ -131,7 +132,7 @@ def _launch_quantize(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor
     if n:
         codes, bounds, by_bin = code_table(quant_type, device)
         with torch.cuda.device_of(w):
-            _quantize_kernel[(triton.cdiv(n, PROGRAM),)](
+            _quantize_kernel[(cdiv(n, PROGRAM),)](
                 w, codes, bounds, packed, absmax, n, BINS=by_bin, **tiles(STEP, blocksize), enable_fp_fusion=False
             )
     return packed, absmax

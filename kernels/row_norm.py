@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kernels.base_weight import BaseArgs, dense_weight, load_row_absmax
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.grid import cdiv, next_power_of_2
 from kernels.spec import KernelSpec
 
 NUM_WARPS = 4
@@ -157,7 +158,7 @@ def divide(x, norm):
 
 def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
     """Tile sizes and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
-    padded = max(16, triton.next_power_of_2(rank))
+    padded = max(16, next_power_of_2(rank))
     if dtype == torch.float32:  # no matrix units: small products, or their operands spill
         tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "num_stages": 2}
     elif padded <= 128:  # 32 rows a warp: with fewer, reading absmax and A weighs more on each weight
@@ -175,9 +176,9 @@ def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[st
 
 def _split(n: int, k: int, tiles: dict[str, int]) -> tuple[int, int]:
     """(columns of one split, splits)"""
-    splits = min(MAX_SPLITS, max(1, PROGRAMS // triton.cdiv(n, tiles["BLOCK_N"])))
-    columns = triton.cdiv(triton.cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
-    return columns, triton.cdiv(k, columns)
+    splits = min(MAX_SPLITS, max(1, PROGRAMS // cdiv(n, tiles["BLOCK_N"])))
+    columns = cdiv(cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
+    return columns, cdiv(k, columns)
 
 
 def sums_of_squares(
@@ -197,7 +198,7 @@ def sums_of_squares(
         tiles["BLOCK_K"] = 32
     columns, splits = _split(n, k, tiles)
     partial = torch.empty(splits, n, dtype=torch.float32, device=weight.device)
-    grid = (triton.cdiv(n, tiles["BLOCK_N"]), splits)
+    grid = (cdiv(n, tiles["BLOCK_N"]), splits)
     lora_B = None if lora_B is None else lora_B.contiguous()
     if blocksize and k % tiles["BLOCK_K"] == 0:
         if lora_A is not None:
@@ -251,7 +252,7 @@ def launch_norm(
     if magnitude is not None:
         magnitude = magnitude.contiguous()
     with torch.cuda.device_of(partial):
-        _finish_kernel[(triton.cdiv(shape[0], FINISH_BLOCK),)](
+        _finish_kernel[(cdiv(shape[0], FINISH_BLOCK),)](
             partial, magnitude, norm, gain, shape[0], partial.shape[0], BLOCK=FINISH_BLOCK, enable_fp_fusion=False
         )
     return norm, gain

@@ -55,10 +55,10 @@ def make_tensors(shape, dtype: torch.dtype):
 
 
 def make_op(weight, state, p: float = 0.0, scaling: float = 1.5):
-    norm_sq = weight_norm_sq(weight, state)
+    norm_sq, seed = weight_norm_sq(weight, state), dropout_seed()
 
     def op(x, lora_A, lora_B, magnitude, bias=None):
-        return dora_linear(x, weight, norm_sq, lora_A, lora_B, magnitude, scaling, bias, state, p, dropout_seed())
+        return dora_linear(x, weight, norm_sq, lora_A, lora_B, magnitude, scaling, bias, state, p, seed)
 
     return op
 

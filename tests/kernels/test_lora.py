@@ -58,14 +58,13 @@ def test_forward_and_gradients_against_float64(dtype, kind, shape):
     _, in_features, out_features, _, _, p = shape
     weight, state, w = make_base(kind, out_features, in_features, dtype)
     tensors, dy = make_tensors(shape, dtype)
+    seed = dropout_seed()
 
     def op(x, lora_A, lora_B, bias):
-        return lora_linear(x, weight, lora_A, lora_B, 1.5, bias, state, p, dropout_seed())
+        return lora_linear(x, weight, lora_A, lora_B, 1.5, bias, state, p, seed)
 
     def plain(x, lora_A, lora_B, bias):
-        return plain_linear(
-            x.flatten(0, -2), w.to(x.dtype), lora_A, lora_B, 1.5, bias, None, p, dropout_seed()
-        ).view_as(dy)
+        return plain_linear(x.flatten(0, -2), w.to(x.dtype), lora_A, lora_B, 1.5, bias, None, p, seed).view_as(dy)
 
     got = with_gradients(op, tensors, dy)
     assert {name: t.dtype for name, t in got.items()} == {"y": dtype, "dx": dtype} | {
@@ -189,9 +188,10 @@ def test_compiles_to_one_graph_forward_and_backward(kind):
     weight, state, _ = make_base(kind, 48, 64, torch.float32)
     tensors, dy = make_tensors(SHAPES[0], torch.float32)
     del tensors["bias"]
+    seed = dropout_seed()
 
     def op(x, lora_A, lora_B):
-        return lora_linear(x, weight, lora_A, lora_B, 1.5, None, state, 0.3, dropout_seed())
+        return lora_linear(x, weight, lora_A, lora_B, 1.5, None, state, 0.3, seed)
 
     compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
     got, want = with_gradients(compiled, tensors, dy), with_gradients(op, tensors, dy)
