@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kernels import cpu
 from kernels.library import define_op, register_autograd, register_fake
 
 NAME = "blocked_on_cpu"
@@ -49,10 +50,14 @@ def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
-def _probabilities(q: Tensor, k: Tensor, heads: int, mask: Tensor | None, start: int, scale: float) -> Tensor:
-    """P of rows q, which begin at query `start`, in their dtype: [groups, heads · queries, keys]."""
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """scale · QKᵀ of rows q, in their dtype: [groups, heads · queries, keys]."""
     scores = q.new_empty(*q.shape[:2], k.shape[1])
-    torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
+    return torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
+
+
+def _probabilities(scores: Tensor, heads: int, mask: Tensor | None, start: int) -> Tensor:
+    """P of scores [groups, heads · queries, keys] that begin at query `start`, which are overwritten."""
     scores = scores.unflatten(1, (heads, -1))
     queries, keys = scores.shape[-2:]
     lowest = torch.finfo(scores.dtype).min  # not -inf: a query that sees nothing would be NaN
@@ -81,7 +86,11 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
         seen = stop if mask is None else k.shape[1]
         rows = _rows(q, start, stop).to(wide_k.dtype)
         with _bf16_products(q.dtype):
-            p = _probabilities(rows, wide_k[:, :seen], heads, mask, start, scale).to(q.dtype)
+            scores = _scores(rows, wide_k[:, :seen], scale)
+        if mask is None and q.dtype == torch.bfloat16 and cpu.available():
+            p = cpu.softmax.probabilities(scores, stop - start, start)
+        else:
+            p = _probabilities(scores, heads, mask, start).to(q.dtype)
         rows = torch.bmm(p, v[:, :seen]).view(batch, -1, heads, stop - start, v.shape[-1])
         out[:, start:stop] = rows.permute(0, 3, 1, 2, 4)
     return out
@@ -109,11 +118,15 @@ def _attention_backward(
         rows, drows = _rows(q, start, stop), _rows(dout, start, stop)
         wide = drows.to(precise)
         with _bf16_products(q.dtype):
-            p = _probabilities(rows.to(precise), wide_k[:, :seen], heads, mask, start, scale)
-            ds = torch.bmm(wide, wide_v[:, :seen].mT)
+            scores = _scores(rows.to(precise), wide_k[:, :seen], scale)
+            dp = torch.bmm(wide, wide_v[:, :seen].mT)
+        if mask is None and q.dtype == torch.bfloat16 and cpu.available():
+            p, ds = cpu.softmax.scores_backward(scores, dp, stop - start, start)
+        else:
+            p = _probabilities(scores, heads, mask, start)
+            correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
+            ds = dp.sub_(correction).mul_(p).to(q.dtype)
         dv[:, :seen] += torch.bmm(p.to(q.dtype).mT, drows)
-        correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
-        ds = ds.sub_(correction).mul_(p).to(q.dtype)
         dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
         dk[:, :seen] += torch.bmm(ds.mT, rows)
     return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype)

@@ -3,8 +3,9 @@
     RMSNorm     y = w ⊙ x · rsqrt(mean x² + ε)           keeps x as it came; eager PyTorch keeps it in fp32
     gated MLP   down(act(gate(x)) ⊙ up(x))               keeps gate(x) and up(x); their product is computed again
 
-Results are those of the model's own code bit for bit, or a module is left as it is: what it does to random numbers is
-compared first. Attention and rotary embedding have files of their own (attention.py, rotary.py).
+Results are those of the model's own code but for a rounding to its dtype here and there, or a module is left as it is:
+what it does to random numbers is compared first. In bf16 one kernel does what lies between two products
+(kernels/cpu/). Attention and rotary embedding have files of their own (attention.py, rotary.py).
 """
 
 from types import MethodType
@@ -12,14 +13,20 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 
 from experiments import attention, rotary
+from kernels import cpu
 from modules import NF4Linear
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if cpu.takes(x, weight):
+            y, scale = cpu.norms.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return y
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, scale)
@@ -28,40 +35,57 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         x, weight, scale = ctx.saved_tensors
+        if cpu.takes(dy, x, weight):
+            return cpu.norms.rms_norm_backward(dy, x, weight, scale), None, None
         dx = (dy * weight).to(scale.dtype).mul_(scale)
         along = (dx * x).mean(-1, keepdim=True).mul_(scale.square())
         return dx.addcmul_(x, along, value=-1).to(x.dtype), None, None
 
 
-class _Activation:
-    """act(gate), computed again in backward: once, for two that need it one after the other."""
+class _Product:
+    """act(gate) ⊙ up. In backward it is computed again, its activation once for two that need it one after the other."""
 
     def __init__(self, act: nn.Module):
         self.act = act
-        self.again: tuple[Tensor, Tensor] | None = None  # a leaf, and what act makes of it
+        self.is_silu = type(act) in (nn.SiLU, SiLUActivation)
+        self.activated: tuple[Tensor, Tensor] | None = None  # a leaf, and what act makes of it
 
-    def of(self, gate: Tensor) -> tuple[Tensor, Tensor]:
-        if self.again is None:
+    def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        return cpu.elementwise.swiglu(gate, up) if self._kernel_takes(gate, up) else self.act(gate) * up
+
+    @torch.no_grad()
+    def again(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self(gate, up) if self._kernel_takes(gate, up) else self._activate(gate)[1] * up
+
+    def backward(self, dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        if self._kernel_takes(dy, gate, up):
+            return cpu.elementwise.swiglu_backward(dy, gate, up)
+        leaf, activated = self._activate(gate)
+        self.activated = None
+        (dgate,) = torch.autograd.grad(activated, leaf, dy * up)
+        return dgate, dy * activated.detach()
+
+    def _kernel_takes(self, *tensors: Tensor) -> bool:
+        return self.is_silu and cpu.takes(*tensors)
+
+    def _activate(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        if self.activated is None:
             with torch.enable_grad():
                 leaf = gate.detach().requires_grad_()
-                self.again = leaf, self.act(leaf)
-        return self.again
+                self.activated = leaf, self.act(leaf)
+        return self.activated
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor, activation: _Activation) -> Tensor:
+    def forward(ctx, gate: Tensor, up: Tensor, product: _Product) -> Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.activation = activation
-        return activation.act(gate) * up
+        ctx.product = product
+        return product(gate, up)
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        gate, up = ctx.saved_tensors
-        leaf, activated = ctx.activation.of(gate)
-        ctx.activation.again = None
-        (dgate,) = torch.autograd.grad(activated, leaf, dy * up)
-        return dgate, dy * activated.detach(), None
+        return *ctx.product.backward(dy, *ctx.saved_tensors), None
 
 
 def _eps(norm: nn.Module) -> float | None:
@@ -74,23 +98,20 @@ def _rms_norm(self: nn.Module, x: Tensor) -> Tensor:
 
 def _mlp(self: nn.Module, x: Tensor) -> Tensor:
     gate, up = self.gate_proj(x), self.up_proj(x)
-    activation = _Activation(self.act_fn)
-    product = _Gated.apply(gate, up, activation)
-    address, size = product.data_ptr(), product.numel()  # not `product`: the hooks would keep it
+    product = _Product(self.act_fn)
+    hidden = _Gated.apply(gate, up, product)
+    address, size = hidden.data_ptr(), hidden.numel()  # not `hidden`: the hooks would keep it
 
     def keep(saved: Tensor) -> Tensor | torch.Size:
         return saved.shape if (saved.data_ptr(), saved.numel()) == (address, size) else saved
 
     def restore(kept: Tensor | torch.Size) -> Tensor:
-        if isinstance(kept, Tensor):
-            return kept
-        with torch.no_grad():
-            return (activation.of(gate)[1] * up).view(kept)
+        return kept if isinstance(kept, Tensor) else product.again(gate, up).view(kept)
 
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # checkpointing keeps none of them
-        return self.down_proj(product)
+        return self.down_proj(hidden)
     with torch.autograd.graph.saved_tensors_hooks(keep, restore):
-        return self.down_proj(product)
+        return self.down_proj(hidden)
 
 
 def _rms_norm_or_own(self: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -127,7 +148,8 @@ def _input_of(module: nn.Module) -> Tensor:
 def _computes_the_same(module: nn.Module, forward) -> bool:
     x = _input_of(module).normal_(generator=torch.Generator().manual_seed(0))
     try:
-        return torch.equal(module(x), forward(module, x))
+        own, ours = module(x), forward(module, x)
+        return bool((own - ours).abs().max() <= torch.finfo(own.dtype).eps * own.abs().max())
     except (TypeError, RuntimeError):  # takes or does something else
         return False
 

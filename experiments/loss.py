@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from experiments.errors import UserError
 from experiments.evaluation import label_logits, label_positions, label_starts
 from experiments.files import cache_dir
+from kernels import cpu
 from modules.prefix import prompt_lengths
 
 CHUNK_BYTES = 2**25  # of logits: enough tokens for a product that reads the whole of w
@@ -54,6 +55,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _cross_entropy(logits: Tensor, targets: Tensor, precise: torch.dtype) -> Tensor:
     """Σ cross-entropy of logits [n, vocabulary], in `precise`; they become their gradient."""
+    if cpu.takes(logits):
+        return cpu.softmax.cross_entropy(logits, targets).sum()
     loss = torch.zeros((), dtype=precise, device=logits.device)
     rows = max(1, FP32_BYTES // (4 * logits.shape[1]) if logits.is_cpu else len(logits))
     for part, target in zip(logits.split(rows), targets.unsqueeze(1).split(rows)):

@@ -14,13 +14,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kernels import cpu
+
 NAME = "apply_rotary_pos_emb"
+
+
+def _kernel_takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    dense = x.transpose(1, 2)  # as a model's linear leaves it
+    return cpu.takes(dense if dense.is_contiguous() else x, cos, sin)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
+        if _kernel_takes(x, cos, sin):
+            return cpu.elementwise.rotate(x, cos, sin, backward=False)
         half = x.shape[-1] // 2
         y = x * cos
         y[..., :half].sub_(x[..., half:] * sin[..., :half])
@@ -30,6 +39,8 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor):
         cos, sin = ctx.saved_tensors
+        if _kernel_takes(dy, cos, sin):
+            return cpu.elementwise.rotate(dy, cos, sin, backward=True), None, None
         half = dy.shape[-1] // 2
         dx = dy * cos
         dx[..., :half].add_(dy[..., half:] * sin[..., half:])

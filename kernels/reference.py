@@ -6,6 +6,7 @@ Each twin takes and returns what the op of the same name does (see that op's fil
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.codebook import NESTED_BLOCKSIZE, bin_table, dynamic_codes, dynamic_map, level_pairs
 from kernels.dropout import dropout
 
@@ -148,14 +149,18 @@ def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scalin
     """‖W + sBA‖ of each row, fp32 [out]; `norm_sq` is ‖W‖², fp32 [out]."""
     a, b = lora_A.float() * scaling, lora_B.float()
     u = w @ a.to(w.dtype).t()  # s·WAᵀ [out, r]
-    total = norm_sq + (b * torch.addmm(u.float(), b, a @ a.t(), beta=2)).sum(dim=1)
     # Where little is left of ‖W‖² the terms have cancelled, and their rounding with them has grown: compute the row
     # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
-    cancelled = total < norm_sq * max(4e-3, 64 * torch.finfo(w.dtype).eps)
-    rows = cancelled.nonzero().squeeze(1)
-    if rows.numel():
-        total[rows] = (w[rows].float() + b[rows] @ a).square().sum(dim=1)
-    return total.sqrt_()
+    least = max(4e-3, 64 * torch.finfo(w.dtype).eps)
+    if cpu.takes(u):
+        norm = cpu.norms.dora_norm(u, b.contiguous(), b @ (a @ a.t()), norm_sq, least)
+    else:
+        total = norm_sq + (b * torch.addmm(u.float(), b, a @ a.t(), beta=2)).sum(dim=1)
+        norm = total.sqrt().masked_fill_(total < norm_sq * least, -1.0)
+    if norm.amin() < 0:
+        rows = (norm < 0).nonzero().squeeze(1)
+        norm[rows] = (w[rows].float() + b[rows] @ a).square().sum(dim=1).sqrt_()
+    return norm
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -209,7 +214,7 @@ def dora_linear_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dm); the norm counts as a constant (DoRA, Liu et al. 2024, §4.3). y is None where z is kept."""
-    dz = dy * gain.to(x.dtype)
+    dz, total = _scale_columns(dy, z if y is None else y, gain)
     xd = dropout(x, p, seed)
     dx, dA, dB = lora_linear_backward(dz, xd, xa, w if needs_dx else None, lora_A, lora_B, scaling, 0.0, None)
     if p and needs_dx:
@@ -217,22 +222,23 @@ def dora_linear_backward(
         through_base = dy @ w
         dx += through_base - dropout(through_base, p, seed)
     if y is None:
-        return dx, dA, dB, _magnitude_grad(dy, z, norm).to(magnitude.dtype)
-    dm = _sum_over_tokens(dy * y).div_(magnitude)  # z / ‖W + sBA‖ = y / m
+        return dx, dA, dB, _over_norm(total, norm).to(magnitude.dtype)
+    dm = total / magnitude  # z / ‖W + sBA‖ = y / m
     # Where m = 0, or nearly, y has lost z's digits: compute z again.
     rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
     if rows.numel():
         z_rows, _ = lora_linear(xd, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
-        dm[rows] = _magnitude_grad(dy[:, rows], z_rows, norm[rows])
+        dm[rows] = _over_norm(_scale_columns(dy[:, rows], z_rows, gain[rows])[1], norm[rows])
     return dx, dA, dB, dm.to(magnitude.dtype)
 
 
-def _magnitude_grad(dy: Tensor, z: Tensor, norm: Tensor) -> Tensor:
-    """dm = Σ_t dy ⊙ z / ‖W + sBA‖, fp32 [out]."""
-    return (_sum_over_tokens(dy * z) / norm).masked_fill_(norm == 0, 0.0)
+def _scale_columns(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """(dz = gain ⊙ dy, Σ_t dy ⊙ kept in fp32 [out])"""
+    if cpu.takes(dy, kept):
+        return cpu.norms.scale_columns(dy, kept, gain)
+    return dy * gain.to(dy.dtype), (dy * kept).sum(dim=0, dtype=torch.float32)
 
 
-def _sum_over_tokens(x: Tensor) -> Tensor:
-    """Σ_t x, fp32 [out], summed in fp32. Of bf16 it is rounded to bf16 once: on a CPU a sum into another dtype takes
-    several times as long; in fp16 it might overflow."""
-    return x.sum(dim=0, dtype=None if x.dtype == torch.bfloat16 else torch.float32).to(torch.float32)
+def _over_norm(total: Tensor, norm: Tensor) -> Tensor:
+    """total / norm, 0 for a row of zeros."""
+    return (total / norm).masked_fill_(norm == 0, 0.0)
