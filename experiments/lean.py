@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _Product:
-    """act(gate) ⊙ up. In backward it is computed again, its activation once for two that need it one after the other."""
+    """act(gate) ⊙ up. Backward computes it again, and its activation once for two that need it one after the other."""
 
     def __init__(self, act: nn.Module):
         self.act = act

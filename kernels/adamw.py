@@ -8,6 +8,7 @@ Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW orders it. Each el
 28 bytes. Nothing is materialised. An element's result does not depend on where a tensor is cut between blocks of 256.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from kernels import reference_adamw
 from kernels.dispatch import use_triton
+from kernels.library import define_op, register_fake
 from kernels.multi_tensor import plan, pointer, tensor_of_program
 from kernels.spec import KernelSpec
 
@@ -96,6 +98,8 @@ def _adamw_kernel(
 
 
 def _launch(arguments: tuple[Sequence[Tensor], ...], *hyper: float) -> None:
+    params, _, *moments = arguments
+    torch.autograd.graph.increment_version([*params, *itertools.chain(*moments)])
     table, owner, programs, aligned = plan(arguments, TILE)
     if programs:
         with torch.cuda.device_of(table):
@@ -104,7 +108,7 @@ def _launch(arguments: tuple[Sequence[Tensor], ...], *hyper: float) -> None:
             )
 
 
-@torch.library.custom_op("qdora::adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+@define_op("adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
 def _adamw(
     params: list[Tensor],
     grads: list[Tensor],
@@ -121,7 +125,7 @@ def _adamw(
     update((params, grads, exp_avgs, exp_avg_sqs), lr, beta1, beta2, eps, weight_decay, step)
 
 
-@_adamw.register_fake
+@register_fake("adamw")
 def _(params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, step):
     return None
 
@@ -140,11 +144,12 @@ def check_tensors(
         ValueError: lists of different lengths; a tensor of another dtype, device or number of elements, or one that
             is not contiguous.
     """
+    device = params[0].device if params else None
+    sizes = [elements(p.numel()) for p in params]
     for name, tensors, dtype in arguments:
         if len(tensors) != len(params):
             raise ValueError(f"{len(params)} params but {len(tensors)} {name}")
-        for i, (tensor, p) in enumerate(zip(tensors, params)):
-            n, device = elements(p.numel()), params[0].device
+        for i, (tensor, n) in enumerate(zip(tensors, sizes)):
             if tensor.dtype != dtype or tensor.numel() != n or tensor.device != device or not tensor.is_contiguous():
                 raise ValueError(
                     f"{name}[{i}] must be contiguous {dtype} of {n} values on {device}, not {tensor.dtype} "
@@ -178,7 +183,7 @@ def adamw(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     check_tensors(params, ((name, tensors, torch.float32) for name, tensors in lists.items()))
     if params:
-        torch.ops.qdora.adamw(*map(list, lists.values()), lr, *betas, eps, weight_decay, step)
+        _adamw(*map(list, lists.values()), lr, *betas, eps, weight_decay, step)
 
 
 AOT_SPECS = [

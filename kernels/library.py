@@ -36,7 +36,13 @@ def _unheard(args: tuple) -> bool:
     """True if dispatching a call with `args` would come to nothing but its implementation, or its autograd.Function."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return False
-    return all(type(arg) in _PLAIN and not arg.is_meta for arg in args if isinstance(arg, Tensor))
+    for arg in args:
+        if type(arg) in _PLAIN:
+            if arg.is_meta:
+                return False
+        elif isinstance(arg, Tensor):
+            return False
+    return True
 
 
 def _needs_grad(args: tuple) -> bool:

@@ -23,7 +23,11 @@ def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=w.device)
     # bitsandbytes multiplies full blocks by 1/absmax but divides the partial last one, and there alone stores
     # 1e-38 for an all-zero block. Codes on a decision bound depend on it, so we do the same.
-    for start in range(0, full, _CHUNK):
+    whole = x[:full]
+    by_kernel = cpu.takes(whole, dtype=torch.float32) or cpu.takes(whole)
+    if by_kernel:
+        cpu.packing.quantize(whole, packed[: full // 2], absmax[: full // blocksize], blocksize, quant_type)
+    for start in range(0, 0 if by_kernel else full, _CHUNK):
         end = min(start + _CHUNK, full)
         blocks = x[start:end].float().view(-1, blocksize)
         largest = absmax[start // blocksize : end // blocksize]
@@ -109,8 +113,25 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, out], xa = s·drop(x)Aᵀ [T, r])"""
-    xa = dropout(x, p, seed) @ (lora_A * scaling).to(x.dtype).t()
-    y = linear(xa, lora_B.to(x.dtype), bias)  # the small term first: rounding it loses the least
+    a, b = _factors(lora_A, lora_B, scaling, 1.0, x.dtype)
+    return _adapted(x, dropout(x, p, seed), w, a, b, bias)
+
+
+def _factors(
+    lora_A: Tensor, lora_B: Tensor, scale_A: float, scale_B: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(scale_A · A, scale_B · B) in `dtype`."""
+    if dtype == torch.bfloat16 and cpu.takes(lora_A, lora_B, dtype=torch.float32):
+        return cpu.elementwise.narrowed(lora_A, lora_B, scale_A, scale_B)
+    return (lora_A * scale_A).to(dtype), (lora_B * scale_B).to(dtype)
+
+
+def _adapted(
+    x: Tensor, xd: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(xWᵀ + xa·bᵀ + bias, xa = xd·aᵀ), all in x's dtype."""
+    xa = xd @ a.t()
+    y = linear(xa, b, bias)  # the small term first: rounding it loses the least
     y.addmm_(x, w.t())
     return y, xa
 
@@ -127,15 +148,17 @@ def lora_linear_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, in], or of no element if `w` is None because nobody needs it; dA; dB)"""
-    dxa = dy @ (lora_B * scaling).to(x.dtype)  # [T, r]
-    dA = dxa.t() @ dropout(x, p, seed)
-    dB = (dy.t() @ xa).to(lora_B.dtype)
+    a, b = _factors(lora_A, lora_B, 1.0, scaling, x.dtype)
+    dxa = dy @ b  # [T, r]
+    dA, dB = dxa.t() @ dropout(x, p, seed), dy.t() @ xa
     if w is None:
         dx = x.new_empty(0)
     else:
-        dx = dropout(dxa @ lora_A.to(x.dtype), p, seed) if p else dxa @ lora_A.to(x.dtype)
+        dx = dropout(dxa @ a, p, seed)
         dx.addmm_(dy, w)
-    return dx, dA.to(lora_A.dtype), dB
+    if lora_A.dtype == lora_B.dtype == torch.float32 and cpu.takes(dA, dB):
+        return dx, *cpu.elementwise.widened(dA, dB)
+    return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
 
 
 # --------------------------------------------------------------------------------------- DoRA
@@ -147,20 +170,31 @@ def weight_norm_sq(w: Tensor) -> Tensor:
 
 def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """‖W + sBA‖ of each row, fp32 [out]; `norm_sq` is ‖W‖², fp32 [out]."""
-    a, b = lora_A.float() * scaling, lora_B.float()
-    u = w @ a.to(w.dtype).t()  # s·WAᵀ [out, r]
+    a = (lora_A * scaling).to(w.dtype)
+    return _norm_and_gain(w, norm_sq, lora_A, lora_B, a, scaling, norm_sq)[0]
+
+
+def _norm_and_gain(
+    w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, a: Tensor, scaling: float, magnitude: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(‖W + sBA‖ of each row, magnitude over it) fp32 [out]; `a` is sA in w's dtype."""
+    u = w @ a.t()  # s·WAᵀ [out, r]
+    A, B = lora_A.float(), lora_B.float()
+    v = B @ (cpu.norms.gram(A) if cpu.takes(A, dtype=torch.float32) else A @ A.t())
     # Where little is left of ‖W‖² the terms have cancelled, and their rounding with them has grown: compute the row
     # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
     least = max(4e-3, 64 * torch.finfo(w.dtype).eps)
-    if cpu.takes(u):
-        norm = cpu.norms.dora_norm(u, b.contiguous(), b @ (a @ a.t()), norm_sq, least)
+    if cpu.takes(u) and cpu.takes(B, v, norm_sq, magnitude, dtype=torch.float32):
+        norm, gain = cpu.norms.dora_norm(u, B, v, norm_sq, magnitude, scaling, least)
     else:
-        total = norm_sq + (b * torch.addmm(u.float(), b, a @ a.t(), beta=2)).sum(dim=1)
+        total = norm_sq + (B * torch.add(2 * u.float(), v, alpha=scaling**2)).sum(dim=1)
         norm = total.sqrt().masked_fill_(total < norm_sq * least, -1.0)
+        gain = dora_gain(magnitude, norm)
     if norm.amin() < 0:
         rows = (norm < 0).nonzero().squeeze(1)
-        norm[rows] = (w[rows].float() + b[rows] @ a).square().sum(dim=1).sqrt_()
-    return norm
+        norm[rows] = (w[rows].float() + scaling * B[rows] @ A).square().sum(dim=1).sqrt_()
+        gain[rows] = dora_gain(magnitude[rows], norm[rows])
+    return norm, gain
 
 
 def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -182,11 +216,16 @@ def dora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y [T, out], xa [T, r], norm and gain fp32 [out], z [T, out] = drop(x)(W + sBA)ᵀ or empty where y holds it)"""
-    norm = dora_norm(w, norm_sq, lora_A, lora_B, scaling) if norm is None else norm.clone()
-    gain = dora_gain(magnitude, norm)
-    g = gain.to(x.dtype)
+    a, b = _factors(lora_A, lora_B, scaling, 1.0, x.dtype)
+    if norm is None:
+        norm, gain = _norm_and_gain(w, norm_sq, lora_A, lora_B, a, scaling, magnitude)
+    else:
+        norm, gain = norm.clone(), dora_gain(magnitude, norm)
     xd = dropout(x, p, seed)
-    z, xa = lora_linear(xd, w, lora_A, lora_B, None, scaling, 0.0, None)
+    z, xa = _adapted(xd, xd, w, a, b)
+    if not p and bias is None and cpu.takes(z):
+        return cpu.norms.scale_columns_(z, gain), xa, norm, gain, x.new_empty(0)
+    g = gain.to(x.dtype)
     if p:
         # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
         y = ((x - xd) @ w.t()).addcmul_(z, g)
@@ -225,8 +264,9 @@ def dora_linear_backward(
         return dx, dA, dB, _over_norm(total, norm).to(magnitude.dtype)
     dm = total / magnitude  # z / ‖W + sBA‖ = y / m
     # Where m = 0, or nearly, y has lost z's digits: compute z again.
-    rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
-    if rows.numel():
+    small = gain.abs() < torch.finfo(x.dtype).tiny
+    if small.any():
+        rows = small.nonzero().squeeze(1)
         z_rows, _ = lora_linear(xd, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
         dm[rows] = _over_norm(_scale_columns(dy[:, rows], z_rows, gain[rows])[1], norm[rows])
     return dx, dA, dB, dm.to(magnitude.dtype)

@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw as torch_adamw
 
 from kernels.codebook import dynamic_bins, dynamic_bounds, dynamic_map
 
@@ -30,10 +29,10 @@ def adamw(
     weight_decay: float,
     step: int,
 ) -> None:
-    params, grads, exp_avgs, exp_avg_sqs = arguments
-    before = torch.full((len(params),), step - 1.0, device=params[0].device).unbind()  # torch counts on by itself
-    torch_adamw(
-        params, grads, exp_avgs, exp_avg_sqs, [], list(before), fused=True, amsgrad=False, maximize=False,
+    # what torch.optim.AdamW(fused=True) calls, which counts the steps of each tensor by itself: a millisecond or two
+    steps = [torch.tensor(float(step), device=arguments[0][0].device)] * len(arguments[0])
+    torch._fused_adamw_(
+        *arguments, [], steps, amsgrad=False, maximize=False,
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """AdamW with fp32 or 8-bit state, in memory or in pages; every tensor is updated in one launch of a kernel.
 
 state_dict()["state"] holds of each parameter, by its index,
-    step                                 fp32 []
+    step                                 fp32 [] (in `state` an int)
     exp_avg, exp_avg_sq                  fp32, the parameter's shape: these three are torch.optim.AdamW's
 or, with 8-bit state,
     step
@@ -150,14 +150,13 @@ class AdamW(torch.optim.Optimizer):
         for param in updated:
             if param not in self.state:
                 self.state[param] = self._new_state(param)
-        if updated:
-            torch._foreach_add_([self.state[param]["step"] for param in updated], 1)
+            self.state[param]["step"] += 1
         for pieces in self._batches():
             self._update(pieces)
         return loss
 
-    def _new_state(self, param: Tensor) -> dict[str, Tensor]:
-        state = {"step": torch.tensor(0.0, dtype=torch.float32, device="cpu")}
+    def _new_state(self, param: Tensor) -> dict[str, Any]:
+        state = {"step": 0}
         return state if self.pages is not None else state | self._empty_state(param)
 
     def _empty_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -181,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
         groups = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
         launches = defaultdict(list)
         for piece in pieces:
-            step = int(self.state[piece.param]["step"])
+            step = self.state[piece.param]["step"]
             launches[groups[piece.param], step, tuple(piece.state)].append(piece)
         for (i, step, names), members in launches.items():
             group = self.param_groups[i]
@@ -206,6 +205,9 @@ class AdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """As torch.optim.Optimizer's; tensors only but for the groups' numbers. Paged state is copied."""
         saved = super().state_dict()
+        saved["state"] = {
+            i: state | {"step": torch.tensor(float(state["step"]), device="cpu")} for i, state in saved["state"].items()
+        }
         if self.pages is not None:
             self.pages.flush()
             index = {param: i for i, param in enumerate(self._params())}
@@ -241,7 +243,8 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         for i, state in saved.items():
             self.state[params[i]] = self._new_state(params[i])
-            for name, tensor in self.state[params[i]].items():
+            self.state[params[i]]["step"] = int(state["step"])
+            for name, tensor in _without_step(self.state[params[i]]).items():
                 tensor.copy_(state[name])
         if self.pages is not None:
             self.pages.evict()
@@ -269,7 +272,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def _without_step(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_step(state: dict[str, Any]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if name != "step"}
 
 

@@ -17,15 +17,18 @@ from kernels.cpu import threads
 
 @functools.cache
 def available() -> bool:
-    """True once the kernels are imported, which compiles them or reads what was compiled before: here, because that takes
-    a second that other processes need not spend."""
+    """True once the kernels are imported, which compiles them or reads what was compiled before: here, because that
+    takes a second that other processes need not spend."""
     if not threads.available():
         return False
-    for name in ("elementwise", "norms", "softmax"):
+    for name in ("elementwise", "norms", "packing", "softmax"):
         importlib.import_module(f"kernels.cpu.{name}")
     return True
 
 
-def takes(*tensors: Tensor) -> bool:
-    """True if the kernels can have these: bf16 on a CPU, without gaps in memory."""
-    return all(t.dtype == torch.bfloat16 and t.is_cpu and t.is_contiguous() for t in tensors) and available()
+def takes(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """True if the kernels can have these: `dtype` on a CPU, without gaps in memory."""
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+    return available()

@@ -45,13 +45,11 @@ class Kernel:
             numba.config.CACHE_DIR = before
 
     def __call__(self, *arguments: torch.Tensor | int | float) -> None:
-        threads.run(self._code.address, [_as_int(argument) for argument in arguments])
+        threads.run(self._code.address, [a if type(a) is int else _as_int(a) for a in arguments])
 
 
-def _as_int(argument: torch.Tensor | int | float) -> int:
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr()
-    return argument if isinstance(argument, int) else struct.unpack("q", struct.pack("d", argument))[0]
+def _as_int(argument: torch.Tensor | float) -> int:
+    return struct.unpack("q", struct.pack("d", argument))[0] if type(argument) is float else argument.data_ptr()
 
 
 @intrinsic
@@ -78,6 +76,12 @@ def bf16s(address, first, count):
 def floats(address, first, count):
     """The same of an fp32 tensor."""
     return carray(_pointer(address + 4 * first), count, np.float32)
+
+
+@njit(inline="always")
+def octets(address, first, count):
+    """The same of a uint8 tensor."""
+    return carray(_pointer(address + first), count, np.uint8)
 
 
 @njit(inline="always")

@@ -1,10 +1,10 @@
-"""The gated MLP's product and rotary position embedding."""
+"""The gated MLP's product, rotary position embedding, and an adapter's factors in the dtype of the products."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.code import Kernel, arguments, bf16s, exp, narrow, number, rounded, share, wide
+from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, narrow, number, rounded, share, wide
 
 
 @Kernel
@@ -83,3 +83,38 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         *(cos.stride(0) if len(cos) > 1 else 0, cos.stride(2), 1.0 if backward else -1.0),
     )
     return y
+
+
+@Kernel
+def _narrowed(pointer):
+    a = arguments(pointer, 8)
+    for i in range(2):
+        factor = number(a[4 * i + 3])
+        first, behind = share(a[4 * i + 2])
+        x, y = floats(a[4 * i], first, behind - first), bf16s(a[4 * i + 1], first, behind - first)
+        for j in range(behind - first):
+            y[j] = narrow(x[j] * factor)
+
+
+def narrowed(x: Tensor, y: Tensor, factor_x: float, factor_y: float) -> tuple[Tensor, Tensor]:
+    """(factor_x · x, factor_y · y) in bf16, of fp32."""
+    narrow_x, narrow_y = (torch.empty_like(t, dtype=torch.bfloat16) for t in (x, y))
+    _narrowed(x, narrow_x, x.numel(), factor_x, y, narrow_y, y.numel(), factor_y)
+    return narrow_x, narrow_y
+
+
+@Kernel
+def _widened(pointer):
+    a = arguments(pointer, 6)
+    for i in range(2):
+        first, behind = share(a[3 * i + 2])
+        x, y = bf16s(a[3 * i], first, behind - first), floats(a[3 * i + 1], first, behind - first)
+        for j in range(behind - first):
+            y[j] = wide(x[j])
+
+
+def widened(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """bf16 x and y in fp32."""
+    wide_x, wide_y = (torch.empty_like(t, dtype=torch.float32) for t in (x, y))
+    _widened(x, wide_x, x.numel(), y, wide_y, y.numel())
+    return wide_x, wide_y

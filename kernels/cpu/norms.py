@@ -83,26 +83,73 @@ def scale_columns(dy: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @Kernel
+def _scale_columns_in_place(pointer):
+    a = arguments(pointer, 4)
+    rows, columns = a[2], a[3]
+    gain = floats(a[1], 0, columns)
+    first, behind = share(rows)
+    for row in range(first, behind):
+        x = bf16s(a[0], row * columns, columns)
+        for i in range(columns):
+            x[i] = narrow(wide(x[i]) * gain[i])
+
+
+def scale_columns_(x: Tensor, gain: Tensor) -> Tensor:
+    """x ⊙ gain in x's place: bf16 [rows, n], fp32 [n]."""
+    _scale_columns_in_place(x, gain, *x.shape)
+    return x
+
+
+@Kernel
+def _gram(pointer):
+    a = arguments(pointer, 4)
+    rows, columns = a[2], a[3]
+    product = floats(a[1], 0, rows * rows)
+    first, behind = share(rows)
+    for i in range(first, behind):
+        x = floats(a[0], i * columns, columns)
+        for j in range(rows):
+            y = floats(a[0], j * columns, columns)
+            total = np.float32(0.0)
+            for k in range(columns):
+                total += x[k] * y[k]
+            product[i * rows + j] = total
+
+
+def gram(x: Tensor) -> Tensor:
+    """x xᵀ of a few rows, fp32 [rows, n]: [rows, rows]."""
+    product = x.new_empty(len(x), len(x))
+    _gram(x, product, *x.shape)
+    return product
+
+
+@Kernel
 def _dora_norm(pointer):
-    a = arguments(pointer, 8)
-    rows, rank, least = a[5], a[6], number(a[7])
-    norm_sq, norm = floats(a[3], 0, rows), floats(a[4], 0, rows)
+    a = arguments(pointer, 11)
+    rows, rank, factor, least = a[7], a[8], number(a[9]), number(a[10])
+    norm_sq, magnitude = floats(a[3], 0, rows), floats(a[4], 0, rows)
+    norm, gain = floats(a[5], 0, rows), floats(a[6], 0, rows)
     first, behind = share(rows)
     for row in range(first, behind):
         start = row * rank
         u, b, v = bf16s(a[0], start, rank), floats(a[1], start, rank), floats(a[2], start, rank)
         total = np.float32(0.0)
         for i in range(rank):
-            total += b[i] * (wide(u[i]) + wide(u[i]) + v[i])
+            total += b[i] * (wide(u[i]) + wide(u[i]) + factor * v[i])
         total += norm_sq[row]
-        norm[row] = np.float32(-1.0) if total < norm_sq[row] * least else np.sqrt(total)
+        length = np.sqrt(total)
+        norm[row] = np.float32(-1.0) if total < norm_sq[row] * least else length
+        gain[row] = np.float32(0.0) if length == np.float32(0.0) else magnitude[row] / length
 
 
-def dora_norm(u: Tensor, lora_B: Tensor, v: Tensor, norm_sq: Tensor, least: float) -> Tensor:
-    """√(‖W‖² + Σ B ⊙ (2u + v)) of each row, fp32 [out], and -1 where that is under √least · ‖W‖.
+def dora_norm(
+    u: Tensor, lora_B: Tensor, v: Tensor, norm_sq: Tensor, magnitude: Tensor, scaling: float, least: float
+) -> tuple[Tensor, Tensor]:
+    """(√(‖W‖² + Σ B ⊙ (2u + s²v)) of each row, and -1 where that is under √least · ‖W‖; magnitude over it or 0), fp32
+    [out].
 
-    u = s·WAᵀ bf16 [out, rank]; lora_B, v = s²·BAAᵀ fp32 [out, rank]; norm_sq = ‖W‖² fp32 [out].
+    u = s·WAᵀ bf16 [out, rank]; lora_B and v = BAAᵀ fp32 [out, rank]; norm_sq = ‖W‖² and magnitude fp32 [out].
     """
-    norm = torch.empty_like(norm_sq)
-    _dora_norm(u, lora_B, v, norm_sq, norm, *u.shape, least)
-    return norm
+    norm, gain = torch.empty_like(norm_sq), torch.empty_like(norm_sq)
+    _dora_norm(u, lora_B, v, norm_sq, magnitude, norm, gain, *u.shape, scaling**2, least)
+    return norm, gain

@@ -57,6 +57,7 @@ def test_scale_columns(rows):
     dz, total = cpu.norms.scale_columns(dy, y, gain)
     assert_rounded(dz, dy.double() * gain.double())
     torch.testing.assert_close(total.double(), (dy.double() * y.double()).sum(0), rtol=1e-6, atol=1e-5)
+    assert torch.equal(cpu.norms.scale_columns_(dy, gain), dz)
 
 
 @pytest.mark.parametrize("rank", [1, 16, 33])
@@ -64,10 +65,29 @@ def test_dora_norm(rank):
     u, b, v, norm_sq = bf16(50, rank), torch.randn(50, rank), torch.randn(50, rank), 100 + torch.rand(50)
     u[::7], b[::7], v[::7] = -50, 1, 0  # takes away more than is there
     exact = norm_sq.double() + (b.double() * (2 * u.double() + v.double())).sum(1)
-    norm = cpu.norms.dora_norm(u, b, v, norm_sq, 0.9)
+    magnitude = torch.rand(50)
+    norm, gain = cpu.norms.dora_norm(u, b, v / 4, norm_sq, magnitude, 2.0, 0.9)
     below = exact < 0.9 * norm_sq.double()
     assert torch.equal(norm < 0, below) and below.any() and not below.all()
     torch.testing.assert_close(norm[~below].double(), exact[~below].sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(gain[~below], magnitude[~below] / norm[~below], rtol=1e-6, atol=0)
+    zero = torch.zeros(50)
+    assert torch.equal(cpu.norms.dora_norm(0 * u, b, 0 * v, zero, magnitude, 2.0, 0.9)[1], zero)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (40, 3), (576, 999)], ids=str)
+def test_factors(sizes):
+    x, y = (torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes)
+    narrow = cpu.elementwise.narrowed(x, y, 1.5, 1.0)
+    assert torch.equal(narrow[0], (x * 1.5).bfloat16()) and torch.equal(narrow[1], y.bfloat16())
+    for got, want in zip(cpu.elementwise.widened(*narrow), narrow):
+        assert torch.equal(got, want.float())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (17, 576)], ids=str)
+def test_gram(shape):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(cpu.norms.gram(x).double(), x.double() @ x.double().t(), rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [1, 15, 1000])
