@@ -1,7 +1,7 @@
 """Attention of many queries on a CPU, with the precision of torch's kernel in a fraction of its time.
 
     P = softmax(scale · QKᵀ + mask),  O = P V
-    dV = Pᵀ dO,  dS = P ⊙ (dO Vᵀ − Σ_d dO ⊙ O),  dQ = scale · dS K,  dK = scale · dSᵀ Q
+    dV = Pᵀ dO,  dS = scale · P ⊙ (dO Vᵀ − Σ_d dO ⊙ O),  dQ = dS K,  dK = dSᵀ Q
 
 As in torch's (Dao 2023, FlashAttention-2, §3.1), scores, P and dO Vᵀ are fp32, the other products run in the compute
 dtype, and backward computes P again. Here each product is the library's own, of all heads and a block of
@@ -107,12 +107,15 @@ def _attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, queries = q.shape[1:3]
-    dout, out = (x.permute(0, 2, 3, 1, 4).flatten(0, 1) for x in (dout, out))
     precise = torch.promote_types(q.dtype, torch.float32)
     wide_k, wide_v = k.to(precise), v.to(precise)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    by_kernel = mask is None and q.dtype == torch.bfloat16 and cpu.available()
+    dout = dout.permute(0, 2, 3, 1, 4).flatten(0, 1)
     step = _block(q, k.shape[1])
-    for start in range(0, queries, step):
+    starts = range(0, queries, step)
+    sums = q.dtype if len(starts) == 1 else precise  # what dk and dv are added up in
+    dq, dk, dv = torch.empty_like(q), None, None
+    for start in reversed(starts):  # the last block sees all keys
         stop = min(start + step, queries)
         seen = stop if mask is None else k.shape[1]
         rows, drows = _rows(q, start, stop), _rows(dout, start, stop)
@@ -120,16 +123,20 @@ def _attention_backward(
         with _bf16_products(q.dtype):
             scores = _scores(rows.to(precise), wide_k[:, :seen], scale)
             dp = torch.bmm(wide, wide_v[:, :seen].mT)
-        if mask is None and q.dtype == torch.bfloat16 and cpu.available():
-            p, ds = cpu.softmax.scores_backward(scores, dp, stop - start, start)
+        if by_kernel:
+            p, ds = cpu.softmax.scores_backward(scores, dp, stop - start, start, scale)
         else:
             p = _probabilities(scores, heads, mask, start)
-            correction = (wide * _rows(out, start, stop)).sum(-1, keepdim=True)
-            ds = dp.sub_(correction).mul_(p).to(q.dtype)
-        dv[:, :seen] += torch.bmm(p.to(q.dtype).mT, drows)
+            along = (wide * _rows(out.permute(0, 2, 3, 1, 4).flatten(0, 1), start, stop)).sum(-1, keepdim=True)
+            ds = dp.sub_(along).mul_(p).mul_(scale).to(q.dtype)
         dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
-        dk[:, :seen] += torch.bmm(ds.mT, rows)
-    return dq.mul_(scale), dk.mul_(scale).to(k.dtype), dv.to(v.dtype)
+        dk_block, dv_block = torch.bmm(ds.mT, rows), torch.bmm(p.to(q.dtype).mT, drows)
+        if dk is None:
+            dk, dv = dk_block.to(sums), dv_block.to(sums)
+        else:
+            dk[:, :seen] += dk_block
+            dv[:, :seen] += dv_block
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 @register_fake("blocked_attention_backward")

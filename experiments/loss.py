@@ -21,7 +21,7 @@ from experiments.files import cache_dir
 from kernels import cpu
 from modules.prefix import prompt_lengths
 
-CHUNK_BYTES = 2**25  # of logits: enough tokens for a product that reads the whole of w
+CHUNK_BYTES = 2**26  # of logits: enough tokens for a product that reads the whole of w
 FP32_BYTES = 2**22  # of fp32 softmax: it stays in a CPU's cache
 
 
@@ -34,7 +34,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dbias = torch.zeros_like(bias) if needs_db else None
         precise = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=precise, device=hidden.device)
-        rows = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+        most = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+        rows = -(-len(hidden) // max(1, -(-len(hidden) // most))) or 1  # chunks of one size
         for start in range(0, hidden.shape[0], rows):
             h = hidden[start : start + rows]
             dlogits = F.linear(h, weight, bias)  # the logits, until their gradient takes their place

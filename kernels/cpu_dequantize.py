@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import cpu, reference
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map
 
 _own = threading.local()  # what belongs to a thread: its buffer of each dtype
@@ -86,7 +86,10 @@ def dequantize_4bit(
             packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype
         )
     if nested_absmax is not None:
-        absmax = _dequantize_absmax(absmax, nested_absmax, nested_offset)
+        if dtype == torch.bfloat16 and cpu.available():
+            absmax = cpu.packing.dequantize_absmax(absmax, nested_absmax, nested_offset)
+        else:
+            absmax = _dequantize_absmax(absmax, nested_absmax, nested_offset)
     flat = _buffer(n, dtype) if reuse else torch.empty(n, dtype=dtype, device=packed.device)
     packed = packed.view(-1)
     _blocks(routine, packed, absmax, flat[:full], blocksize)

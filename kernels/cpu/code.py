@@ -34,13 +34,19 @@ _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 
 class Kernel:
-    """A compiled kernel. A call takes tensors, ints and floats, and returns when every thread is done."""
+    """A compiled kernel. A call takes tensors, ints and floats, and returns when every thread is done.
 
-    def __init__(self, function: Callable):
+    Args:
+        exact: nothing is reordered or fused.
+    """
+
+    def __init__(self, function: Callable, exact: bool = False):
         signature = types.void(types.CPointer(types.int64))
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_CACHE)
         try:
-            self._code = cfunc(signature, cache=True, fastmath=_FASTMATH, error_model="numpy")(function)
+            self._code = cfunc(signature, cache=True, fastmath=set() if exact else _FASTMATH, error_model="numpy")(
+                function
+            )
         finally:
             numba.config.CACHE_DIR = before
 

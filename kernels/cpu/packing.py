@@ -1,11 +1,13 @@
-"""Four-bit codes of the blocks of a weight."""
+"""Four-bit codes of the blocks of a weight, and the scales of the blocks."""
+
+import functools
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from kernels.codebook import decision_bounds
+from kernels.codebook import NESTED_BLOCKSIZE, decision_bounds, dynamic_map
 from kernels.cpu.code import Kernel, arguments, bf16s, floats, larger, octets, share, wide
 
 _TINY = np.float32(1e-38)  # the least that bitsandbytes divides by
@@ -65,3 +67,25 @@ def quantize(w: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_ty
     bounds, codes = decision_bounds(quant_type)
     in_order = int(torch.equal(codes, torch.arange(16, dtype=torch.uint8)))
     _quantize(w, packed, absmax, bounds, codes, len(absmax), blocksize, in_order, int(w.dtype == torch.bfloat16))
+
+
+@functools.partial(Kernel, exact=True)
+def _dequantize_absmax(pointer):
+    a = arguments(pointer, 6)
+    n, offset = a[5], floats(a[3], 0, 1)[0]
+    levels = floats(a[0], 0, 256)
+    first, behind = share(-(-n // NESTED_BLOCKSIZE))
+    for block in range(first, behind):
+        start = block * NESTED_BLOCKSIZE
+        count = min(NESTED_BLOCKSIZE, n - start)
+        codes, absmax = octets(a[1], start, count), floats(a[4], start, count)
+        scale = floats(a[2], block, 1)[0]
+        for i in range(count):
+            absmax[i] = levels[codes[i]] * scale + offset
+
+
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    """The fp32 scales that uint8 codes [n] in blocks of 256 stand for; nested_absmax fp32 [blocks], offset fp32 []."""
+    absmax = torch.empty_like(codes, dtype=torch.float32)
+    _dequantize_absmax(dynamic_map("cpu"), codes, nested_absmax, offset, absmax, codes.numel())
+    return absmax

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, ints, larger, narrow, share, thread, wide
+from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, ints, larger, narrow, number, share, thread, wide
 
 _LOWEST = np.float32(np.finfo(np.float32).min)  # not -inf: a query that sees nothing would be NaN
 
@@ -41,8 +41,8 @@ def probabilities(scores: Tensor, queries: int, start: int) -> Tensor:
 
 @Kernel
 def _scores_backward(pointer):
-    a = arguments(pointer, 8)
-    keys, queries, start = a[5], a[6], a[7]
+    a = arguments(pointer, 9)
+    keys, queries, start, factor = a[5], a[6], a[7], number(a[8])
     first, behind = share(a[4])
     for row in range(first, behind):
         at = row * keys
@@ -63,17 +63,17 @@ def _scores_backward(pointer):
         for i in range(seen):
             probability = scores[i] * scale
             p[i] = narrow(probability)
-            ds[i] = narrow(probability * (dp[i] - along))
+            ds[i] = narrow(probability * (dp[i] - along) * factor)
         for i in range(keys - seen):
             p[seen + i] = np.uint16(0)
             ds[seen + i] = np.uint16(0)
 
 
-def scores_backward(scores: Tensor, dp: Tensor, queries: int, start: int) -> tuple[Tensor, Tensor]:
-    """(P as `probabilities` gives it, dS = P ⊙ (dP − Σ P ⊙ dP)), bf16 as scores and dp."""
+def scores_backward(scores: Tensor, dp: Tensor, queries: int, start: int, factor: float) -> tuple[Tensor, Tensor]:
+    """(P as `probabilities` gives it, factor · P ⊙ (dP − Σ P ⊙ dP)), bf16 as scores and dp, fp32."""
     p, ds = (torch.empty_like(scores, dtype=torch.bfloat16) for _ in range(2))
     rows, keys = scores.numel() // scores.shape[-1], scores.shape[-1]
-    _scores_backward(scores, dp, p, ds, rows, keys, queries, start)
+    _scores_backward(scores, dp, p, ds, rows, keys, queries, start, factor)
     return p, ds
 
 
