@@ -92,7 +92,7 @@ def dequantize_4bit(
             absmax = _dequantize_absmax(absmax, nested_absmax, nested_offset)
     flat = _buffer(n, dtype) if reuse else torch.empty(n, dtype=dtype, device=packed.device)
     packed = packed.view(-1)
-    _blocks(routine, packed, absmax, flat[:full], blocksize)
+    _blocks(routine, packed, absmax, flat if full == n else flat[:full], blocksize)
     if full < n:
         rest = (packed[full // 2 :], absmax[-1:], None, None, blocksize, quant_type, [n - full], dtype)
         flat[full:] = reference.dequantize_4bit(*rest)

@@ -130,7 +130,7 @@ def _adapted(
     x: Tensor, xd: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(xWᵀ + xa·bᵀ + bias, xa = xd·aᵀ), all in x's dtype."""
-    xa = xd @ a.t()
+    xa = torch.mm(xd, a.t())
     y = linear(xa, b, bias)  # the small term first: rounding it loses the least
     y.addmm_(x, w.t())
     return y, xa
@@ -149,12 +149,12 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, in], or of no element if `w` is None because nobody needs it; dA; dB)"""
     a, b = _factors(lora_A, lora_B, 1.0, scaling, x.dtype)
-    dxa = dy @ b  # [T, r]
-    dA, dB = dxa.t() @ dropout(x, p, seed), dy.t() @ xa
+    dxa = torch.mm(dy, b)  # [T, r]
+    dA, dB = torch.mm(dxa.t(), dropout(x, p, seed)), torch.mm(dy.t(), xa)
     if w is None:
         dx = x.new_empty(0)
     else:
-        dx = dropout(dxa @ a, p, seed)
+        dx = dropout(torch.mm(dxa, a), p, seed)
         dx.addmm_(dy, w)
     if lora_A.dtype == lora_B.dtype == torch.float32 and cpu.takes(dA, dB):
         return dx, *cpu.elementwise.widened(dA, dB)
@@ -178,9 +178,9 @@ def _norm_and_gain(
     w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, a: Tensor, scaling: float, magnitude: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(‖W + sBA‖ of each row, magnitude over it) fp32 [out]; `a` is sA in w's dtype."""
-    u = w @ a.t()  # s·WAᵀ [out, r]
+    u = torch.mm(w, a.t())  # s·WAᵀ [out, r]
     A, B = lora_A.float(), lora_B.float()
-    v = B @ (cpu.norms.gram(A) if cpu.takes(A, dtype=torch.float32) else A @ A.t())
+    v = torch.mm(B, cpu.norms.gram(A) if cpu.takes(A, dtype=torch.float32) else torch.mm(A, A.t()))
     # Where little is left of ‖W‖² the terms have cancelled, and their rounding with them has grown: compute the row
     # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
     least = max(4e-3, 64 * torch.finfo(w.dtype).eps)

@@ -38,9 +38,11 @@ class Kernel:
 
     Args:
         exact: nothing is reordered or fused.
+        parallel: on all threads; waking them takes as long as a small tensor does on one.
     """
 
-    def __init__(self, function: Callable, exact: bool = False):
+    def __init__(self, function: Callable, exact: bool = False, parallel: bool = True):
+        self._run = threads.run if parallel else threads.run_alone
         signature = types.void(types.CPointer(types.int64))
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(_CACHE)
         try:
@@ -51,7 +53,7 @@ class Kernel:
             numba.config.CACHE_DIR = before
 
     def __call__(self, *arguments: torch.Tensor | int | float) -> None:
-        threads.run(self._code.address, [a if type(a) is int else _as_int(a) for a in arguments])
+        self._run(self._code.address, [a if type(a) is int else _as_int(a) for a in arguments])
 
 
 def _as_int(argument: torch.Tensor | float) -> int:

@@ -1,5 +1,7 @@
 """The gated MLP's product, rotary position embedding, and an adapter's factors in the dtype of the products."""
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -85,7 +87,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     return y
 
 
-@Kernel
+@functools.partial(Kernel, parallel=False)
 def _narrowed(pointer):
     a = arguments(pointer, 8)
     for i in range(2):
@@ -103,7 +105,7 @@ def narrowed(x: Tensor, y: Tensor, factor_x: float, factor_y: float) -> tuple[Te
     return narrow_x, narrow_y
 
 
-@Kernel
+@functools.partial(Kernel, parallel=False)
 def _widened(pointer):
     a = arguments(pointer, 6)
     for i in range(2):

@@ -1,5 +1,7 @@
 """RMSNorm, and what DoRA does to the rows of a weight and the columns of an output."""
 
+import functools
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -100,7 +102,7 @@ def scale_columns_(x: Tensor, gain: Tensor) -> Tensor:
     return x
 
 
-@Kernel
+@functools.partial(Kernel, parallel=False)
 def _gram(pointer):
     a = arguments(pointer, 4)
     rows, columns = a[2], a[3]
@@ -123,7 +125,7 @@ def gram(x: Tensor) -> Tensor:
     return product
 
 
-@Kernel
+@functools.partial(Kernel, parallel=False)
 def _dora_norm(pointer):
     a = arguments(pointer, 11)
     rows, rank, factor, least = a[7], a[8], number(a[9]), number(a[10])

@@ -69,7 +69,7 @@ def quantize(w: Tensor, packed: Tensor, absmax: Tensor, blocksize: int, quant_ty
     _quantize(w, packed, absmax, bounds, codes, len(absmax), blocksize, in_order, int(w.dtype == torch.bfloat16))
 
 
-@functools.partial(Kernel, exact=True)
+@functools.partial(Kernel, exact=True, parallel=False)
 def _dequantize_absmax(pointer):
     a = arguments(pointer, 6)
     n, offset = a[5], floats(a[3], 0, 1)[0]

@@ -40,3 +40,13 @@ def _parallel() -> ctypes._CFuncPtr:
 def run(address: int, arguments: list[int]) -> None:
     """Call the C function void f(int64_t *arguments) at `address` once on each of PyTorch's threads."""
     _parallel()(address, (ctypes.c_int64 * len(arguments))(*arguments), torch.get_num_threads(), 0)
+
+
+@functools.cache
+def _function(address: int) -> ctypes._CFuncPtr:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+
+
+def run_alone(address: int, arguments: list[int]) -> None:
+    """Call it on this thread alone."""
+    _function(address)((ctypes.c_int64 * len(arguments))(*arguments))
