@@ -157,7 +157,7 @@ def _two_to_the(typing, n):
 
 @njit(inline="always")
 def exp(x):
-    """e^x in fp32 to 2 units in the last place; of less than -87 that of -87, of more than 88 infinity.
+    """e^x in fp32 to 2 units in the last place; of less than -87 zero, of more than 88 infinity.
 
     2^n e^r with |r| ≤ ln 2 / 2, ln 2 in two parts, and a polynomial for e^r (Cephes, Moshier 1992).
     """
@@ -173,6 +173,7 @@ def exp(x):
     p = p * r * r + r + np.float32(1.0)
     p = p * _two_to_the(n)
     p = np.float32(np.inf) if x > np.float32(88.0) else p
+    p = np.float32(0.0) if x < np.float32(-87.0) else p
     return p if x == x else x
 
 
