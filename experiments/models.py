@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from experiments import lean, mapped
+from experiments import lean, mapped, siblings
 from experiments.config import ADAPTER_KEYS, Config, ModelConfig
 from experiments.data import batches, collate, load_data
 from experiments.errors import UserError
@@ -169,6 +169,7 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
     except ValueError as error:
         raise UserError(str(error)) from error
+    siblings.join(model)
 
 
 def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:

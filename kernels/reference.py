@@ -113,17 +113,27 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y [T, out], xa = s·drop(x)Aᵀ [T, r])"""
-    a, b = _factors(lora_A, lora_B, scaling, 1.0, x.dtype)
+    a, b = factors(lora_A, lora_B, scaling, 1.0, x.dtype)
     return _adapted(x, dropout(x, p, seed), w, a, b, bias)
 
 
-def _factors(
-    lora_A: Tensor, lora_B: Tensor, scale_A: float, scale_B: float, dtype: torch.dtype
+def factors(
+    lora_A: Tensor, lora_B: Tensor, scale_A: float, scale_B: float, dtype: torch.dtype, a: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(scale_A · A, scale_B · B) in `dtype`."""
+    """(scale_A · A, in `a` if it is given, scale_B · B) in `dtype`."""
     if dtype == torch.bfloat16 and cpu.takes(lora_A, lora_B, dtype=torch.float32):
-        return cpu.elementwise.narrowed(lora_A, lora_B, scale_A, scale_B)
-    return (lora_A * scale_A).to(dtype), (lora_B * scale_B).to(dtype)
+        return cpu.elementwise.narrowed(lora_A, lora_B, scale_A, scale_B, a)
+    scaled_A, scaled_B = (lora_A * scale_A).to(dtype), (lora_B * scale_B).to(dtype)
+    return (scaled_A if a is None else a.copy_(scaled_A)), scaled_B
+
+
+def wide_gradients(
+    dA: Tensor, dB: Tensor, lora_A: Tensor, lora_B: Tensor, scale_A: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(scale_A · dA, dB) in the dtypes of A and B."""
+    if lora_A.dtype == lora_B.dtype == torch.float32 and cpu.takes(dA, dB):
+        return cpu.elementwise.widened(dA, dB, scale_A)
+    return dA.to(lora_A.dtype) * scale_A, dB.to(lora_B.dtype)
 
 
 def _adapted(
@@ -148,7 +158,7 @@ def lora_linear_backward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx [T, in], or of no element if `w` is None because nobody needs it; dA; dB)"""
-    a, b = _factors(lora_A, lora_B, 1.0, scaling, x.dtype)
+    a, b = factors(lora_A, lora_B, 1.0, scaling, x.dtype)
     dxa = torch.mm(dy, b)  # [T, r]
     dA, dB = torch.mm(dxa.t(), dropout(x, p, seed)), torch.mm(dy.t(), xa)
     if w is None:
@@ -156,9 +166,7 @@ def lora_linear_backward(
     else:
         dx = dropout(torch.mm(dxa, a), p, seed)
         dx.addmm_(dy, w)
-    if lora_A.dtype == lora_B.dtype == torch.float32 and cpu.takes(dA, dB):
-        return dx, *cpu.elementwise.widened(dA, dB)
-    return dx, dA.to(lora_A.dtype), dB.to(lora_B.dtype)
+    return dx, *wide_gradients(dA, dB, lora_A, lora_B)
 
 
 # --------------------------------------------------------------------------------------- DoRA
@@ -171,10 +179,10 @@ def weight_norm_sq(w: Tensor) -> Tensor:
 def dora_norm(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """‖W + sBA‖ of each row, fp32 [out]; `norm_sq` is ‖W‖², fp32 [out]."""
     a = (lora_A * scaling).to(w.dtype)
-    return _norm_and_gain(w, norm_sq, lora_A, lora_B, a, scaling, norm_sq)[0]
+    return norm_and_gain(w, norm_sq, lora_A, lora_B, a, scaling, norm_sq)[0]
 
 
-def _norm_and_gain(
+def norm_and_gain(
     w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, a: Tensor, scaling: float, magnitude: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(‖W + sBA‖ of each row, magnitude over it) fp32 [out]; `a` is sA in w's dtype."""
@@ -216,23 +224,21 @@ def dora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(y [T, out], xa [T, r], norm and gain fp32 [out], z [T, out] = drop(x)(W + sBA)ᵀ or empty where y holds it)"""
-    a, b = _factors(lora_A, lora_B, scaling, 1.0, x.dtype)
+    a, b = factors(lora_A, lora_B, scaling, 1.0, x.dtype)
     if norm is None:
-        norm, gain = _norm_and_gain(w, norm_sq, lora_A, lora_B, a, scaling, magnitude)
+        norm, gain = norm_and_gain(w, norm_sq, lora_A, lora_B, a, scaling, magnitude)
     else:
         norm, gain = norm.clone(), dora_gain(magnitude, norm)
     xd = dropout(x, p, seed)
     z, xa = _adapted(xd, xd, w, a, b)
-    if not p and bias is None and cpu.takes(z):
-        return cpu.norms.scale_columns_(z, gain), xa, norm, gain, x.new_empty(0)
+    if not p and bias is None:
+        return scale_columns_(z, gain), xa, norm, gain, x.new_empty(0)
     g = gain.to(x.dtype)
     if p:
         # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
         y = ((x - xd) @ w.t()).addcmul_(z, g)
         return (y if bias is None else y.add_(bias)), xa, norm, gain, z
-    if bias is not None:
-        return torch.addcmul(bias.to(x.dtype), z, g), xa, norm, gain, z
-    return z.mul_(g), xa, norm, gain, x.new_empty(0)
+    return torch.addcmul(bias.to(x.dtype), z, g), xa, norm, gain, z
 
 
 def dora_linear_backward(
@@ -253,7 +259,7 @@ def dora_linear_backward(
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dA, dB, dm); the norm counts as a constant (DoRA, Liu et al. 2024, §4.3). y is None where z is kept."""
-    dz, total = _scale_columns(dy, z if y is None else y, gain)
+    dz, total = scale_columns(dy, z if y is None else y, gain)
     xd = dropout(x, p, seed)
     dx, dA, dB = lora_linear_backward(dz, xd, xa, w if needs_dx else None, lora_A, lora_B, scaling, 0.0, None)
     if p and needs_dx:
@@ -262,21 +268,43 @@ def dora_linear_backward(
         dx += through_base - dropout(through_base, p, seed)
     if y is None:
         return dx, dA, dB, _over_norm(total, norm).to(magnitude.dtype)
-    dm = total / magnitude  # z / ‖W + sBA‖ = y / m
+    dm = magnitude_gradient(total, dy, xd, w, lora_A, lora_B, magnitude, scaling, norm, gain)
+    return dx, dA, dB, dm
+
+
+def magnitude_gradient(
+    total: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    norm: Tensor,
+    gain: Tensor,
+) -> Tensor:
+    """dm where `total` is Σ_t dy ⊙ y: z / ‖W + sBA‖ = y / m."""
+    dm = total / magnitude
     # Where m = 0, or nearly, y has lost z's digits: compute z again.
     small = gain.abs() < torch.finfo(x.dtype).tiny
     if small.any():
         rows = small.nonzero().squeeze(1)
-        z_rows, _ = lora_linear(xd, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
-        dm[rows] = _over_norm(_scale_columns(dy[:, rows], z_rows, gain[rows])[1], norm[rows])
-    return dx, dA, dB, dm.to(magnitude.dtype)
+        z_rows, _ = lora_linear(x, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
+        dm[rows] = _over_norm(scale_columns(dy[:, rows], z_rows, gain[rows])[1], norm[rows])
+    return dm.to(magnitude.dtype)
 
 
-def _scale_columns(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+def scale_columns(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """(dz = gain ⊙ dy, Σ_t dy ⊙ kept in fp32 [out])"""
     if cpu.takes(dy, kept):
         return cpu.norms.scale_columns(dy, kept, gain)
     return dy * gain.to(dy.dtype), (dy * kept).sum(dim=0, dtype=torch.float32)
+
+
+def scale_columns_(z: Tensor, gain: Tensor) -> Tensor:
+    """gain ⊙ z in z's place."""
+    return cpu.norms.scale_columns_(z, gain) if cpu.takes(z) else z.mul_(gain.to(z.dtype))
 
 
 def _over_norm(total: Tensor, norm: Tensor) -> Tensor:

@@ -53,11 +53,14 @@ class Kernel:
             numba.config.CACHE_DIR = before
 
     def __call__(self, *arguments: torch.Tensor | int | float) -> None:
-        self._run(self._code.address, [a if type(a) is int else _as_int(a) for a in arguments])
+        self._run(
+            self._code.address,
+            [a if type(a) is int else _bits(a) if type(a) is float else a.data_ptr() for a in arguments],
+        )
 
 
-def _as_int(argument: torch.Tensor | float) -> int:
-    return struct.unpack("q", struct.pack("d", argument))[0] if type(argument) is float else argument.data_ptr()
+def _bits(x: float) -> int:
+    return struct.unpack("q", struct.pack("d", x))[0]
 
 
 @intrinsic

@@ -98,25 +98,29 @@ def _narrowed(pointer):
             y[j] = narrow(x[j] * factor)
 
 
-def narrowed(x: Tensor, y: Tensor, factor_x: float, factor_y: float) -> tuple[Tensor, Tensor]:
-    """(factor_x · x, factor_y · y) in bf16, of fp32."""
-    narrow_x, narrow_y = (torch.empty_like(t, dtype=torch.bfloat16) for t in (x, y))
+def narrowed(
+    x: Tensor, y: Tensor, factor_x: float, factor_y: float, out_x: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(factor_x · x, in `out_x` if it is given, factor_y · y) in bf16, of fp32."""
+    narrow_x = torch.empty_like(x, dtype=torch.bfloat16) if out_x is None else out_x
+    narrow_y = torch.empty_like(y, dtype=torch.bfloat16)
     _narrowed(x, narrow_x, x.numel(), factor_x, y, narrow_y, y.numel(), factor_y)
     return narrow_x, narrow_y
 
 
 @functools.partial(Kernel, parallel=False)
 def _widened(pointer):
-    a = arguments(pointer, 6)
+    a = arguments(pointer, 8)
     for i in range(2):
-        first, behind = share(a[3 * i + 2])
-        x, y = bf16s(a[3 * i], first, behind - first), floats(a[3 * i + 1], first, behind - first)
+        factor = number(a[4 * i + 3])
+        first, behind = share(a[4 * i + 2])
+        x, y = bf16s(a[4 * i], first, behind - first), floats(a[4 * i + 1], first, behind - first)
         for j in range(behind - first):
-            y[j] = wide(x[j])
+            y[j] = wide(x[j]) * factor
 
 
-def widened(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 x and y in fp32."""
+def widened(x: Tensor, y: Tensor, factor_x: float) -> tuple[Tensor, Tensor]:
+    """(factor_x · x, y) in fp32, of bf16."""
     wide_x, wide_y = (torch.empty_like(t, dtype=torch.float32) for t in (x, y))
-    _widened(x, wide_x, x.numel(), y, wide_y, y.numel())
+    _widened(x, wide_x, x.numel(), factor_x, y, wide_y, y.numel(), 1.0)
     return wide_x, wide_y

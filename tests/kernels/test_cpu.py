@@ -80,8 +80,11 @@ def test_factors(sizes):
     x, y = (torch.randn(n, generator=torch.Generator().manual_seed(n)) for n in sizes)
     narrow = cpu.elementwise.narrowed(x, y, 1.5, 1.0)
     assert torch.equal(narrow[0], (x * 1.5).bfloat16()) and torch.equal(narrow[1], y.bfloat16())
-    for got, want in zip(cpu.elementwise.widened(*narrow), narrow):
-        assert torch.equal(got, want.float())
+    widened = cpu.elementwise.widened(*narrow, 0.3)
+    assert torch.equal(widened[0], narrow[0].float() * 0.3) and torch.equal(widened[1], narrow[1].float())
+    into = bf16(2, sizes[0])
+    assert cpu.elementwise.narrowed(x, y, 1.5, 1.0, into[1])[0].data_ptr() == into[1].data_ptr()
+    assert torch.equal(into[1], narrow[0])
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 50), (17, 576)], ids=str)
