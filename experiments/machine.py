@@ -17,6 +17,7 @@ import torch
 from experiments import parallel
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
+from kernels import cpu
 
 HEAP_BLOCKS = 8  # of 512 MB: what a step of a model that trains on a CPU may need
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,6 +130,8 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
             f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
         )
     why = "" if has_native_bf16(device) else ", which has no bf16 matmul"
+    if device.type == "cpu" and dtype == torch.bfloat16 and not cpu.threads.available():
+        why += ", without kernels for CPUs: this PyTorch brings no libgomp"
     busy = ""
     if device.type == "cpu" and os.getloadavg()[0] > 1 and torch.get_num_threads() > 1:
         busy = f"; others keep it busy (load {os.getloadavg()[0]:.1f}), where trainer.threads=1 may be faster"

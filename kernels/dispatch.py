@@ -44,6 +44,12 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
+@functools.cache  # reading the environment takes as long as a small tensor's sum
+def _environment() -> str | None:
+    env = os.environ.get("QDORA_BACKEND")
+    return _checked(env, "QDORA_BACKEND") if env else None
+
+
 @functools.cache
 def _has_matrix_instructions(device: torch.device) -> bool:
     major, minor = torch.cuda.get_device_capability(device)
@@ -65,9 +71,7 @@ def use_triton(tensor: torch.Tensor, products: bool = False) -> bool:
     Raises:
         RuntimeError: the Triton backend was asked for on a tensor it cannot run on.
     """
-    backend = _override.get()
-    if backend is None and (env := os.environ.get("QDORA_BACKEND")):
-        backend = _checked(env, "QDORA_BACKEND")
+    backend = _override.get() or _environment()
     if backend is None:
         return tensor.is_cuda and (not products or _has_matrix_instructions(tensor.device))
     if backend == "triton" and not (tensor.is_cuda or interpreting()):

@@ -193,12 +193,13 @@ def norm_and_gain(
     # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
     least = max(4e-3, 64 * torch.finfo(w.dtype).eps)
     if cpu.takes(u) and cpu.takes(B, v, norm_sq, magnitude, dtype=torch.float32):
-        norm, gain = cpu.norms.dora_norm(u, B, v, norm_sq, magnitude, scaling, least)
+        norm, gain, cancelled = cpu.norms.dora_norm(u, B, v, norm_sq, magnitude, scaling, least)
     else:
         total = norm_sq + (B * torch.add(2 * u.float(), v, alpha=scaling**2)).sum(dim=1)
         norm = total.sqrt().masked_fill_(total < norm_sq * least, -1.0)
         gain = dora_gain(magnitude, norm)
-    if norm.amin() < 0:
+        cancelled = norm.amin() < 0
+    if cancelled:
         rows = (norm < 0).nonzero().squeeze(1)
         norm[rows] = (w[rows].float() + scaling * B[rows] @ A).square().sum(dim=1).sqrt_()
         gain[rows] = dora_gain(magnitude[rows], norm[rows])
@@ -287,9 +288,9 @@ def magnitude_gradient(
     """dm where `total` is Σ_t dy ⊙ y: z / ‖W + sBA‖ = y / m."""
     dm = total / magnitude
     # Where m = 0, or nearly, y has lost z's digits: compute z again.
-    small = gain.abs() < torch.finfo(x.dtype).tiny
-    if small.any():
-        rows = small.nonzero().squeeze(1)
+    tiny = torch.finfo(x.dtype).tiny
+    if cpu.norms.has_below(gain, tiny) if cpu.takes(gain, dtype=torch.float32) else (gain.abs() < tiny).any():
+        rows = (gain.abs() < tiny).nonzero().squeeze(1)
         z_rows, _ = lora_linear(x, w[rows], lora_A, lora_B[rows], None, scaling, 0.0, None)
         dm[rows] = _over_norm(scale_columns(dy[:, rows], z_rows, gain[rows])[1], norm[rows])
     return dm.to(magnitude.dtype)

@@ -51,13 +51,13 @@ def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tenso
 
 @Kernel
 def _rotate(pointer):
-    a = arguments(pointer, 14)
+    a = arguments(pointer, 17)
     tokens, heads, half = a[5], a[6], a[7]
-    sign = number(a[13])
+    sign = number(a[16])
     first, behind = share(a[4] * tokens)
     for place in range(first, behind):
         batch, token = place // tokens, place % tokens
-        table = batch * a[11] + token * a[12]
+        table = batch * a[14] + token * a[15]
         cos1, cos2 = bf16s(a[1], table, half), bf16s(a[1], table + half, half)
         sin1, sin2 = bf16s(a[2], table, half), bf16s(a[2], table + half, half)
         if sign > 0:
@@ -65,7 +65,8 @@ def _rotate(pointer):
         for head in range(heads):
             start = batch * a[8] + head * a[9] + token * a[10]
             x1, x2 = bf16s(a[0], start, half), bf16s(a[0], start + half, half)
-            y1, y2 = bf16s(a[3], start, half), bf16s(a[3], start + half, half)
+            there = batch * a[11] + head * a[12] + token * a[13]
+            y1, y2 = bf16s(a[3], there, half), bf16s(a[3], there + half, half)
             for i in range(half):
                 u, v = wide(x1[i]), wide(x2[i])
                 y1[i] = narrow(rounded(u * wide(cos1[i])) + sign * rounded(v * wide(sin1[i])))
@@ -76,12 +77,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     """Rotary embedding of x, or what its backward makes of dy = x.
 
     x bf16 [batch, heads, tokens, d], dense in any order but with d last; cos, sin bf16 [batch or 1, 1, tokens, d]. The
-    result lies in memory as x does.
+    result lies in memory as the products want it: attention's [batch, heads, tokens, d], in backward those of the
+    linears [batch, tokens, heads, d].
     """
-    y = torch.empty_like(x)
     batch, heads, tokens, d = x.shape
+    y = x.new_empty(batch, tokens, heads, d).transpose(1, 2) if backward else x.new_empty(x.shape)
     _rotate(
-        *(x, cos, sin, y, batch, tokens, heads, d // 2, *x.stride()[:3]),
+        *(x, cos, sin, y, batch, tokens, heads, d // 2, *x.stride()[:3], *y.stride()[:3]),
         *(cos.stride(0) if len(cos) > 1 else 0, cos.stride(2), 1.0 if backward else -1.0),
     )
     return y

@@ -1,12 +1,13 @@
 """RMSNorm, and what DoRA does to the rows of a weight and the columns of an output."""
 
+import ctypes
 import functools
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.code import Kernel, arguments, bf16s, floats, narrow, number, rounded, share, thread, wide
+from kernels.cpu.code import Kernel, arguments, bf16s, floats, ints, narrow, number, rounded, share, thread, wide
 
 
 @Kernel
@@ -127,8 +128,9 @@ def gram(x: Tensor) -> Tensor:
 
 @functools.partial(Kernel, parallel=False)
 def _dora_norm(pointer):
-    a = arguments(pointer, 11)
+    a = arguments(pointer, 12)
     rows, rank, factor, least = a[7], a[8], number(a[9]), number(a[10])
+    cancelled = ints(a[11], 0, 1)
     norm_sq, magnitude = floats(a[3], 0, rows), floats(a[4], 0, rows)
     norm, gain = floats(a[5], 0, rows), floats(a[6], 0, rows)
     first, behind = share(rows)
@@ -140,18 +142,39 @@ def _dora_norm(pointer):
             total += b[i] * (wide(u[i]) + wide(u[i]) + factor * v[i])
         total += norm_sq[row]
         length = np.sqrt(total)
-        norm[row] = np.float32(-1.0) if total < norm_sq[row] * least else length
+        if total < norm_sq[row] * least:
+            length = np.float32(-1.0)
+            cancelled[0] = 1
+        norm[row] = length
         gain[row] = np.float32(0.0) if length == np.float32(0.0) else magnitude[row] / length
 
 
 def dora_norm(
     u: Tensor, lora_B: Tensor, v: Tensor, norm_sq: Tensor, magnitude: Tensor, scaling: float, least: float
-) -> tuple[Tensor, Tensor]:
-    """(√(‖W‖² + Σ B ⊙ (2u + s²v)) of each row, and -1 where that is under √least · ‖W‖; magnitude over it or 0), fp32
-    [out].
+) -> tuple[Tensor, Tensor, bool]:
+    """(√(‖W‖² + Σ B ⊙ (2u + s²v)) of each row, and -1 where that is under √least · ‖W‖; magnitude over it or 0; whether
+    there is such a row): fp32 [out].
 
     u = s·WAᵀ bf16 [out, rank]; lora_B and v = BAAᵀ fp32 [out, rank]; norm_sq = ‖W‖² and magnitude fp32 [out].
     """
     norm, gain = torch.empty_like(norm_sq), torch.empty_like(norm_sq)
-    _dora_norm(u, lora_B, v, norm_sq, magnitude, norm, gain, *u.shape, scaling**2, least)
-    return norm, gain
+    cancelled = ctypes.c_int64(0)
+    more = (*u.shape, scaling**2, least, ctypes.addressof(cancelled))
+    _dora_norm(u, lora_B, v, norm_sq, magnitude, norm, gain, *more)
+    return norm, gain, bool(cancelled.value)
+
+
+@functools.partial(Kernel, parallel=False)
+def _has_below(pointer):
+    a = arguments(pointer, 4)
+    x, limit, found = floats(a[0], 0, a[1]), number(a[2]), np.int64(0)
+    for i in range(a[1]):
+        found |= np.int64(abs(x[i]) < limit)
+    ints(a[3], 0, 1)[0] = found
+
+
+def has_below(x: Tensor, limit: float) -> bool:
+    """Whether some |x| < limit, fp32."""
+    found = ctypes.c_int64(0)
+    _has_below(x, x.numel(), limit, ctypes.addressof(found))
+    return bool(found.value)

@@ -5,19 +5,19 @@ import json
 import pytest
 import torch
 
-from kernels.dispatch import interpreting
+from kernels.dispatch import interpreting, use_backend
 
 SMALL = ["trainer.steps=2", "trainer.batch_size=1", "trainer.eval_every=0", "trainer.samples=0", "data.max_heldout=1"]
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or interpreting()), reason="no GPU, and TRITON_INTERPRET is not 1")
 @pytest.mark.parametrize("method", ["lora", "qdora"])
-def test_a_run_on_triton_follows_the_run_on_torch(command, tmp_path, monkeypatch, method):
+def test_a_run_on_triton_follows_the_run_on_torch(command, tmp_path, method):
     losses = {}
     for backend in ("torch", "triton"):
-        monkeypatch.setenv("QDORA_BACKEND", backend)
         out = tmp_path / backend
-        code, text = command(f"+method={method}", *SMALL, "lr=1e-2", "dropout=0.1", f"output_dir={out}")
+        with use_backend(backend):
+            code, text = command(f"+method={method}", *SMALL, "lr=1e-2", "dropout=0.1", f"output_dir={out}")
         assert code == 0, text
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[backend] = [record.get("loss", record.get("heldout_loss")) for record in records]

@@ -1,4 +1,4 @@
-"""Norms and gated MLPs that keep less: the bits of the model's own code, gradients against float64."""
+"""Norms and gated MLPs that keep less: what the model's own code gives, gradients against float64."""
 
 import copy
 
@@ -38,10 +38,12 @@ def test_against_float64(what, dtype):
     else:
         leaves, dy = [torch.randn(7, 33) for _ in range(2)], torch.randn(7, 33)
         own = exact = lambda gate, up: ACT2FN[what](gate) * up
-        ours = lambda gate, up: lean._Gated.apply(gate, up, lean._Activation(ACT2FN[what]))  # noqa: E731
+        ours = lambda gate, up: lean._Gated.apply(gate, up, lean._Product(ACT2FN[what]))  # noqa: E731
     leaves = [leaf.to(dtype) for leaf in leaves]
     got, theirs = gradients(ours, leaves, dy), gradients(own, leaves, dy)
-    assert torch.equal(got[0], theirs[0])
+    if dtype == torch.float32:
+        assert torch.equal(got[0], theirs[0])
+    assert (got[0] - theirs[0]).abs().max() <= torch.finfo(dtype).eps * theirs[0].abs().max()
     if what == "rms_norm":
         norm.double()
     for have, torchs, want in zip(got, theirs, gradients(exact, [leaf.double() for leaf in leaves], dy.to(dtype))):
@@ -105,7 +107,7 @@ def test_checkpointing_decides_what_is_kept():
     """A hook of our own inside its hooks would hold what feeds the product, of every block at once."""
     mlp = LlamaForCausalLM(LlamaConfig(**SMALL)).model.layers[0].mlp
     x, kept = torch.randn(2, 5, 64, requires_grad=True), []
-    product = lean._Gated.apply(mlp.gate_proj(x), mlp.up_proj(x), lean._Activation(mlp.act_fn))
+    product = lean._Gated.apply(mlp.gate_proj(x), mlp.up_proj(x), lean._Product(mlp.act_fn))
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         lean._mlp(mlp, x)
     assert any(torch.equal(tensor.flatten(), product.flatten()) for tensor in kept)

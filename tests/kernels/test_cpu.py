@@ -66,11 +66,13 @@ def test_dora_norm(rank):
     u[::7], b[::7], v[::7] = -50, 1, 0  # takes away more than is there
     exact = norm_sq.double() + (b.double() * (2 * u.double() + v.double())).sum(1)
     magnitude = torch.rand(50)
-    norm, gain = cpu.norms.dora_norm(u, b, v / 4, norm_sq, magnitude, 2.0, 0.9)
+    norm, gain, cancelled = cpu.norms.dora_norm(u, b, v / 4, norm_sq, magnitude, 2.0, 0.9)
+    assert cancelled and not cpu.norms.dora_norm(0 * u, b, 0 * v, norm_sq, magnitude, 2.0, 0.9)[2]
     below = exact < 0.9 * norm_sq.double()
     assert torch.equal(norm < 0, below) and below.any() and not below.all()
     torch.testing.assert_close(norm[~below].double(), exact[~below].sqrt(), rtol=1e-6, atol=0)
     torch.testing.assert_close(gain[~below], magnitude[~below] / norm[~below], rtol=1e-6, atol=0)
+    assert cpu.norms.has_below(norm_sq - 101, 0.9) and not cpu.norms.has_below(-norm_sq, 99.0)
     zero = torch.zeros(50)
     assert torch.equal(cpu.norms.dora_norm(0 * u, b, 0 * v, zero, magnitude, 2.0, 0.9)[1], zero)
 
@@ -121,7 +123,7 @@ def test_rotate(backward, batches):
     x = bf16(2, 5, 3, 14).transpose(1, 2)  # [batch, heads, tokens, d], as a model has it
     cos, sin = (bf16(batches, 1, 5, 14, seed=s) for s in (1, 2))
     got = cpu.elementwise.rotate(x, cos, sin, backward)
-    assert got.stride() == x.stride()
+    assert (got.transpose(1, 2) if backward else got).is_contiguous()
     x1, x2 = x.double().chunk(2, -1)
     (c1, c2), (s1, s2) = cos.double().chunk(2, -1), sin.double().chunk(2, -1)
     pairs = (x1 * c1 + x2 * s2, x2 * c2 - x1 * s1) if backward else (x1 * c1 - x2 * s1, x2 * c2 + x1 * s2)

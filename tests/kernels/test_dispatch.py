@@ -15,6 +15,7 @@ GPU = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
 def gpu(monkeypatch):
     """Pretends that GPU is on a card of the given compute capability."""
     monkeypatch.delenv("QDORA_BACKEND", raising=False)
+    dispatch._environment.cache_clear()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some card")
 
     def pretend(*capability: int):
@@ -47,6 +48,7 @@ def test_products_on_an_old_card_run_in_torch_and_say_so_once(gpu, recwarn):
 def test_unknown_backends_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="use_backend: unknown backend 'cuda'"), use_backend("cuda"):
         pass
+    dispatch._environment.cache_clear()
     monkeypatch.setenv("QDORA_BACKEND", "numpy")
     with pytest.raises(ValueError, match="QDORA_BACKEND: unknown backend 'numpy'"):
         dispatch.use_triton(CPU)
