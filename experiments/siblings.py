@@ -16,11 +16,13 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _Group:
-    """What the siblings `linears` share: the input of the last call, and the results nobody has asked for yet."""
+    """What the siblings `linears` share: the input of the last call, as it was and the adapters were then, and the
+    results nobody has asked for yet."""
 
     def __init__(self, linears: list[LoRALinear]):
         self.linears = linears
         self.x: Tensor | None = None
+        self.versions: list[int] = []
         self.results: dict[LoRALinear, Tensor] = {}
 
     def can(self, x: Tensor) -> bool:
@@ -29,8 +31,10 @@ class _Group:
         return all(linear.training and linear.dropout == 0 and linear.output_bias is None for linear in self.linears)
 
     def of(self, linear: LoRALinear, x: Tensor) -> Tensor:
-        if self.x is not x or linear not in self.results:
-            self.x, self.results = x, dict(zip(self.linears, self._compute(x)))
+        versions = [x._version, *(tensor._version for one in self.linears for tensor in (one.lora_A, one.lora_B))]
+        if self.x is not x or self.versions != versions or linear not in self.results:
+            self.x, self.versions = x, versions
+            self.results = dict(zip(self.linears, self._compute(x)))
         result = self.results.pop(linear)
         if not self.results:
             self.x = None

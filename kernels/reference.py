@@ -24,16 +24,15 @@ def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
     # bitsandbytes multiplies full blocks by 1/absmax but divides the partial last one, and there alone stores
     # 1e-38 for an all-zero block. Codes on a decision bound depend on it, so we do the same.
     whole = x[:full]
-    by_kernel = cpu.takes(whole, dtype=torch.float32) or cpu.takes(whole)
-    if by_kernel:
+    if cpu.takes(whole, dtype=torch.float32) or cpu.takes(whole):
         cpu.packing.quantize(whole, packed[: full // 2], absmax[: full // blocksize], blocksize, quant_type)
-    for start in range(0, 0 if by_kernel else full, _CHUNK):
-        end = min(start + _CHUNK, full)
-        blocks = x[start:end].float().view(-1, blocksize)
-        largest = absmax[start // blocksize : end // blocksize]
-        torch.amax(blocks.abs(), dim=1, out=largest)
-        scaled = blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)
-        packed[start // 2 : end // 2] = _packed_codes(scaled.view(-1), quant_type)
+    else:
+        for start in range(0, full, _CHUNK):
+            blocks = whole[start : start + _CHUNK].float().view(-1, blocksize)
+            largest = absmax[start // blocksize : start // blocksize + len(blocks)]
+            torch.amax(blocks.abs(), dim=1, out=largest)
+            scaled = blocks * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)
+            packed[start // 2 : (start + blocks.numel()) // 2] = _packed_codes(scaled.view(-1), quant_type)
     if full < n:
         tail = x[full:].float()
         absmax[-1] = tail.abs().amax().clamp(min=1e-38)
@@ -133,7 +132,7 @@ def wide_gradients(
     """(scale_A · dA, dB) in the dtypes of A and B."""
     if lora_A.dtype == lora_B.dtype == torch.float32 and cpu.takes(dA, dB):
         return cpu.elementwise.widened(dA, dB, scale_A)
-    return dA.to(lora_A.dtype) * scale_A, dB.to(lora_B.dtype)
+    return dA.to(lora_A.dtype).mul_(scale_A), dB.to(lora_B.dtype)
 
 
 def _adapted(

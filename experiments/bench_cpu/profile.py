@@ -20,21 +20,24 @@ from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig
 from experiments.models import wheel_directory
 from kernels import cpu_dequantize, reference
+from modules import decoder_linears
 
 FEW = 16  # tokens
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
-LABELLED = {(cpu_dequantize, "dequantize_4bit"): "dequantize", (reference, "dora_norm"): "DoRA norm"}
+LABELLED = {(cpu_dequantize, "dequantize_4bit"): "dequantize", (reference, "norm_and_gain"): "DoRA norm"}
 BY_NAME = {  # of an operation or one that it is part of
     "_LinearCrossEntropy": "loss",
     "blocked_attention": "attention",
     "scaled_dot_product": "attention",
-    "_RMSNorm": "norms and activations",
-    "_Gated": "norms and activations",
+    "_RMSNorm": "norms, activations, rotary embedding",
+    "_Gated": "norms, activations, rotary embedding",
     "Optimizer": "optimizer",
     "lora_linear": "adapter, elementwise",
     "dora_linear": "adapter, elementwise",
+    "_Linears": "adapter, elementwise",
+    "_Rotary": "norms, activations, rotary embedding",
 }
-REST = "the rest of the model (rotary embedding, residuals, autograd, Python)"
+REST = "the rest of the model (residuals, autograd, Python)"
 
 
 def _labelled(module: ModuleType, name: str):
@@ -47,9 +50,9 @@ def _labelled(module: ModuleType, name: str):
     return patch.object(module, name, run)
 
 
-def _category(event, rank: int) -> str:
+def _category(event, thin_sizes: set[int]) -> str:
     if event.name in PRODUCTS:
-        thin = any(rank in shape for shape in event.input_shapes if shape)
+        thin = any(thin_sizes.intersection(shape) for shape in event.input_shapes if shape)
         return "adapter, products" if thin else "products with frozen weights"
     while event is not None:
         if event.name in LABELLED.values():
@@ -81,9 +84,13 @@ def main(argv: list[str]) -> int:
             labels.enter_context(_labelled(module, name))
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
             _, seconds = worker.step(batch)
+    linears = decoder_linears(worker.model).values()
+    # of adapters that are computed together two or three times the rank; where a linear has that size, it is the linear's
+    thin = {options.rank, 2 * options.rank, 3 * options.rank}
+    thin -= {size for linear in linears for size in (linear.in_features, linear.out_features)}
     spent: Counter[str] = Counter()
     for event in trace.events():
-        spent[_category(event, options.rank)] += event.self_cpu_time_total / 1e6
+        spent[_category(event, thin)] += event.self_cpu_time_total / 1e6
     what = f"{options.method}, rank {options.rank}, {options.batch}×{options.length} tokens"
     print(f"{what}: {machine.describe(cpu, getattr(torch, dtype))}")
     for category, time in spent.most_common():

@@ -89,6 +89,11 @@ def test_each_input_has_its_own_results(calls):
     for name, given in (("q_proj", x), ("k_proj", other), ("v_proj", other), ("q_proj", x), ("q_proj", x)):
         torch.testing.assert_close(getattr(attention, name)(given), getattr(alone, name)(given))
     assert calls == [3] * 4
+    attention.q_proj(x)
+    with torch.no_grad():
+        attention.k_proj.lora_B.zero_()
+        alone.k_proj.lora_B.zero_()
+    torch.testing.assert_close(attention.k_proj(x), alone.k_proj(x))
 
 
 def test_a_copy_is_joined_by_itself():
