@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as trace:
             _, seconds = worker.step(batch)
     linears = decoder_linears(worker.model).values()
-    # of adapters that are computed together two or three times the rank; where a linear has that size, it is the linear's
+    # Adapters that are computed together have two or three times the rank. A size that a linear has is the linear's.
     thin = {options.rank, 2 * options.rank, 3 * options.rank}
     thin -= {size for linear in linears for size in (linear.in_features, linear.out_features)}
     spent: Counter[str] = Counter()
