@@ -187,7 +187,7 @@ def norm_and_gain(
     """(‖W + sBA‖ of each row, magnitude over it) fp32 [out]; `a` is sA in w's dtype."""
     u = torch.mm(w, a.t())  # s·WAᵀ [out, r]
     A, B = lora_A.float(), lora_B.float()
-    v = torch.mm(B, cpu.norms.gram(A) if cpu.takes(A, dtype=torch.float32) else torch.mm(A, A.t()))
+    v = torch.mm(B, cpu.norms.gram(A) if cpu.takes(u) and cpu.takes(A, dtype=torch.float32) else torch.mm(A, A.t()))
     # Where little is left of ‖W‖² the terms have cancelled, and their rounding with them has grown: compute the row
     # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
     least = max(4e-3, 64 * torch.finfo(w.dtype).eps)

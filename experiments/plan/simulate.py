@@ -12,11 +12,12 @@ Beside what the operations return, these are known:
 - a linear over packed codes has its dense weight while it computes: the Triton launcher makes one in the compute dtype;
 - autocast, which torch does not have on the meta device, casts the arguments of products.
 
-For a CPU the code is run that runs there: the torch twins of the ops with all that they make on the way, and
-experiments/lean.py and attention.py. (Dequantization is the twin's, which makes more than bitsandbytes' routine does.)
+For a CPU the code is run that runs there: the torch twins of the ops with all that they make on the way, the memory
+that kernels/cpu/ writes to, and experiments/lean.py, attention.py and siblings.py. (Dequantization is the twin's, which
+makes more than bitsandbytes' routine does.)
 
-Not seen: what libraries allocate inside one operation (cuBLAS workspaces, blocks of attention), the CUDA context, and
-what an allocator loses to fragmentation.
+Not seen: what libraries allocate inside one operation (cuBLAS workspaces, a GPU's blocks of attention), the CUDA
+context, and what an allocator loses to fragmentation.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ from modules import AdamW
 
 aten = torch.ops.aten
 PHASES = ("forward", "loss", "backward", "optimizer")
+ATTENTION = (torch.ops.qdora.blocked_attention, torch.ops.qdora.blocked_attention_backward)  # a CPU's
 POSITIONS = (aten.index, aten.index_put, aten._index_put_impl_)  # which tokens carry labels decides shapes
 
 
@@ -112,7 +114,7 @@ class Allocations(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         scratch = _dense_weight(func, args)
         self.weight = max(self.weight, scratch)
-        if self.on_cpu and packet in flops.LINEARS:
+        if self.on_cpu and (packet in flops.LINEARS or packet in ATTENTION):
             with self:
                 return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
         out = func(*args, **kwargs)
@@ -263,7 +265,9 @@ def simulate(
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state
         optimizer.zero_grad(set_to_none=True)
-        state = [tensor for of_one in optimizer.state.values() for tensor in of_one.values()]
+        state = [
+            tensor for of_one in optimizer.state.values() for tensor in of_one.values() if isinstance(tensor, Tensor)
+        ]
         for tensor in (*model.parameters(), *model.buffers(), *state):
             memory.add(tensor)
         memory.peaks, memory.flops, before_loss = dict.fromkeys(PHASES, 0), 0, 0

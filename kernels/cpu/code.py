@@ -34,7 +34,8 @@ _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
 
 
 class Kernel:
-    """A compiled kernel. A call takes tensors, ints and floats, and returns when every thread is done.
+    """A compiled kernel. A call takes tensors, the first argument, ints and floats, and returns when every thread is
+    done. On tensors without memory (meta) it does nothing.
 
     Args:
         exact: nothing is reordered or fused.
@@ -53,6 +54,8 @@ class Kernel:
             numba.config.CACHE_DIR = before
 
     def __call__(self, *arguments: torch.Tensor | int | float) -> None:
+        if arguments[0].is_meta:
+            return
         self._run(
             self._code.address,
             [a if type(a) is int else _bits(a) if type(a) is float else a.data_ptr() for a in arguments],

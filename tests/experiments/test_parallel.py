@@ -209,7 +209,7 @@ def placed(folder: Path) -> None:
         engine.place(model)
         trainer = Trainer(model, cfg, torch.bfloat16, tokenizer.pad_token_id, engine)
         trainer.step([next(batches(load_data(cfg.data, tokenizer).train, 4, seed=0))])
-        state = [t for tensors in trainer.optimizer.state.values() for t in tensors.values() if t.dim()]
+        state = [t for tensors in trainer.optimizer.state.values() for t in tensors.values() if torch.is_tensor(t)]
         trainable = sum(p.numel() for p in trainer.parameters)
         print(f"state {sum(t.numel() for t in state) / (2 * trainable):.2f}", file=sys.stderr)
     parallel.stop()

@@ -66,7 +66,7 @@ def test_checkpointing(calls):
     joined.gradient_checkpointing_enable({"use_reentrant": False})
     for got, want in zip(loss_and_gradients(joined), loss_and_gradients(model), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
-    assert calls == [3, 2, 3, 2] * 2
+    assert calls == []  # a block that is computed again breaks off when it has what it needs
 
 
 def test_what_stays_alone(calls):
