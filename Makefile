@@ -46,7 +46,7 @@ lint: $(READY) ## ruff: style and format
 bench: $(READY) ## kernel microbenchmarks beside bitsandbytes: a table and a CSV
 	$(BIN)/python -m kernels.bench $(ARGS)
 
-bench-cpu: $(READY) ## training, memory and generation beside PEFT + bitsandbytes on a CPU: a quarter of an hour
+bench-cpu: $(READY) ## training, memory and generation beside PEFT + bitsandbytes on a CPU: six minutes
 	$(BIN)/python -m experiments.bench_cpu $(ARGS)
 
 profile-cpu: $(READY) ## where the time of a training step on a CPU goes

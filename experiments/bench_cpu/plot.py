@@ -31,6 +31,8 @@ def plot(path: Path, rows: "list[Row]") -> None:
         axes.barh(y, row.ratio, color=COLOURS[row.metric], label=LABELS[row.metric])
         axes.text(row.ratio, y, f" {row.ratio:.2f}", va="center", fontsize="small")
     axes.axvline(1, color="0.3", lw=1)
+    axes.set_xscale("log", base=2)  # one ratio may be ten times another, and half as fast as far from 1 as twice
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(ours)), [row.case for row in ours], fontsize="small")
     axes.invert_yaxis()
     axes.set_xlabel("PEFT + bitsandbytes over this project, in one run")

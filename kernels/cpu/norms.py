@@ -67,8 +67,6 @@ def _scale_columns(pointer):
     a = arguments(pointer, 7)
     rows, columns = a[5], a[6]
     gain, total = floats(a[2], 0, columns), floats(a[4], thread() * columns, columns)
-    for i in range(columns):
-        total[i] = np.float32(0.0)
     first, behind = share(rows)
     for row in range(first, behind):
         start = row * columns
@@ -80,7 +78,7 @@ def _scale_columns(pointer):
 
 def scale_columns(dy: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """(dz = gain ⊙ dy bf16 [rows, n], Σ over rows of dy ⊙ y fp32 [n]); dy, y bf16 [rows, n], gain fp32 [n]."""
-    dz, totals = torch.empty_like(dy), gain.new_empty(torch.get_num_threads(), len(gain))
+    dz, totals = torch.empty_like(dy), gain.new_zeros(torch.get_num_threads(), len(gain))
     _scale_columns(dy, y, gain, dz, totals, *dy.shape)
     return dz, totals.sum(0)
 

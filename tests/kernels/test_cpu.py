@@ -175,3 +175,13 @@ def test_what_is_not_taken():
     x = bf16(4, 6)
     assert not cpu.takes(x.float()) and not cpu.takes(x.half()) and not cpu.takes(x.t()) and not cpu.takes(x, x[:, 1:])
     assert not cpu.takes(torch.empty(2, dtype=torch.bfloat16, device="meta"))
+
+
+def test_where_pytorch_brings_no_libgomp(monkeypatch):
+    monkeypatch.setattr(threads, "available", lambda: False)
+    cpu.available.cache_clear()
+    try:
+        assert not cpu.takes(torch.zeros(4, dtype=torch.bfloat16))
+    finally:
+        monkeypatch.undo()
+        cpu.available.cache_clear()
