@@ -56,6 +56,12 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
 
 
+def _kernel_takes(q: Tensor, mask: Tensor | None) -> bool:
+    if mask is not None and (mask.dtype != torch.bool or mask.stride(-1) != 1):
+        return False
+    return q.dtype == torch.bfloat16 and cpu.available()
+
+
 def _probabilities(scores: Tensor, heads: int, mask: Tensor | None, start: int) -> Tensor:
     """P of scores [groups, heads · queries, keys] that begin at query `start`, which are overwritten."""
     scores = scores.unflatten(1, (heads, -1))
@@ -87,8 +93,8 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: floa
         rows = _rows(q, start, stop).to(wide_k.dtype)
         with _bf16_products(q.dtype):
             scores = _scores(rows, wide_k[:, :seen], scale)
-        if mask is None and q.dtype == torch.bfloat16 and cpu.available():
-            p = cpu.softmax.probabilities(scores, stop - start, start)
+        if _kernel_takes(q, mask):
+            p = cpu.softmax.probabilities(scores, stop - start, start, mask)
         else:
             p = _probabilities(scores, heads, mask, start).to(q.dtype)
         rows = torch.bmm(p, v[:, :seen]).view(batch, -1, heads, stop - start, v.shape[-1])
@@ -109,7 +115,7 @@ def _attention_backward(
     heads, queries = q.shape[1:3]
     precise = torch.promote_types(q.dtype, torch.float32)
     wide_k, wide_v = k.to(precise), v.to(precise)
-    by_kernel = mask is None and q.dtype == torch.bfloat16 and cpu.available()
+    by_kernel = _kernel_takes(q, mask)
     dout = dout.permute(0, 2, 3, 1, 4).flatten(0, 1)
     step = _block(q, k.shape[1])
     starts = range(0, queries, step)
@@ -124,7 +130,7 @@ def _attention_backward(
             scores = _scores(rows.to(precise), wide_k[:, :seen], scale)
             dp = torch.bmm(wide, wide_v[:, :seen].mT)
         if by_kernel:
-            p, ds = cpu.softmax.scores_backward(scores, dp, stop - start, start, scale)
+            p, ds = cpu.softmax.scores_backward(scores, dp, stop - start, start, scale, mask)
         else:
             p = _probabilities(scores, heads, mask, start)
             along = (wide * _rows(out.permute(0, 2, 3, 1, 4).flatten(0, 1), start, stop)).sum(-1, keepdim=True)

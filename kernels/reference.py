@@ -1,6 +1,7 @@
 """The readable torch twin of every op: its definition, the oracle of its tests and what runs on a CPU.
 
-Each twin takes and returns what the op of the same name does (see that op's file for shapes and formats).
+Each twin takes and returns what the op of the same name does (see that op's file for shapes and formats). On a CPU in
+bf16, and where weights are packed, kernels of its own do some of the work (kernels/cpu/).
 """
 
 import torch

@@ -148,6 +148,24 @@ def test_attention(start):
     assert cpu.softmax.probabilities(scores.clone(), queries, start)[0, 5, 0].isnan()
 
 
+@pytest.mark.parametrize("start", [0, 2])
+def test_attention_with_a_mask(start):
+    batch, groups, heads, queries, keys = 3, 2, 3, 4, 70
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(batch, 1, queries + start, keys + 5, generator=generator) < 0.7
+    mask[1, 0, start + 2] = False  # sees nothing: every key as much
+    scores, dp = (torch.randn(batch * groups, heads * queries, keys, generator=generator) * 3 for _ in range(2))
+    leaf = scores.double().requires_grad_()
+    seen = mask[:, :, start:, :keys].repeat_interleave(groups, 0).repeat(1, 1, heads, 1).squeeze(1)
+    exact = leaf.masked_fill(~seen, torch.finfo(torch.float32).min).softmax(-1)
+    exact.backward(dp.double())
+    assert_rounded(cpu.softmax.probabilities(scores, queries, start, mask), exact.detach())
+    p, ds = cpu.softmax.scores_backward(scores, dp, queries, start, 1.0, mask)
+    assert_rounded(p, exact.detach())
+    blind = ~seen.any(-1)
+    assert (ds.double() - leaf.grad)[~blind].abs().max() <= 2 * HALF_ULP * leaf.grad.abs().max()
+
+
 @pytest.mark.parametrize("classes", [2, 1001])
 def test_cross_entropy(classes):
     logits, targets = 5 * bf16(7, classes), torch.arange(7) % classes
