@@ -2,8 +2,9 @@
 
 CPU tensors run the torch twin, CUDA tensors the Triton kernel. For GPUs before sm_80 Triton 3.7 has no matrix
 instructions: there ops with matrix products run the twin, whose products are the library's, and a warning says so.
-`QDORA_BACKEND=torch|triton`, read once, or `use_backend(...)` overrides. With `TRITON_INTERPRET=1` in the environment before triton
-is imported, the Triton implementation also runs on CPU tensors, in Triton's interpreter: slow, for proofs only.
+`QDORA_BACKEND=torch|triton`, read once, or `use_backend(...)` overrides. With `TRITON_INTERPRET=1` in the environment
+before triton is imported, the Triton implementation also runs on CPU tensors, in Triton's interpreter: slow, for proofs
+only.
 """
 
 import contextlib

@@ -27,8 +27,8 @@ _WHOLE = 64  # elements: what vector code does at a time. A row's rest would be 
 
 @njit(inline="always")
 def _exponentials(scores, row, view, e):
-    """e[i] = exp(scores[i] - the largest score that `row` sees), 0 for those it does not see; returns the end of the last
-    whole vectors in which it sees one, behind which e is not written.
+    """e[i] = exp(scores[i] - the largest score that `row` sees), 0 for those it does not see; returns the end of the
+    last whole vectors in which it sees one, behind which e is not written.
 
     `view`: queries, the first one's place, address of the mask or 0: causal; rows of a sequence, the mask's strides.
     """
