@@ -59,7 +59,7 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 def _kernel_takes(q: Tensor, mask: Tensor | None) -> bool:
     if mask is not None and (mask.dtype != torch.bool or mask.stride(-1) != 1):
         return False
-    return q.dtype == torch.bfloat16 and cpu.available()
+    return q.is_cpu and q.dtype == torch.bfloat16 and cpu.available()
 
 
 def _probabilities(scores: Tensor, heads: int, mask: Tensor | None, start: int) -> Tensor:

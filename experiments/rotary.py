@@ -20,6 +20,9 @@ NAME = "apply_rotary_pos_emb"
 
 
 def _kernel_takes(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
+    # [batch, heads, tokens, d]; some models have tokens before heads
+    if not (cos.shape == sin.shape == (len(cos), 1, *x.shape[2:]) and len(cos) in (1, len(x)) and x.shape[-1] % 2 == 0):
+        return False
     dense = x.transpose(1, 2)  # as a model's linear leaves it
     return cpu.takes(dense if dense.is_contiguous() else x, cos, sin)
 

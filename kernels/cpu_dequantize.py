@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map
+from kernels import reference
 
 _own = threading.local()  # what belongs to a thread: its buffer of each dtype
 _DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -86,10 +85,7 @@ def dequantize_4bit(
             packed, absmax, nested_absmax, nested_offset, blocksize, quant_type, shape, dtype
         )
     if nested_absmax is not None:
-        if dtype == torch.bfloat16 and cpu.available():
-            absmax = cpu.packing.dequantize_absmax(absmax, nested_absmax, nested_offset)
-        else:
-            absmax = _dequantize_absmax(absmax, nested_absmax, nested_offset)
+        absmax = reference.dequantize_absmax(absmax, nested_absmax, nested_offset)
     flat = _buffer(n, dtype) if reuse else torch.empty(n, dtype=dtype, device=packed.device)
     packed = packed.view(-1)
     _blocks(routine, packed, absmax, flat if full == n else flat[:full], blocksize)
@@ -106,20 +102,3 @@ def _buffer(n: int, dtype: torch.dtype) -> Tensor:
             buffer = torch.empty(n, dtype=dtype, device="cpu")
         setattr(_own, _DTYPES[dtype], buffer)
     return buffer[:n]
-
-
-def _dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """`reference.dequantize_absmax`; the routine multiplies levels of any map with the maxima of blocks."""
-    routine = _symbol("cdequantize_blockwise_cpu_fp32", 4, 2)
-    if routine is None:
-        return reference.dequantize_absmax(codes, nested_absmax, offset)
-    absmax, levels = torch.empty_like(codes, dtype=torch.float32), dynamic_map("cpu")
-    routine(
-        levels.data_ptr(),
-        codes.data_ptr(),
-        nested_absmax.data_ptr(),
-        absmax.data_ptr(),
-        NESTED_BLOCKSIZE,
-        codes.numel(),
-    )
-    return absmax.add_(offset)

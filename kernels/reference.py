@@ -90,6 +90,8 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
+    if cpu.takes(codes, dtype=torch.uint8) and cpu.takes(nested_absmax, offset, dtype=torch.float32):
+        return cpu.packing.dequantize_absmax(codes, nested_absmax, offset)
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: codes.numel()]
     return dynamic_map(codes.device).index_select(0, codes.int()) * scale + offset
 

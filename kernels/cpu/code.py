@@ -39,7 +39,7 @@ class Kernel:
 
     Args:
         exact: nothing is reordered or fused.
-        parallel: on all threads; waking them takes as long as a small tensor does on one.
+        parallel: on all threads, each with its `share`; waking them takes as long as a small tensor does on one.
     """
 
     def __init__(self, function: Callable, exact: bool = False, parallel: bool = True):

@@ -93,10 +93,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
 def _narrowed(pointer):
     a = arguments(pointer, 8)
     for i in range(2):
-        factor = number(a[4 * i + 3])
-        first, behind = share(a[4 * i + 2])
-        x, y = floats(a[4 * i], first, behind - first), bf16s(a[4 * i + 1], first, behind - first)
-        for j in range(behind - first):
+        n, factor = a[4 * i + 2], number(a[4 * i + 3])
+        x, y = floats(a[4 * i], 0, n), bf16s(a[4 * i + 1], 0, n)
+        for j in range(n):
             y[j] = narrow(x[j] * factor)
 
 
@@ -114,10 +113,9 @@ def narrowed(
 def _widened(pointer):
     a = arguments(pointer, 8)
     for i in range(2):
-        factor = number(a[4 * i + 3])
-        first, behind = share(a[4 * i + 2])
-        x, y = bf16s(a[4 * i], first, behind - first), floats(a[4 * i + 1], first, behind - first)
-        for j in range(behind - first):
+        n, factor = a[4 * i + 2], number(a[4 * i + 3])
+        x, y = bf16s(a[4 * i], 0, n), floats(a[4 * i + 1], 0, n)
+        for j in range(n):
             y[j] = wide(x[j]) * factor
 
 

@@ -106,8 +106,7 @@ def _gram(pointer):
     a = arguments(pointer, 4)
     rows, columns = a[2], a[3]
     product = floats(a[1], 0, rows * rows)
-    first, behind = share(rows)
-    for i in range(first, behind):
+    for i in range(rows):
         x = floats(a[0], i * columns, columns)
         for j in range(rows):
             y = floats(a[0], j * columns, columns)
@@ -131,8 +130,7 @@ def _dora_norm(pointer):
     cancelled = ints(a[11], 0, 1)
     norm_sq, magnitude = floats(a[3], 0, rows), floats(a[4], 0, rows)
     norm, gain = floats(a[5], 0, rows), floats(a[6], 0, rows)
-    first, behind = share(rows)
-    for row in range(first, behind):
+    for row in range(rows):
         start = row * rank
         u, b, v = bf16s(a[0], start, rank), floats(a[1], start, rank), floats(a[2], start, rank)
         total = np.float32(0.0)

@@ -74,8 +74,7 @@ def _dequantize_absmax(pointer):
     a = arguments(pointer, 6)
     n, offset = a[5], floats(a[3], 0, 1)[0]
     levels = floats(a[0], 0, 256)
-    first, behind = share(-(-n // NESTED_BLOCKSIZE))
-    for block in range(first, behind):
+    for block in range(-(-n // NESTED_BLOCKSIZE)):
         start = block * NESTED_BLOCKSIZE
         count = min(NESTED_BLOCKSIZE, n - start)
         codes, absmax = octets(a[1], start, count), floats(a[4], start, count)

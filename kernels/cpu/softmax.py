@@ -155,7 +155,13 @@ def _cross_entropy(pointer):
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each row in nats, fp32 [rows]. logits bf16 [rows, classes] become their gradient; targets int64
-    [rows]."""
+    [rows].
+
+    Raises:
+        IndexError: a target that is no class.
+    """
+    if targets.numel() and not 0 <= targets.min().item() <= targets.max().item() < logits.shape[1]:
+        raise IndexError(f"a target is not in [0, {logits.shape[1]})")
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     buffer = logits.new_empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
     _cross_entropy(logits, targets, loss, buffer, *logits.shape)

@@ -41,6 +41,14 @@ def test_bits_of_transformers(theirs, dtype):
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tokens_before_heads(dtype):
+    q, k, cos, sin = tensors(dtype)
+    got = rotary.rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
+    for have, want in zip(got, rotary.rotary(q, k, cos, sin), strict=True):
+        assert torch.equal(have, want.transpose(1, 2))
+
+
 def test_gradients():
     q, k, cos, sin = tensors(torch.float64)
     assert torch.autograd.gradcheck(
