@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from experiments.errors import UserError
 from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, CODEBOOKS
 from modules import AdapterConfig
-from modules.config import BASELINES, changes_base, quantized_start
+from modules.adapters.config import BASELINES, changes_base, quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -124,7 +124,7 @@ class Config:
     modules_to_save: list[str] = field(default_factory=list)  # suffixes of modules that train whole
     bias: str = "none"  # none | lora_only | all: which biases train
     rslora: bool = False  # scale by lora_alpha / √rank
-    init: str = "default"  # what adapters begin with: see modules/init.py
+    init: str = "default"  # what adapters begin with: see modules/adapters/init.py
     freeze_A: bool = False  # only B trains (LoRA-FA)
     prefix_tokens: int = 0  # l_p, trainable tokens before the text (prefix_embed, prefix_layer)
     infix_tokens: int = 0  # l_i, trainable tokens at the end of the prompt

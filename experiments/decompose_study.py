@@ -4,7 +4,7 @@
     python -m experiments.run +method=full output_dir=outputs/full
     python -m experiments.decompose_study tuned=outputs/full
 
-Every decomposition of modules/decompose.py × rank on the weights W of a model, and on the changes ΔW that full
+Every decomposition of modules/adapters/decompose.py × rank on the weights W of a model, and on the changes ΔW that full
 fine-tuning made of them if `tuned` names such a model. Then ‖W − Q − BA‖ / ‖W‖ where a packed base Q and an adapter
 begin: nothing but Q (QLoRA's init=default), LoftQ and quantized PiSSA with one and with five iterations. Printed as
 tables; written to output_dir: decompose.csv and starts.csv with a row a layer, and decompose.png.
@@ -26,20 +26,20 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from experiments import machine
-from experiments.cli import run_command
+from experiments.blocks.quant_types import quantize_dequantize
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
 from experiments.extract import load_pair, model_config
-from experiments.files import PROJECT_ROOT, writable_dir, write_atomically
-from experiments.models import load_model
-from experiments.progress import bar
-from experiments.quant_types import quantize_dequantize
+from experiments.models.load import load_model
 from experiments.report.drawing import COLOURS, MARKERS
+from experiments.system import machine
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.progress import bar
 from kernels.codebook import BLOCKSIZES, CODEBOOKS
 from modules import NF4Linear, decoder_linears
-from modules.decompose import METHODS, decompose
-from modules.quantized_init import quantized_init
+from modules.adapters.decompose import METHODS, decompose
+from modules.adapters.quantized_init import quantized_init
 
 WEIGHTS, CHANGES = "W", "ΔW"
 STARTS = {  # what each is called as init=, and what quantized_init takes for it

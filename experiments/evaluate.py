@@ -19,15 +19,16 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from experiments import harness, machine
-from experiments.cli import read_options, run_command
 from experiments.config import DataConfig, resolve
-from experiments.data import load_data
+from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.evaluation import evaluate
-from experiments.files import PROJECT_ROOT
-from experiments.progress import bar
-from experiments.runs import FinishedRun, load_run
+from experiments.runs import harness
+from experiments.runs.directory import FinishedRun, load_run
+from experiments.system import machine
+from experiments.system.cli import read_options, run_command
+from experiments.system.files import PROJECT_ROOT
+from experiments.system.progress import bar
+from experiments.training.evaluation import evaluate
 
 
 @dataclass

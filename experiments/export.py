@@ -27,26 +27,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments import machine
-from experiments.cli import read_options, run_command
+from experiments.blocks.quant_map import blocksizes
 from experiments.config import QuantConfig
-from experiments.data_chat import tokenize
+from experiments.data.chat import tokenize
 from experiments.errors import UserError
-from experiments.files import directory_atomically
-from experiments.models import load_base, model_directory
-from experiments.progress import bar
-from experiments.quant_map import blocksizes
-from experiments.quiet import quiet
-from experiments.runs import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
+from experiments.models.load import load_base, model_directory
+from experiments.runs.directory import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
+from experiments.system import machine
+from experiments.system.cli import read_options, run_command
+from experiments.system.files import directory_atomically
+from experiments.system.progress import bar
+from experiments.system.quiet import quiet
 from kernels.codebook import BITSANDBYTES_TYPES
 from modules import adapters, decoder_linears, dequantize, merge, quantize
-from modules.adapter import named_adapter
-from modules.baseline_files import OUR_CONFIG_FILE, prefix_tuning
-from modules.bnb_files import by_definition, save_bnb4
-from modules.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from modules.adapters.attach import named_adapter
+from modules.adapters.merge import can_merge
+from modules.adapters.targets import biased_modules
+from modules.files.baselines import OUR_CONFIG_FILE, prefix_tuning
+from modules.files.bitsandbytes import by_definition, save_bnb4
+from modules.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from modules.linear import weight_shape
-from modules.merge import can_merge
-from modules.targets import biased_modules
 
 CHECK_TOKENS = 256  # of this file's text
 # ‖logits − the run's‖ / ‖the run's‖ above which an export is wrong. Merging rounds each weight once more.

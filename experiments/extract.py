@@ -4,9 +4,9 @@
     python -m experiments.extract base=smollm2 tuned=outputs/full rank=16
     python -m experiments.extract base=DIR tuned=DIR rank=16 adapter=dora
 
-Each target linear's change W′ − W is cut to rank r (modules/extract.py). What changed elsewhere, in norms, embeddings
-or other linears, cannot be in such an adapter and is listed. Written to output_dir: adapter/ in PEFT's format, and
-extract.json with every layer's error and the held-out loss of base, tuned and extracted model.
+Each target linear's change W′ − W is cut to rank r (modules/adapters/extract.py). What changed elsewhere, in norms,
+embeddings or other linears, cannot be in such an adapter and is listed. Written to output_dir: adapter/ in PEFT's
+format, and extract.json with every layer's error and the held-out loss of base, tuned and extracted model.
 """
 
 import json
@@ -22,19 +22,19 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from experiments import machine
-from experiments.cli import run_command
 from experiments.config import DataConfig, ModelConfig, TrainerConfig
-from experiments.data import load_data
+from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.evaluation import Evaluation, evaluate
-from experiments.files import PROJECT_ROOT, directory_atomically, writable_dir, write_atomically
-from experiments.models import load_model
-from experiments.progress import bar
-from experiments.runs import ADAPTER, MODEL
+from experiments.models.load import load_model
+from experiments.runs.directory import ADAPTER, MODEL
+from experiments.system import machine
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT, directory_atomically, writable_dir, write_atomically
+from experiments.system.progress import bar
+from experiments.training.evaluation import Evaluation, evaluate
 from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_linears, save_adapter
-from modules.decompose import METHODS
-from modules.extract import extract_dora, extract_lora
+from modules.adapters.decompose import METHODS
+from modules.adapters.extract import extract_dora, extract_lora
 
 
 @dataclass
@@ -45,7 +45,7 @@ class ExtractConfig:
     rank: int = MISSING
     lora_alpha: float | None = None  # rank, so that BA itself is the change
     target_modules: Any = "all-linear"
-    decomposition: str = MISSING  # see modules/decompose.py
+    decomposition: str = MISSING  # see modules/adapters/decompose.py
     data: DataConfig = field(default_factory=DataConfig)  # whose held-out part is measured on
     batch_size: int = 16
     output_dir: str = MISSING

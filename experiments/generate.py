@@ -27,16 +27,16 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from experiments import machine
-from experiments.cli import read_options, run_command
 from experiments.config import Config
-from experiments.data import TASKS
-from experiments.data_chat import Message, tokenize
-from experiments.data_files import read_text
+from experiments.data.chat import Message, tokenize
+from experiments.data.samples import TASKS
+from experiments.data.user_files import read_text
 from experiments.errors import UserError
-from experiments.generation import Generated, Sampling, decode, generate
-from experiments.runs import FinishedRun, load_run
-from modules.prefix import virtual_tokens
+from experiments.models.generation import Generated, Sampling, decode, generate
+from experiments.runs.directory import FinishedRun, load_run
+from experiments.system import machine
+from experiments.system.cli import read_options, run_command
+from modules.adapters.prefix import virtual_tokens
 
 QUOTES = '"""'  # around a message of several lines
 

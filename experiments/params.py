@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from transformers import PreTrainedModel
 
-from experiments.architecture import meta_model
-from experiments.cli import run_command
 from experiments.config import ModelConfig
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT
+from experiments.models.architecture import meta_model
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT
 from modules import LoRALinear, attach, decoder_linears, detach, trainable_parameters
 from modules.linear import weight_shape
 

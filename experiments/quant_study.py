@@ -25,16 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments import machine
-from experiments.cli import run_command
-from experiments.config import DataConfig, ModelConfig, TrainerConfig
-from experiments.data import load_data
-from experiments.errors import UserError
-from experiments.evaluation import evaluate
-from experiments.files import PROJECT_ROOT, writable_dir, write_atomically
-from experiments.models import load_model
-from experiments.progress import bar
-from experiments.quant_types import (
+from experiments.blocks.quant_types import (
     Errors,
     check_quant_type,
     code_bits,
@@ -42,7 +33,16 @@ from experiments.quant_types import (
     quantize_dequantize,
     stored_bits,
 )
+from experiments.config import DataConfig, ModelConfig, TrainerConfig
+from experiments.data.samples import load_data
+from experiments.errors import UserError
+from experiments.models.load import load_model
 from experiments.report.drawing import COLOURS, MARKERS
+from experiments.system import machine
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.progress import bar
+from experiments.training.evaluation import evaluate
 from kernels.codebook import BLOCKSIZES
 from modules import NF4Linear, decoder_linears
 

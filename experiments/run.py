@@ -32,25 +32,26 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from tqdm import tqdm
 
-from experiments import checkpoints, machine, parallel, results, spectrum, sweep
-from experiments.checkpoints import Checkpoints
-from experiments.cli import run_command
 from experiments.config import Config
-from experiments.data import load_data
-from experiments.energy import EnergyMeter
-from experiments.engines import engine_of
+from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.evaluation import Evaluation, evaluate
-from experiments.files import PROJECT_ROOT, writable_dir
-from experiments.generation import answer
-from experiments.measures import Measures, without_prefix
-from experiments.models import prepare_model
-from experiments.progress import bar
-from experiments.resuming import Story, checkpoint_of, configured
-from experiments.runs import ADAPTER, over_own_base, save_base, save_weights
-from experiments.tracking import Tracker, tracker
-from experiments.train import Trainer, heldout_record
-from modules.config import changes_base
+from experiments.models.generation import answer
+from experiments.models.load import prepare_model
+from experiments.runs import checkpoints, results, spectrum, sweep
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.directory import ADAPTER, over_own_base, save_base, save_weights
+from experiments.runs.measures import Measures, without_prefix
+from experiments.runs.resuming import Story, checkpoint_of, configured
+from experiments.runs.tracking import Tracker, tracker
+from experiments.system import machine, parallel
+from experiments.system.cli import run_command
+from experiments.system.energy import EnergyMeter
+from experiments.system.files import PROJECT_ROOT, writable_dir
+from experiments.system.progress import bar
+from experiments.training.engines import engine_of
+from experiments.training.evaluation import Evaluation, evaluate
+from experiments.training.loop import Trainer, heldout_record
+from modules.adapters.config import changes_base
 
 
 def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | None = None) -> dict:
@@ -59,7 +60,7 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
     With `cfg.resume` training goes on from a checkpoint, in the directory of the run that wrote it.
 
     Args:
-        base: a directory with the configured model packed as `cfg.quant` says (experiments/shared_base.py).
+        base: a directory with the configured model packed as `cfg.quant` says (experiments/runs/shared_base.py).
         watch: gets every record of metrics.jsonl when it is written; what it raises stops the run.
 
     Raises:

@@ -9,7 +9,7 @@ key=a,b,c             one of these
 trials=20             how many, those of earlier starts included
 everything else       as for experiments.run
 
-A trial is a job of a sweep (experiments/sweep.py), so `python -m experiments.report DIR` compares them. One whose
+A trial is a job of a sweep (experiments/runs/sweep.py), so `python -m experiments.report DIR` compares them. One whose
 held-out loss at an evaluation (trainer.eval_every) is above the median of earlier trials there is stopped, from the
 sixth on. DIR/study.db keeps the study: started again with the same output_dir the search goes on, and a trial that was
 cut off is done again. The sampler is Optuna's TPE: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization".
@@ -24,11 +24,11 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments import results, sweep
-from experiments.cli import run_command
 from experiments.config import Config, resolve
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT, writable_dir
+from experiments.runs import results, sweep
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT, writable_dir
 
 try:
     import optuna

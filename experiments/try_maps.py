@@ -22,19 +22,19 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from experiments import machine
-from experiments.block_choice import constant_bits, solve
-from experiments.block_profile import Profile
-from experiments.block_report import as_csv, plot, table
-from experiments.block_trials import Losses, Packable, Trial, measure
-from experiments.cli import run_command
+from experiments.blocks.choice import constant_bits, solve
+from experiments.blocks.profile import Profile
+from experiments.blocks.quant_map import QuantMap, Shapes, blocksizes, write_map
+from experiments.blocks.report import as_csv, plot, table
+from experiments.blocks.trials import Losses, Packable, Trial, measure
 from experiments.config import DataConfig, QuantConfig, TrainerConfig
-from experiments.data import load_data
+from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT, writable_dir, write_atomically
-from experiments.models import load_model
-from experiments.progress import bar
-from experiments.quant_map import QuantMap, Shapes, blocksizes, write_map
+from experiments.models.load import load_model
+from experiments.system import machine
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.progress import bar
 from experiments.tune_blocks import TuneConfig, budget_of, by_kind, check, load_profile, problem_of
 from kernels.codebook import BLOCKSIZES
 from modules import decoder_linears

@@ -5,8 +5,8 @@
     python -m experiments.tune_blocks profile=outputs/…/profile.csv bits=4.127         another budget, in a second
 
 Smaller blocks lose less and cost more constants. Every linear is profiled on calibration samples
-(experiments/block_profile.py); then the sizes are chosen that give the least predicted rise of the loss under the
-budget (experiments/block_choice.py). Written to output_dir: map.yaml, and profile.csv unless it was given.
+(experiments/blocks/profile.py); then the sizes are chosen that give the least predicted rise of the loss under the
+budget (experiments/blocks/choice.py). Written to output_dir: map.yaml, and profile.csv unless it was given.
 experiments.try_maps measures whether the prediction holds.
 """
 
@@ -22,9 +22,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import machine
-from experiments.architecture import load_architecture
-from experiments.block_choice import (
+from experiments.blocks.choice import (
     Problem,
     allowed_sizes,
     bits_per_weight,
@@ -35,15 +33,17 @@ from experiments.block_choice import (
     solve,
     solve_greedily,
 )
-from experiments.block_profile import SENSITIVITIES, Calibration, Profile, profile_model, read_profile, write_profile
-from experiments.cli import run_command
+from experiments.blocks.profile import SENSITIVITIES, Calibration, Profile, profile_model, read_profile, write_profile
+from experiments.blocks.quant_map import QuantMap, Shapes, write_map
 from experiments.config import DataConfig, ModelConfig, TrainerConfig
-from experiments.data import load_data
+from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT, writable_dir
-from experiments.models import load_model
-from experiments.progress import bar
-from experiments.quant_map import QuantMap, Shapes, write_map
+from experiments.models.architecture import load_architecture
+from experiments.models.load import load_model
+from experiments.system import machine
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT, writable_dir
+from experiments.system.progress import bar
 from kernels.codebook import CODEBOOKS
 from modules import decoder_linears
 from modules.linear import weight_shape

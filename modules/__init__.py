@@ -1,14 +1,14 @@
 """Linears with adapters over dense or NF4 weights, and how to put them into a model and on disk."""
 
-from modules.adapter import adapters, attach, detach, parameter_groups, set_adapter, trainable_parameters
-from modules.checkpoint import load_adapter, save_adapter
-from modules.config import AdapterConfig
+from modules.adapters.attach import adapters, attach, detach, parameter_groups, set_adapter, trainable_parameters
+from modules.adapters.config import AdapterConfig
+from modules.adapters.merge import add_weighted_adapter, merge, unmerge
+from modules.adapters.targets import adapted_linears, decoder_linears
+from modules.files.peft import load_adapter, save_adapter
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
-from modules.merge import add_weighted_adapter, merge, unmerge
 from modules.optim import AdamW, AdamW8bit
 from modules.paging import Paging
-from modules.quantization import dequantize, quantize
-from modules.targets import adapted_linears, decoder_linears
+from modules.quantize import dequantize, quantize
 
 __all__ = [
     "NF4Linear",

@@ -1,7 +1,7 @@
 """The linears: a frozen base, dense or NF4, with or without an adapter.
 
 A dense base is nn.Linear or GPT-2's Conv1D, a linear of transformers' whose weight is [in, out]. Each adapted linear
-carries one adapter; several named ones are the business of `modules/adapter.py`.
+carries one adapter; several named ones are the business of `modules/adapters/attach.py`.
 
 state_dict keys
     NF4Linear    weight (uint8 codes), absmax, nested_absmax, nested_offset (with double quantization), bias
@@ -138,9 +138,9 @@ class LoRALinear(nn.Module):
         lora_alpha: s = lora_alpha / rank, or lora_alpha / √rank with `rslora` (Kalajdzievski 2023).
         dropout: on the adapter's input, in training mode.
 
-    A starts as Kaiming-uniform(√5), B at zero; both are fp32 whatever the base computes in. `modules/init.py` has the
-    other initialisations. Those that begin at a part A₀, B₀ of the weight itself leave W as it is and keep that part:
-    the layer then computes with BA − B₀A₀ in place of BA, which is a LoRA of twice the rank.
+    A starts as Kaiming-uniform(√5), B at zero; both are fp32 whatever the base computes in. The other initialisations
+    are in `modules/adapters/init.py`. Those that begin at a part A₀, B₀ of the weight itself leave W as it is and keep
+    that part: the layer then computes with BA − B₀A₀ in place of BA, which is a LoRA of twice the rank.
 
     Raises:
         ValueError: a rank below 1, a base that is no such linear.

@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 
 import experiments.bench_cpu
-from experiments import machine
 from experiments.bench_cpu.pair import SIDES, Pair, batches, random_model, tokens_of
 from experiments.bench_cpu.plot import plot
 from experiments.bench_cpu.worker import PEER_NOTE, Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.models import wheel_directory
+from experiments.models.load import wheel_directory
+from experiments.system import machine
 from kernels.bench.nf4 import BENCHES as NF4
 from kernels.bench.timing import times
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from experiments import machine
 from experiments.bench_cpu.pair import Side, batches, tokens_of
 from experiments.bench_cpu.worker import Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.files import write_atomically
-from experiments.models import wheel_directory
-from experiments.progress import bar
+from experiments.models.load import wheel_directory
+from experiments.system import machine
+from experiments.system.files import write_atomically
+from experiments.system.progress import bar
 
 RUNS = {"ours-0": ("ours", 0), "peft-0": ("peft", 0), "peft-1": ("peft", 1)}
 SMOOTHED = 20  # steps in a mean: a single step's loss is its text's more than the model's

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from experiments.bench_cpu import worker
 from experiments.bench_cpu.worker import Job
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT
-from experiments.models import quiet, wheel_directory
+from experiments.models.load import quiet, wheel_directory
+from experiments.system.files import PROJECT_ROOT
 
 SIDES = ("ours", "peft")
 

@@ -13,12 +13,12 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from experiments import machine
 from experiments.bench_cpu.__main__ import CASES
 from experiments.bench_cpu.pair import batches, tokens_of
 from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig
-from experiments.models import wheel_directory
+from experiments.models.load import wheel_directory
+from experiments.system import machine
 from kernels import cpu_dequantize, reference
 from modules import decoder_linears
 

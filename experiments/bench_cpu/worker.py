@@ -127,11 +127,11 @@ class Worker:
 
 def _ours(job: Job) -> tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]:
     import experiments.run  # noqa: F401  (what a run has imported counts as its memory)
-    from experiments import machine
     from experiments.config import Config, MethodConfig, ModelConfig, QuantConfig, TrainerConfig
-    from experiments.loss import LabelLoss
-    from experiments.models import prepare_model, quiet
-    from experiments.optim import make_optimizer
+    from experiments.models.load import prepare_model, quiet
+    from experiments.system import machine
+    from experiments.training.loss import LabelLoss
+    from experiments.training.optim import make_optimizer
     from modules import parameter_groups
 
     cfg = Config(

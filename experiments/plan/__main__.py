@@ -17,17 +17,17 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from experiments import machine
-from experiments.cli import run_command
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT
 from experiments.plan.budget import budget
 from experiments.plan.cards import card
 from experiments.plan.measure import comparison, measure
 from experiments.plan.plot import plot
 from experiments.plan.table import heading, table
-from experiments.resuming import configured
+from experiments.runs.resuming import configured
+from experiments.system import machine
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT
 
 
 @dataclass

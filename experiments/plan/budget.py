@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from experiments import results
-from experiments.architecture import meta_model
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.models import adapt, weights_dtype
-from experiments.optim import OPTIMIZERS
+from experiments.models.architecture import meta_model
+from experiments.models.load import adapt, weights_dtype
 from experiments.plan.simulate import Allocations, Step, loss_of, simulate, use_on_cpu
+from experiments.runs import results
+from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, parameter_groups
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
@@ -67,7 +67,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def shard_bytes(parts: Stored, gpus: int) -> int:
-    """What the first GPU holds of a model that FSDP2 shards (experiments/engines.py): of parameters, codes and
+    """What the first GPU holds of a model that FSDP2 shards (experiments/training/engines.py): of parameters, codes and
     constants its part, rows along the first dimension, rounded up; buffers and numbers whole."""
     cut = [
         *parts.packed,
@@ -154,7 +154,7 @@ class Budget:
 
 def _gathered(cfg: Config, model: PreTrainedModel, parts: Stored) -> int | None:
     """What FSDP2 brings together for a while: a block, the next one, and what is in none; None: it cannot train this
-    (experiments/parallel.py)."""
+    (experiments/system/parallel.py)."""
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not blocks or cfg.optim.name == "adamw8bit" or cfg.method.adapter not in ("none", "lora", "dora"):
         return None

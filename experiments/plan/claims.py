@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from hydra import compose, initialize_config_dir
 
-from experiments.cli import run_command
 from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.files import PROJECT_ROOT
 from experiments.plan.budget import Budget, budget
 from experiments.plan.cards import CARDS
+from experiments.system.cli import run_command
+from experiments.system.files import PROJECT_ROOT
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from experiments.config import Config
-from experiments.data_chat import Example
-from experiments.models import prepare_model
+from experiments.data.chat import Example
+from experiments.models.load import prepare_model
 from experiments.plan.budget import Budget, stored
-from experiments.train import Trainer
+from experiments.training.loop import Trainer
 
 TIMED_STEPS = 3
 

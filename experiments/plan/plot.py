@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from experiments.config import Config, ModelConfig
-from experiments.files import PROJECT_ROOT, writable_dir
 from experiments.plan.budget import Budget, budget
 from experiments.plan.cards import CARDS
 from experiments.plan.table import heading
-from experiments.progress import bar
-from experiments.results import BLUE, ORANGE, identity
+from experiments.runs.results import BLUE, ORANGE, identity
+from experiments.system.files import PROJECT_ROOT, writable_dir
+from experiments.system.progress import bar
 
 RANKS = (4, 16, 64, 128, 256)
 LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)

@@ -13,8 +13,8 @@ Beside what the operations return, these are known:
 - autocast, which torch does not have on the meta device, casts the arguments of products.
 
 For a CPU the code is run that runs there: the torch twins of the ops with all that they make on the way, the memory
-that kernels/cpu/ writes to, and experiments/lean.py, attention.py and siblings.py. (Dequantization is the twin's, which
-makes more than bitsandbytes' routine does.)
+that kernels/cpu/ writes to, and lean.py, attention.py and siblings.py. (Dequantization is the
+twin's, which makes more than bitsandbytes' routine does.)
 
 Not seen: what libraries allocate inside one operation (cuBLAS workspaces, a GPU's blocks of attention), the CUDA
 context, and what an allocator loses to fragmentation.
@@ -35,10 +35,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from experiments import lean
-from experiments.loss import LabelLoss
+from experiments.models import lean
 from experiments.plan import flops
-from experiments.train import checkpoint_blocks
+from experiments.training.loop import checkpoint_blocks
+from experiments.training.loss import LabelLoss
 from modules import AdamW
 
 aten = torch.ops.aten
@@ -103,7 +103,7 @@ class Allocations(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and on_meta:
             return 1  # what .item() reads: a loss, a norm, whether tokens are padding (none is)
         if func is aten.equal.default and on_meta:
-            return True  # whether code that keeps less computes the same (experiments/lean.py)
+            return True  # whether code that keeps less computes the same (experiments/models/lean.py)
         if func is aten.nonzero.default and on_meta:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)  # rows for special care: none
         packet = func.overloadpacket

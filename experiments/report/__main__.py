@@ -16,12 +16,12 @@ import io
 import sys
 from pathlib import Path
 
-from experiments.cli import run_command
 from experiments.errors import UserError
-from experiments.files import RESULT, writable_dir, write_atomically
 from experiments.report import page
 from experiments.report.plots import pictures
 from experiments.report.runs import copy_runs, group, read_runs
+from experiments.system.cli import run_command
+from experiments.system.files import RESULT, writable_dir, write_atomically
 
 DPI = 120
 

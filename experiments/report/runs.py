@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.errors import UserError
-from experiments.files import METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
+from experiments.system.files import METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
 MEASURES = {

@@ -13,10 +13,10 @@ from omegaconf import DictConfig
 
 from experiments import run
 from experiments.config import ModelConfig, resolve
-from experiments.files import PROJECT_ROOT
-from experiments.models import load_model
+from experiments.models.load import load_model
+from experiments.system.files import PROJECT_ROOT
 from modules import quantize
-from modules.bnb_files import save_bnb4
+from modules.files.bitsandbytes import save_bnb4
 
 TINY = ["model=tiny", "trainer=debug", "rank=4", "trainer.dtype=float32"]  # the same on every processor
 CHECKPOINTS = ["trainer.steps=6", "trainer.checkpoint_every=2", "trainer.grad_accum=2"]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from experiments import run
-from experiments.results import RunDirectory
+from experiments.runs.results import RunDirectory
 
 
 def kill(overrides: list[str], at: str) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch.distributed as dist
 from hydra.core.global_hydra import GlobalHydra
 
-from experiments import parallel, run
-from experiments.cli import run_command
-from experiments.train import Trainer
+from experiments import run
+from experiments.system import parallel
+from experiments.system.cli import run_command
+from experiments.training.loop import Trainer
 
 
 @dataclass(frozen=True)

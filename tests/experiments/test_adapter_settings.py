@@ -11,14 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from experiments import export
 from experiments.config import resolve
-from experiments.data import load_data
-from experiments.evaluation import evaluate
-from experiments.models import load_model, prepare_model
-from experiments.runs import load_run
+from experiments.data.samples import load_data
+from experiments.models.load import load_model, prepare_model
+from experiments.runs.directory import load_run
+from experiments.training.evaluation import evaluate
 from modules import adapted_linears, decoder_linears, dequantize, quantize
-from modules.bnb_files import load_bnb4
+from modules.files.bitsandbytes import load_bnb4
 from tests.experiments.conftest import composed
-from tests.experiments.test_resume import records, result, tensors
+from tests.experiments.runs.test_resume import records, result, tensors
 
 MANY = [
     *("init=pissa", "rslora=true", "rank_pattern={q_proj:2,mlp.up_proj:6}", "alpha_pattern={v_proj:12}"),

@@ -10,16 +10,16 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from experiments import evaluate, export, generate
-from experiments.data import load_data
-from experiments.data_chat import IGNORED
-from experiments.evaluation import evaluate as measure
-from experiments.evaluation import label_logits
-from experiments.loss import LabelLoss
-from experiments.models import load_base
-from experiments.runs import load_run
-from modules.baseline_files import OUR_CONFIG_FILE
+from experiments.data.chat import IGNORED
+from experiments.data.samples import load_data
+from experiments.models.load import load_base
+from experiments.runs.directory import load_run
+from experiments.training.evaluation import evaluate as measure
+from experiments.training.evaluation import label_logits
+from experiments.training.loss import LabelLoss
+from modules.files.baselines import OUR_CONFIG_FILE
 from tests.experiments.conftest import SMALL
-from tests.modules.test_prefix import TEXTS, batch_of, reference, with_prefix
+from tests.modules.adapters.test_prefix import TEXTS, batch_of, reference, with_prefix
 
 # Of the tiny model: 2 layers of width 64 with 14 linears, whose outputs are 64, 32, 32, 64, 128, 128 and 64 wide.
 PARAMETERS = {

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from experiments import checkpoints, evaluate
-from experiments.evaluation import evaluate as measure
-from experiments.runs import load_run
+from experiments import evaluate
+from experiments.runs import checkpoints
+from experiments.runs.directory import load_run
+from experiments.training.evaluation import evaluate as measure
 from tests.experiments.conftest import write_chats
 
 
@@ -87,7 +88,7 @@ def test_the_harness_measures_our_model_object(command, finished_once, tmp_path)
     (tmp_path / "own_sums.yaml").write_text(json.dumps(task))
     code, text = command("tasks=own_sums", f"include_path={tmp_path}")
     assert code == 0, text
-    from experiments.data_chat import IGNORED, Example
+    from experiments.data.chat import IGNORED, Example
 
     loaded = load_run(finished_once)
     encode = loaded.tokenizer.encode

@@ -11,13 +11,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments import checkpoints, export
+from experiments import export
 from experiments.config import ModelConfig
-from experiments.models import load_model
-from experiments.runs import load_run
+from experiments.models.load import load_model
+from experiments.runs import checkpoints
+from experiments.runs.directory import load_run
 from modules import decoder_linears, dequantize, detach
-from modules.bnb_files import by_definition
-from modules.checkpoint import WEIGHTS_FILE
+from modules.files.bitsandbytes import by_definition
+from modules.files.peft import WEIGHTS_FILE
 from tests.experiments.conftest import SMALL
 
 IDS = torch.arange(3, 90).unsqueeze(0)

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from experiments import extract
 from experiments.config import ModelConfig
-from experiments.models import load_model
+from experiments.models.load import load_model
 from modules import DoRALinear, adapted_linears, attach, decoder_linears, load_adapter
 
 TINY = ModelConfig(name="tiny", source="tiny")

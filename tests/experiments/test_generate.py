@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments import generate
-from experiments.generation import Sampling
-from experiments.generation import generate as generate_ids
-from experiments.runs import load_run
+from experiments.models.generation import Sampling
+from experiments.models.generation import generate as generate_ids
+from experiments.runs.directory import load_run
 from modules import adapted_linears
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from experiments.files import PROJECT_ROOT
+from experiments.system.files import PROJECT_ROOT
 
 
 def python(code: str, path: str = "") -> subprocess.CompletedProcess:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from experiments import params
-from experiments.architecture import meta_model
 from experiments.config import ModelConfig
 from experiments.errors import UserError
+from experiments.models.architecture import meta_model
 from tests.experiments.conftest import composed
 
 SMALL = {  # grouped key and value heads: their projections are narrower

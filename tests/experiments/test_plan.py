@@ -9,17 +9,17 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from experiments.architecture import meta_model
 from experiments.config import Config, ModelConfig, resolve
-from experiments.engines import FSDP
 from experiments.errors import UserError
-from experiments.models import prepare_model, tiny_model
-from experiments.optim import make_optimizer
+from experiments.models.architecture import meta_model
+from experiments.models.load import prepare_model, tiny_model
 from experiments.plan import __main__ as plan
 from experiments.plan import claims
 from experiments.plan.budget import budget, nbytes, planned_model, shard_bytes, stored
 from experiments.plan.measure import allocated, measure
 from experiments.plan.simulate import Step, loss_of, simulate
+from experiments.training.engines import FSDP
+from experiments.training.optim import make_optimizer
 from modules import AdamW, parameter_groups
 from modules.paging import PAGE_BYTES
 from tests.experiments.conftest import composed

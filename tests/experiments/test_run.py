@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 
 from experiments.config import resolve
-from experiments.data import load_data
+from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.evaluation import evaluate
-from experiments.files import PROJECT_ROOT
-from experiments.models import load_model
+from experiments.models.load import load_model
+from experiments.system.files import PROJECT_ROOT
+from experiments.training.evaluation import evaluate
 from tests.experiments.conftest import composed
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]

@@ -8,13 +8,13 @@ import torch
 
 from experiments import decompose_study, quant_study
 from experiments.config import ModelConfig
-from experiments.data import load_data
-from experiments.evaluation import evaluate
-from experiments.models import load_model
+from experiments.data.samples import load_data
+from experiments.models.load import load_model
+from experiments.training.evaluation import evaluate
 from kernels.codebook import normal_float
 from modules import decoder_linears, quantize
+from tests.experiments.blocks.test_quant_types import nearest
 from tests.experiments.conftest import composed
-from tests.experiments.test_quant_types import nearest
 
 
 def read(path) -> list[dict]:

@@ -12,15 +12,15 @@ from torch.nn import functional as F
 
 import kernels
 from experiments import run, try_maps, tune_blocks
-from experiments.block_choice import constant_bits, option_bits, pose, solve
-from experiments.block_profile import Calibration, Profile, profile_layer, profile_model, read_profile
-from experiments.block_trials import Losses, Packable, measure
+from experiments.blocks.choice import constant_bits, option_bits, pose, solve
+from experiments.blocks.profile import Calibration, Profile, profile_layer, profile_model, read_profile
+from experiments.blocks.quant_map import read_map
+from experiments.blocks.trials import Losses, Packable, measure
 from experiments.config import DataConfig, ModelConfig
-from experiments.data import collate, load_data
-from experiments.data_chat import IGNORED, Example
-from experiments.evaluation import evaluate
-from experiments.models import load_model
-from experiments.quant_map import read_map
+from experiments.data.chat import IGNORED, Example
+from experiments.data.samples import collate, load_data
+from experiments.models.load import load_model
+from experiments.training.evaluation import evaluate
 from kernels.codebook import BLOCKSIZES
 from modules import decoder_linears, quantize
 from tests.experiments.conftest import SMALL, write_chats

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from modules.bnb_files import by_definition
+from modules.files.bitsandbytes import by_definition
 
 _WIDTHS = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Rows of whole blocks: with AVX-512 bitsandbytes 0.50.2 dequantizes others wrongly (rows of 96 in blocks of 64).

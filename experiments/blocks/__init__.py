@@ -1,0 +1,1 @@
+"""The block size of each packed linear: measured, chosen and tried."""

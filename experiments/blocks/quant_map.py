@@ -1,0 +1,103 @@
+"""Which block size each linear is packed with: the same for all, or what a map says.
+
+A map is a YAML file that experiments.tune_blocks writes and `quant=tuned quant.map=FILE` reads:
+
+    double: true
+    layers:
+      model.layers.0.self_attn.q_proj: {shape: [576, 576], blocksize: 64}
+      …
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from experiments.config import QuantConfig
+from experiments.errors import UserError
+from experiments.system.files import write_atomically
+from kernels.codebook import BLOCKSIZES
+
+Shapes = Mapping[str, tuple[int, int]]  # of weights, (out, in), by the full names of their linears
+
+
+@dataclass(frozen=True)
+class QuantMap:
+    """Block sizes by the linears' full names, what shapes they were chosen for, and whether absmax is 8 bits."""
+
+    double: bool
+    shapes: Shapes
+    blocksizes: Mapping[str, int]
+
+
+def write_map(path: Path, quant_map: QuantMap, comment: str) -> None:
+    """Write `quant_map` with `comment`, lines of text, on top."""
+    lines = [f"# {line}".rstrip() for line in comment.splitlines()]
+    lines += [f"double: {str(quant_map.double).lower()}", "layers:"]
+    for name, blocksize in quant_map.blocksizes.items():
+        lines.append(f"  {name}: {{shape: {list(quant_map.shapes[name])}, blocksize: {blocksize}}}")
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def read_map(path: Path) -> QuantMap:
+    """What `write_map` wrote.
+
+    Raises:
+        UserError: no such file, or not such a map.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"quant.map={path}: no such file: python -m experiments.tune_blocks writes one") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"quant.map={path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("double"), bool) or not values.get("layers"):
+        raise UserError(f"quant.map={path} is no map of block sizes: it needs `double` and `layers`")
+    shapes, blocksizes = {}, {}
+    for name, layer in values["layers"].items():
+        try:
+            (out_features, in_features), blocksize = layer["shape"], layer["blocksize"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise UserError(f"quant.map={path}: {name} needs {{shape: [out, in], blocksize: …}}") from error
+        if blocksize not in BLOCKSIZES:
+            raise UserError(
+                f"quant.map={path}: {name} has blocksize {blocksize}; choose one of {', '.join(map(str, BLOCKSIZES))}"
+            )
+        shapes[name], blocksizes[name] = (out_features, in_features), blocksize
+    return QuantMap(values["double"], shapes, blocksizes)
+
+
+def blocksizes(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:
+    """The block size that `cfg` gives each linear of a model.
+
+    Raises:
+        UserError: the map is for another model or other constants, or a block would run across rows that
+            `quant.align=row` keeps apart.
+    """
+    if cfg.name == "tuned":
+        chosen = _from_map(cfg, shapes)
+    else:
+        chosen = dict.fromkeys(shapes, cfg.blocksize)
+    if cfg.align == "row":
+        for name, blocksize in chosen.items():
+            in_features = shapes[name][1]
+            if in_features % blocksize:
+                fitting = ", ".join(str(b) for b in BLOCKSIZES if in_features % b == 0) or "none"
+                raise UserError(
+                    f"quant.align=row: blocks of {blocksize} would run across the rows of {name}, {in_features} "
+                    f"weights each; block sizes that fit: {fitting}"
+                )
+    return chosen
+
+
+def _from_map(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:
+    quant_map = read_map(Path(cfg.map))
+    if wrong := sorted(dict(quant_map.shapes.items() ^ {name: tuple(s) for name, s in shapes.items()}.items())):
+        there, here = quant_map.shapes.get(wrong[0], "missing"), shapes.get(wrong[0], "missing")
+        raise UserError(f"quant.map={cfg.map} is for another model: {wrong[0]} is {there} there, {here} here")
+    if quant_map.double != cfg.double:
+        raise UserError(
+            f"quant.map={cfg.map} was chosen for quant.double={str(quant_map.double).lower()}: set it so, or tune anew"
+        )
+    return {name: quant_map.blocksizes[name] for name in shapes}

@@ -1,0 +1,1 @@
+"""Samples for training and evaluation: where they come from, and how they become tokens and batches."""

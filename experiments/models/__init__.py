@@ -1,0 +1,1 @@
+"""Models and tokenizers: built or loaded, packed, adapted; text from them."""

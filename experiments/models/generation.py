@@ -1,0 +1,157 @@
+"""Text from a model: batches of prompts with a KV cache, streaming, and how fast it was."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from experiments.errors import UserError
+from modules.adapters.prefix import prompt_lengths
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: an answer ends here if not before.
+        temperature: 0: always the likeliest token; above, tokens are drawn.
+        top_p: among the likeliest tokens with this probability together.
+        top_k: among so many of the likeliest; 0: all.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+    def check(self) -> None:
+        """Raise UserError for a value that makes no sense."""
+        for name, fits, choose in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "a number above 0, up to 1"),
+            ("top_k", self.top_k >= 0, "0 or more"),
+        ):
+            if not fits:
+                raise UserError(f"{name}={getattr(self, name)}: choose {choose}")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came of some prompts.
+
+    Attributes:
+        ids: of each prompt the new tokens, the one that ended the answer included.
+        prompt_tokens: read, padding not counted; it took `prompt_seconds` until the first new tokens.
+        seconds: for the new tokens after the first ones.
+    """
+
+    ids: list[list[int]]
+    prompt_tokens: int
+    prompt_seconds: float
+    seconds: float
+
+    @classmethod
+    def sum(cls, parts: list["Generated"]) -> "Generated":
+        """All of several batches."""
+        return cls(
+            [ids for part in parts for ids in part.ids],
+            *(sum(getattr(part, name) for part in parts) for name in ("prompt_tokens", "prompt_seconds", "seconds")),
+        )
+
+    def speed(self) -> str:
+        """One line for the terminal."""
+        new = sum(map(len, self.ids))
+        later = new - len(self.ids)
+        read = f"{self.prompt_tokens} prompt tokens in {self.prompt_seconds:.2f} s"
+        rate = f", {later / self.seconds:.1f} tokens/s" if later else ""
+        return f"{read}, {new} new tokens in {self.seconds:.2f} s{rate}"
+
+
+class _Clock(BaseStreamer):
+    """Notes when the first and the last tokens came, and passes them on to be shown."""
+
+    def __init__(self, show: TextStreamer | None):
+        self.show, self.times = show, [time.perf_counter()]
+
+    def put(self, value: torch.Tensor) -> None:
+        if self.show is not None:
+            self.show.put(value)
+        self.times.append(time.perf_counter())  # of the prompt first, which is passed on before it is computed
+
+    def end(self) -> None:
+        if self.show is not None:
+            self.show.end()
+
+
+@torch.no_grad()  # not inference_mode, whose tensors FSDP could not train with afterwards
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stream: bool = False,
+    cache: DynamicCache | None = None,
+    prompt_length: int | None = None,
+) -> Generated:
+    """Continue prompts, all in one batch.
+
+    Args:
+        prompts: token ids, none of them empty.
+        stream: print the text as it comes; for one prompt.
+        cache: keys and values of the beginning of the one prompt; it grows by the rest and the new tokens.
+        prompt_length: so many tokens of each prompt precede the first answer, if the model has infix tokens
+            (modules/adapters/prefix.py); by default all.
+    """
+    training = model.training
+    model.eval()
+    longest, pad = max(map(len, prompts)), tokenizer.pad_token_id
+    rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    stops = _stops(model, tokenizer)
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
+    ends = longest if prompt_length is None else [longest - len(prompt) + prompt_length for prompt in prompts]
+    with prompt_lengths(model, torch.tensor(ends, device=model.device).expand(len(prompts))):
+        output = model.generate(
+            input_ids=torch.tensor(rows, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=stops,
+            streamer=clock,
+            past_key_values=cache,
+            **(drawn if sampling.temperature else {"do_sample": False}),
+        )
+    model.train(training)
+    ids = [_until(row, stops) for row in output[:, longest:].tolist()]
+    start, _, first, *_ = clock.times
+    return Generated(ids, sum(map(len, prompts)), first - start, clock.times[-1] - first)
+
+
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, and those that chat models name besides."""
+    configured = model.generation_config.eos_token_id
+    more = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in (tokenizer.eos_token_id, *more) if token is not None})
+
+
+def _until(ids: list[int], stops: list[int]) -> list[int]:
+    """`ids` up to and with the first of `stops`; what follows it is padding."""
+    end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
+    return ids[: end + 1]
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+) -> list[str]:
+    """The model's likeliest (greedy) continuation of each prompt, all in one batch, as text."""
+    generated = generate(model, tokenizer, prompts, Sampling(max_new_tokens))
+    return [decode(tokenizer, ids) for ids in generated.ids]

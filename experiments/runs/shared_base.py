@@ -1,0 +1,67 @@
+"""The packed base of a sweep: quantized once, and kept on disk for the jobs that begin with the same one.
+
+Such a job maps the file into its memory; no dense weights are read and packed. It computes the same bit for bit. Its
+peak memory is without packing, which result.json says (`shared_base`) and a report over both kinds points out.
+"""
+
+import contextlib
+import json
+import tempfile
+from dataclasses import asdict
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+from experiments.config import Config
+from experiments.errors import UserError
+from experiments.models.load import is_packed, load_base, quiet
+from experiments.system import machine
+from experiments.system.files import cache_dir
+from modules.adapters.config import quantized_start
+from modules.files.bitsandbytes import save_bnb4
+
+
+class SharedBase:
+    """The base of the newest job that has a packed one, in a temporary directory: one at a time, for a sweep of block
+    sizes has many. The directory ends with this object or its process."""
+
+    def __init__(self):
+        self.key: str | None = None
+        self.directory: tempfile.TemporaryDirectory | None = None
+
+    def of(self, cfg: Config, context: ForkServerContext) -> Path | None:
+        """The directory, as bitsandbytes has it, of the base that `cfg` begins with, packed now if it is another one
+        than the last; None where there is nothing to share.
+
+        Args:
+            context: makes the process that packs.
+        """
+        if cfg.quant.name == "none" or quantized_start(cfg.init):  # which packs for its adapters
+            return None
+        seed = cfg.seed if cfg.model.source == "tiny" else None
+        parts = [asdict(cfg.model), asdict(cfg.quant), cfg.trainer.dtype, cfg.trainer.device, seed]
+        key = json.dumps(parts, sort_keys=True)
+        if key != self.key:
+            if self.directory is not None:
+                self.directory.cleanup()
+            self.key, self.directory = key, tempfile.TemporaryDirectory(prefix=".base-", dir=cache_dir())
+            process = context.Process(target=_pack, args=(cfg, Path(self.directory.name)), daemon=True)
+            process.start()
+            process.join()
+        packed = Path(self.directory.name) / "packed"
+        return packed if packed.exists() else None
+
+
+def _pack(cfg: Config, directory: Path) -> None:
+    """Write `packed` into `directory`; nothing where the base is packed already, or where the job itself will say what
+    is wrong with it."""
+    with contextlib.suppress(UserError, OSError, ValueError):
+        if cfg.model.source == "hf" and cfg.model.path is not None and is_packed(Path(cfg.model.path).expanduser()):
+            return
+        device = machine.pick_device(cfg.trainer)
+        if device.type == "cpu":
+            machine.set_up_cpu(cfg.trainer)
+        model, tokenizer = load_base(cfg, machine.pick_dtype(cfg.trainer, device))
+        with quiet():
+            save_bnb4(model, directory / "partial")
+            tokenizer.save_pretrained(directory / "partial")
+        (directory / "partial").rename(directory / "packed")

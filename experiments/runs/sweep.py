@@ -1,0 +1,193 @@
+"""Sweeps: what `-m` does with each job.
+
+A run is known by `results.config_hash`: its resolved configuration and the version of the results. In the sweep's
+folder its directory ends with that hash; where a result is there already nothing is done, and where checkpoints are
+there it goes on from the newest. So a sweep that is started again in the same folder does only what is missing.
+
+Each job has a process of its own, forked from a server that has imported everything and computed nothing: its peak
+memory is its own, and one that dies does not stop the others. What they can share is the packed base
+(experiments/runs/shared_base.py). While it works it holds a lock, which the kernel takes
+back from a process that dies: several sweeps, also of different machines that share a file system with locks, may
+write to one folder.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import secrets
+import shutil
+import signal
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from experiments.config import Config
+from experiments.errors import UserError
+from experiments.runs import checkpoints, results
+from experiments.runs.shared_base import SharedBase
+from experiments.system import parallel
+from experiments.system.files import NAME_LENGTH, write_atomically
+
+DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
+STOPPED = "stopped"  # by whoever watched it
+
+
+@dataclass
+class Outcome:
+    """How a job ended: DONE or DONE_BEFORE, with the directory of its result; ELSEWHERE; FAILED or STOPPED, with a line
+    that says why."""
+
+    status: str
+    reason: str = ""
+    directory: str | None = None
+
+
+_shared_base = SharedBase()  # of the jobs of this process
+
+
+def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> Outcome:
+    """Do the run `cfg` in a directory of its own inside `cfg.output_dir`, unless that has its result.
+
+    Args:
+        name: what the job varies; the directory's name starts with it.
+        watch: takes the record of each evaluation in training, and says whether to stop the run.
+    """
+    if cfg.resume:
+        return Outcome(FAILED, "a sweep resumes by itself: leave resume out and name its folder with output_dir=…")
+    folder, identity = Path(cfg.output_dir), results.config_hash(cfg)
+    new = folder / f"{name.replace('+', '').replace('/', '-')[:NAME_LENGTH]}_{identity}"
+    directory = min(folder.glob(f"*_{identity}"), default=new)
+    if _has_result(directory, identity):
+        return Outcome(DONE_BEFORE, directory=str(directory))
+    cfg.output_dir = str(directory)
+    cfg.tracking.group = cfg.tracking.group or folder.name
+    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method("forkserver", force=True)  # joblib's processes have one that no other knows
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["experiments.runs.sweep"])
+    base = _shared_base.of(cfg, context)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run, args=(cfg, identity, base, watch is not None, theirs))
+    process.start()
+    theirs.close()
+    try:
+        while not isinstance(message := ours.recv(), Outcome):
+            ours.send(watch(message))
+    except EOFError:
+        process.join()
+        ended = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
+        return Outcome(FAILED, f"its process ended with {ended}; 9 is often a lack of memory")
+    except KeyboardInterrupt:
+        process.terminate()  # for the run the same as Ctrl-C: it saves its weights first
+        process.join()
+        raise
+    process.join()
+    return message
+
+
+class _Stopped(Exception):
+    """Whoever watches the run wants no more of it."""
+
+
+def _run(cfg: Config, identity: str, base: Path | None, watched: bool, connection: Connection) -> None:
+    """What a job's process does: `run`, and send the outcome, and before it evaluations if it is watched."""
+    from experiments.run import run  # here, because it imports this module
+
+    def watch(record: dict) -> None:
+        if watched and "heldout_loss" in record and record["step"]:
+            connection.send(record)
+            if connection.recv():
+                raise _Stopped(f"after step {record['step']}, at a held-out loss of {record['heldout_loss']:.4f}")
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the sweep's passes it on
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(line_buffering=True)
+    directory = Path(cfg.output_dir)
+    try:
+        with claim(directory.parent / ".locks" / identity) as claimed:
+            if not claimed:
+                outcome = Outcome(ELSEWHERE)
+            elif _has_result(directory, identity):
+                outcome = Outcome(DONE_BEFORE, directory=cfg.output_dir)
+            else:
+                cfg.resume = checkpoints.LATEST if checkpoints.of_run(directory) else None
+                print(f"\n{results.table(run(cfg, base, watch))}\n")
+                outcome = Outcome(DONE, directory=cfg.output_dir)
+    except _Stopped as stopped:
+        outcome = Outcome(STOPPED, str(stopped))
+    except (UserError, OSError) as error:
+        outcome = Outcome(FAILED, str(error))
+    except Exception as error:
+        traceback.print_exc()
+        outcome = Outcome(FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    connection.send(outcome)
+
+
+@contextlib.contextmanager
+def claim(lock: Path) -> Iterator[bool]:
+    """Whether the block has `lock` to itself."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _has_result(directory: Path, identity: str) -> bool:
+    try:
+        return json.loads((directory / results.RESULT).read_text(encoding="utf-8"))["config_hash"] == identity
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+class Summary(Callback):
+    """Hydra's hook: lists how the jobs of a sweep ended, and ends it with exit code 1 if one failed.
+
+    A launcher may do a job in another process, with a copy of this object: outcomes go through files in the folder.
+    """
+
+    def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
+        if parallel.size() > 1:
+            message = "a sweep starts a process for each run itself: start it without torchrun"
+            sys.exit(parallel.last_words(f"error: {message}"))
+        if config.hydra.launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
+            sys.exit("error: no srun here: launcher=slurm is for a machine that submits jobs to SLURM")
+        self.outcomes = Path(config.output_dir) / f".outcomes-{secrets.token_hex(4)}"
+        atexit.register(shutil.rmtree, self.outcomes, ignore_errors=True)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
+        if isinstance(job_return.return_value, Outcome):  # a single run returns nothing
+            self.outcomes.mkdir(parents=True, exist_ok=True)
+            told = asdict(job_return.return_value) | {"overrides": " ".join(job_return.overrides)}
+            write_atomically(self.outcomes / f"{config.hydra.job.num:06}.json", json.dumps(told))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
+        outcomes = [json.loads(path.read_text()) for path in sorted(self.outcomes.glob("*.json"))]
+        shutil.rmtree(self.outcomes, ignore_errors=True)
+        counts = Counter(outcome["status"] for outcome in outcomes)
+        told = ", ".join(
+            f"{counts[status]} {status}" for status in (DONE, DONE_BEFORE, ELSEWHERE, FAILED) if counts[status]
+        )
+        print(f"\n{len(outcomes)} runs in {config.output_dir}: {told}")
+        failed = [outcome for outcome in outcomes if outcome["status"] == FAILED]
+        for outcome in failed:
+            print(f"failed: {outcome['overrides']}: {outcome['reason']}", file=sys.stderr)
+        if len(failed) < len(outcomes):
+            print(f"compare them: python -m experiments.report {config.output_dir}")
+        if failed:
+            sys.exit("error: start the sweep again with the same output_dir, and it does only what is missing")

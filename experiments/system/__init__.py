@@ -1,0 +1,1 @@
+"""The machine, its processes, files and terminal: what every command stands on."""

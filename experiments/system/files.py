@@ -1,0 +1,63 @@
+"""Where files go, and how they get there whole."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from experiments.errors import UserError
+
+RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
+NAME_LENGTH = 120  # of what a run varies, in its directory's name; a file name may have 255 bytes
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: `$QDORA_CACHE`, or `.cache/` in the project. Created if missing."""
+    return writable_dir(Path(os.environ.get("QDORA_CACHE") or PROJECT_ROOT / ".cache"), "set QDORA_CACHE to a folder")
+
+
+def writable_dir(path: Path, instead: str) -> Path:
+    """`path`, created if missing.
+
+    Raises:
+        UserError: it cannot be created or written to; the message ends with `instead`.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}): {instead} that can be written") from error
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` under a temporary name, then rename: whoever reads `path` never sees half of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def directory_atomically(path: Path) -> Iterator[Path]:
+    """An empty directory to fill. When the block ends well it gets the name `path` and replaces what was there."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if path.exists():
+            delete_directory(path)
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def delete_directory(path: Path) -> None:
+    """Delete a directory; its name is gone first, so that nobody takes what is left of it for the whole."""
+    gone = path.with_name(f".{path.name}.{os.getpid()}.deleted.partial")
+    os.rename(path, gone)
+    shutil.rmtree(gone)

@@ -1,0 +1,57 @@
+"""A progress bar in a terminal; elsewhere a plain line now and then for training, nothing for what takes seconds."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+from tqdm import tqdm
+
+from experiments.system import parallel
+
+PLAIN_LINES = 10  # in a log file
+
+
+def bar(title: str) -> Callable[[Iterable], Iterable]:
+    """Wraps an iterable of known length in a bar that goes away when done; in a log file it shows nothing."""
+    return functools.partial(tqdm, desc=title, leave=False, dynamic_ncols=True, disable=not _terminal())
+
+
+def _terminal() -> bool:
+    return sys.stderr.isatty() and parallel.is_main()
+
+
+class Progress:
+    """Counts from `done` to `total`. In a terminal a bar with the time left; otherwise about ten lines.
+
+    Use as a context manager, `advance(loss=…, tokens_per_s=…)` once a step.
+    """
+
+    def __init__(self, total: int, title: str, done: int = 0):
+        self.total, self.title, self.done, self.done_before = total, title, done, done
+        self.start = time.perf_counter()
+        shown = {"desc": title, "leave": False, "dynamic_ncols": True}
+        self.bar = tqdm(total=total, initial=done, **shown) if _terminal() else None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, loss: float, tokens_per_s: float) -> None:
+        self.done += 1
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+            return
+        every = max(1, self.total // PLAIN_LINES)
+        if self.done % every == 0 or self.done == self.total:
+            seconds_a_step = (time.perf_counter() - self.start) / (self.done - self.done_before)
+            left = seconds_a_step * (self.total - self.done)
+            speed = f"{tokens_per_s:,.0f} tokens/s"
+            print(f"{self.title} {self.done}/{self.total}  loss {loss:.3f}  {speed}  {left:.0f} s left", flush=True)

@@ -1,0 +1,210 @@
+"""The training loop: AdamW on fp32 weights, a learning-rate schedule, accumulation, clipping, evaluation on the way."""
+
+import contextlib
+import functools
+import itertools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from experiments.config import Config, TrainerConfig
+from experiments.data.chat import IGNORED, Example
+from experiments.data.samples import Data, batches, collate
+from experiments.errors import UserError
+from experiments.system import machine, parallel
+from experiments.system.progress import Progress
+from experiments.training.engines import Engine
+from experiments.training.evaluation import Evaluation, to_device
+from experiments.training.loss import LabelLoss
+from experiments.training.optim import make_optimizer, with_room
+from modules import parameter_groups
+
+
+@dataclass
+class Trained:
+    """How far training has come.
+
+    Attributes:
+        steps: optimizer steps done.
+        tokens: seen, padding not counted.
+        seconds: without evaluations.
+        evaluation: the newest one on held-out data; None before the first step's.
+        best: the one with the lowest loss, made at step `best_step`.
+        stale: evaluations since then.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluation: Evaluation | None = None
+    best: Evaluation | None = None
+    best_step: int = 0
+    stale: int = 0
+
+    def finished(self, settings: TrainerConfig) -> bool:
+        """Whether all steps are done, or early stopping has ended training."""
+        patience = settings.early_stopping_patience
+        return self.steps >= settings.steps or (patience > 0 and self.stale >= patience)
+
+    def judge(self, evaluation: Evaluation) -> bool:
+        """Take the evaluation of the step just done; True if none before had as low a loss."""
+        self.evaluation = evaluation
+        if self.best is None or evaluation.loss < self.best.loss:
+            self.best, self.best_step, self.stale = evaluation, self.steps, 0
+            return True
+        self.stale += 1
+        return False
+
+
+def lr_factor(step: int, trainer: TrainerConfig) -> float:
+    """Learning rate at `step` (from 0) as a share of its highest."""
+    warmup = round(trainer.warmup * trainer.steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, trainer.steps - warmup)
+    return {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[trainer.schedule]
+
+
+class Trainer:
+    """Trains a model in place. What it holds besides its arguments changes from step to step and is what a checkpoint
+    keeps (experiments/runs/checkpoints.py).
+
+    Args:
+        dtype: to compute in. Weights that train are fp32; where all of them do, matmuls run under autocast.
+        pad_id: token that fills short samples up.
+        engine: what has placed the model; None: nothing has.
+
+    Raises:
+        UserError: gradient checkpointing of a model that cannot; no room for the optimizer's pages.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cfg: Config, dtype: torch.dtype, pad_id: int, engine: Engine | None = None
+    ):
+        self.model, self.cfg, self.dtype, self.pad_id = model, cfg, dtype, pad_id
+        self.engine = engine or Engine(model.device)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        groups = parameter_groups(model, cfg.lr, cfg.trainer.loraplus_lr_ratio)
+        self.optimizer = make_optimizer(cfg, groups)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
+        self.label_loss = LabelLoss(model, cfg.trainer.compile)
+        self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
+        self.trained = Trained()
+        if cfg.trainer.gradient_checkpointing:
+            checkpoint_blocks(model)
+        self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
+        if model.device.type == "cpu":
+            machine.keep_freed_memory()
+
+    def fit(
+        self,
+        data: Data,
+        log: Callable[[dict], None],
+        measure: Callable[[], Evaluation],
+        save: Callable[[], None],
+        save_best: Callable[[], None],
+    ) -> None:
+        """Train until `trained.finished`, from where `trained` says.
+
+        Args:
+            log: takes one record a step: step, loss, lr, grad_norm, tokens, seconds.
+            measure: evaluates the model; called every `eval_every` steps and after the last.
+            save: writes a checkpoint; called every `checkpoint_every` steps and after the last, evaluation included.
+            save_best: keeps the weights; called after an evaluation better than all before, if `keep_best` is set.
+
+        Raises:
+            UserError: the loss is not a number. The weights are those before that step.
+        """
+        settings, trained = self.cfg.trainer, self.trained
+        served = trained.steps * settings.grad_accum
+        stream = batches(data.train, settings.batch_size, self.cfg.seed, start=served)
+        self.model.train()
+        with Progress(settings.steps, "training", trained.steps) as progress:
+            while not trained.finished(settings):
+                record = self.step(list(itertools.islice(stream, settings.grad_accum)))
+                last = trained.steps == settings.steps
+                if last or trained.steps % settings.log_every == 0:
+                    log(record)
+                progress.advance(loss=record["loss"], tokens_per_s=trained.tokens / trained.seconds)
+                due = last or (settings.eval_every and trained.steps % settings.eval_every == 0)
+                if due and trained.judge(measure()) and settings.keep_best:
+                    save_best()
+                every = settings.checkpoint_every
+                if every and (trained.steps % every == 0 or trained.finished(settings)):
+                    save()
+
+    def step(self, group: list[list[Example]]) -> dict[str, float]:
+        """One optimizer step on the mean loss of a group of batches; returns its record."""
+        start = time.perf_counter()
+        step = self.trained.steps + 1
+        context = (self.pad_id, self.dtype, self.scaler, self.engine)
+        compute = functools.partial(_accumulate, self.label_loss, group, *context)
+        (loss,) = parallel.total(with_room(self.optimizer, self.model.device, compute))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss} at step {step}: stopped with the weights of step {step - 1}; "
+                f"try a lower lr than {self.cfg.lr:g}"
+            )
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.trainer.max_grad_norm or math.inf)
+        lr = self.schedule.get_last_lr()[0]
+        self.engine.update(self.optimizer, lambda: self.scaler.step(self.optimizer))
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        self.trained.steps = step
+        self.trained.tokens += sum(len(example.input_ids) for batch in group for example in batch)
+        self.trained.seconds += (seconds := time.perf_counter() - start)
+        if self.cfg.trainer.compile and step == 1:
+            print(f"compiled with the first step: {seconds:.0f} s; the code is kept for the next run")
+        if hasattr(grad_norm, "full_tensor"):  # of sharded gradients
+            grad_norm = grad_norm.full_tensor()
+        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)}
+        return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
+
+
+def checkpoint_blocks(model: PreTrainedModel) -> None:
+    """Have each block compute its activations again in backward, with the random numbers of the first time.
+
+    Raises:
+        UserError: the model is not made for it.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"{type(model).__name__} cannot do trainer.gradient_checkpointing=true: leave it out")
+    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
+    model.disable_input_require_grads()  # only the reentrant kind needs gradients of the embeddings' output
+
+
+def heldout_record(evaluation: Evaluation) -> dict[str, float]:
+    return {"heldout_loss": evaluation.loss, "heldout_token_accuracy": evaluation.token_accuracy}
+
+
+def _accumulate(
+    label_loss: LabelLoss,
+    group: list[list[Example]],
+    pad_id: int,
+    dtype: torch.dtype,
+    scaler: torch.amp.GradScaler,
+    engine: Engine,
+) -> float:
+    """Add to the gradients those of the mean loss over all labelled tokens of the batches, of which each process takes
+    its share; return what this one's adds to that loss."""
+    labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
+    model = label_loss.model
+    # Base weights are in `dtype` already if they are frozen; if they train they are fp32, and autocast converts.
+    casts = dtype != torch.float32 and next(model.parameters()).dtype == torch.float32
+    autocast = torch.autocast(model.device.type, dtype) if casts else contextlib.nullcontext()
+    total = 0.0
+    for i, batch in enumerate(group, start=1):
+        own = parallel.share(batch) or [batch[0].unlabelled()]
+        with engine.accumulate(label_loss.forward, last=i == len(group)):
+            with autocast:
+                loss = label_loss(to_device(collate(own, pad_id), model.device)) / labelled
+            total += loss.item()
+            if math.isfinite(total) or parallel.size() > 1:  # the others wait for this one's gradients
+                scaler.scale(loss * parallel.size()).backward()
+    return total

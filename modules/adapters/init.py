@@ -1,0 +1,155 @@
+"""What A and B begin with. W [out, in] is the base weight, s the scaling, r the rank.
+
+    default       A Kaiming-uniform(√5), B = 0. Hu et al. 2021
+    gaussian      A ~ N(0, 1/r²), B = 0
+    orthogonal    A and B not zero, their product is: B takes the even rows of a random rotation, A the odd ones.
+                  https://datta0.github.io/posts/rethink-lora-init
+    pissa         s·BA = the r principal components of W. Meng et al. 2024; pissa_niter_N computes them by N subspace
+                  iterations from a random start, which is faster and nearly as exact
+    olora         B, A = the first columns of Q and rows of R, QR = W. Büyükakyüz 2024
+    loftq         s·BA = the r principal components of what `quantize` loses of W. Li et al. 2023 with one iteration,
+                  so that the base is the plain packed W. Attach first, then quantize
+    loftq_iter_N  the same with N iterations: the base is packed N times, each time of what BA leaves of W, and differs
+                  from the plain packed one (`modules/adapters/quantized_init.py`)
+    qpissa        quantized PiSSA: these iterations from BA = the r principal components of W. Meng et al. 2024, §4;
+                  five of them, or N of qpissa_iter_N
+    eva           A = the r principal components of the layer's input on calibration batches, B = 0.
+                  Paischer et al. 2024, every layer at its own rank (ρ = 1)
+
+Those of PEFT's of the same name, but for three points. PiSSA and OLoRA take BA away from W there; here W stays and the
+layer keeps their start A₀, B₀ (see `LoRALinear`), so adapters can be switched and detached, and what they amount to, a
+LoRA of rank 2r, is exact over NF4 too. LoftQ counts s in. EVA does not move rank between layers. An adapter of
+qpissa or loftq_iter_N is a plain LoRA over its own base: keep the two together.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from modules.adapters.config import quantized_start
+from modules.adapters.decompose import OVERSAMPLING, decompose
+from modules.adapters.quantized_init import quantized_init
+from modules.linear import LoRALinear, NF4Linear, dense_weight, is_conv1d
+
+
+@torch.no_grad()
+def initialise(layer: LoRALinear, init: str) -> None:
+    """Set A and B of a new `layer` as `init` says; loftq, qpissa and eva, which need more, begin as default."""
+    if init == "gaussian":
+        nn.init.normal_(layer.lora_A, std=1 / layer.rank)
+    elif init == "orthogonal":
+        layer.start_at(*_orthogonal(layer))
+    elif init.startswith("pissa"):
+        _, _, niter = init.partition("_niter_")
+        how = {"method": "randomized", "niter": int(niter)} if niter else {}
+        lora_A, lora_B = decompose(layer.base_weight(), layer.rank, **how)
+        layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5, part_of_weight=True)
+    elif init == "olora":
+        q, r = torch.linalg.qr(layer.base_weight().float())
+        layer.start_at(r[: layer.rank], q[:, : layer.rank], part_of_weight=True)
+
+
+def _orthogonal(layer: LoRALinear) -> tuple[Tensor, Tensor]:
+    (out_features, _), (rank, in_features) = layer.lora_B.shape, layer.lora_A.shape
+    device = layer.lora_A.device
+    q, _ = torch.linalg.qr(torch.randn(rank, rank, device=device))
+    lora_A = q[0::2].t() @ torch.randn(rank // 2, in_features, device=device)
+    lora_B = torch.randn(out_features, rank // 2, device=device) @ q[1::2]
+    return lora_A / 10, lora_B / 10
+
+
+@torch.no_grad()
+def pack(
+    layer: LoRALinear, init: str, linear: nn.Module, blocksize: int, double_quant: bool, quant_type: str
+) -> NF4Linear:
+    """The packed base of a new `layer` over the dense `linear`; A and B make up for what it loses, as far as they can.
+
+    Args:
+        init: loftq, qpissa, or one of them with _iter_N.
+        blocksize, double_quant, quant_type: see `kernels.quantize_4bit`.
+    """
+    start, iterations = quantized_start(init)
+    method = "svd" if iterations == 1 else "randomized"
+    how = (blocksize, double_quant, quant_type, method)
+    found = quantized_init(dense_weight(linear), layer.rank, start, iterations, *how)
+    layer.start_at(found.lora_A / layer.scaling**0.5, found.lora_B / layer.scaling**0.5)
+    return NF4Linear(found.packed, found.quant_state, linear.bias, is_conv1d(linear))
+
+
+@torch.no_grad()
+def principal_inputs(model: nn.Module, ranks: dict[str, int], batches: Iterable[dict]) -> dict[str, Tensor]:
+    """The principal components [rank, in], fp32, of what the linears `ranks` of `model` get as their input.
+
+    Args:
+        ranks: how many components, by the linear's full name.
+        batches: keyword arguments of the model; tokens whose `attention_mask` is 0 do not count.
+
+    Raises:
+        ValueError: fewer tokens than components.
+    """
+    inputs = {name: _Components(rank) for name, rank in ranks.items()}
+    mask: Tensor | None = None
+    last: tuple[Tensor, str] | None = None
+
+    def see(name: str):
+        def hook(_, args):
+            nonlocal last
+            x = args[0]
+            if last is not None and x is last[0] and ranks[name] == ranks[last[1]]:  # as k_proj's is q_proj's
+                inputs[name] = inputs[last[1]]
+                return
+            last = x, name
+            x = x.flatten(0, -2).float()
+            inputs[name].add(x[mask.flatten()] if mask is not None and len(x) == mask.numel() else x)
+
+        return hook
+
+    training = model.training
+    model.eval()
+    hooks = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in ranks]
+    try:
+        for batch in batches:
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return {name: components.result(name) for name, components in inputs.items()}
+
+
+class _Components:
+    """Incremental principal component analysis, Ross et al. 2008: of the rows seen, a few directions are kept."""
+
+    def __init__(self, rank: int):
+        self.rank, self.rows = rank, 0
+        self.mean: Tensor | None = None
+        self.scaled: Tensor | None = None  # [rank + OVERSAMPLING, in]: directions times singular values
+
+    def add(self, x: Tensor) -> None:
+        """Count in x [rows, in]."""
+        mean, rows = x.mean(dim=0), x.shape[0]
+        x = x - mean
+        if self.scaled is not None:
+            shift = (self.mean - mean) * (self.rows * rows / (self.rows + rows)) ** 0.5
+            x = torch.cat([self.scaled, x, shift[None]])
+            mean = (self.rows * self.mean + rows * mean) / (self.rows + rows)
+        root, _ = decompose(x, min(self.rank + OVERSAMPLING, *x.shape), "randomized")
+        self.scaled = root * root.norm(dim=1, keepdim=True)
+        self.mean, self.rows = mean, self.rows + rows
+
+    def result(self, name: str) -> Tensor:
+        if self.scaled is None or self.scaled.shape[0] < self.rank:
+            raise ValueError(f"init=eva needs {self.rank} calibration tokens or more; {name} saw {self.rows}")
+        return nn.functional.normalize(self.scaled[: self.rank], dim=1)
+
+
+def check_init(init: str, bases: Iterable[nn.Module], calibration: Iterable[dict] | None) -> None:
+    """Raise ValueError where `init` asks for what is not there."""
+    if quantized_start(init) and any(isinstance(base, NF4Linear) for base in bases):
+        raise ValueError(f"init={init} needs the weights that packing loses: attach the adapter before quantize(model)")
+    if init == "eva" and calibration is None:
+        raise ValueError("init=eva needs calibration batches: attach(…, calibration=[{'input_ids': …}, …])")
+    if init != "eva" and calibration is not None:
+        raise ValueError(f"calibration batches are for init=eva, not init={init}")

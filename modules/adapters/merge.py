@@ -1,0 +1,143 @@
+"""Merge the adapter of a model into dense layers, take that back, add adapters up."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from modules.adapters.attach import add_adapter, hide, named_adapter, replace_module, set_adapter, state_of
+from modules.adapters.config import AdapterConfig
+from modules.adapters.own import settled
+from modules.linear import LoRALinear, NF4Linear, dense_weight
+
+
+@dataclass(frozen=True)
+class Requantized:
+    """What packing a merged layer again would do to it, as shares of ‖W′‖ (Frobenius), W′ the merged weight.
+
+    Attributes:
+        error: ‖NF4(W′) − W′‖ / ‖W′‖, at the block size the layer had.
+        update: ‖W′ − W‖ / ‖W′‖, what the adapter had changed. Where `error` is larger, packing drowns the adapter.
+    """
+
+    error: float
+    update: float
+
+
+def can_merge(config: AdapterConfig) -> bool:
+    """Whether dense layers compute what an adapter does: no network behind a layer and no tokens amount to any."""
+    return config.adapter not in ("houlsby", "prefix_embed", "prefix_layer")
+
+
+@torch.no_grad()
+def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[str, Requantized]:
+    """Put dense layers that compute what the shown adapter does in its place; NF4 bases are merged in their dtype.
+
+    Args:
+        unload: keep nothing: base and adapters are dropped layer by layer, and the model is a plain one afterwards.
+            Without it `unmerge` brings them back, and they stay in memory.
+        report: measure what the result says, which takes as long as packing the model.
+
+    Returns:
+        Of every layer over NF4, by full name, what packing it again would lose; nothing without `report`.
+
+    Raises:
+        ValueError: no adapter is shown, it is merged already, or no dense layer computes what it does.
+    """
+    adapter, state = named_adapter(model), state_of(model)
+    if state.merged:
+        raise ValueError(f"the adapter {state.active!r} is merged already")
+    if not can_merge(adapter.config):
+        raise ValueError(f"the adapter {state.active!r} is {adapter.config.adapter}, which no dense layers amount to")
+    if unload:
+        state.named = {state.active: adapter}
+    requantized = {}
+    for path in sorted(adapter.modules):
+        module = adapter.modules[path]
+        if isinstance(module, LoRALinear):
+            dense = module.merge()
+            if report and isinstance(module.base, NF4Linear):
+                requantized[path] = _requantized(module, dense)
+        else:
+            dense = settled(state.base[path], module, adapter.own[path])
+        replace_module(model, path, dense.train(module.training))
+        if unload:
+            del adapter.modules[path], state.base[path], module
+    state.merged, state.untied = True, _untie(model)
+    if unload:
+        del model._adapters
+    return requantized
+
+
+def _requantized(layer: LoRALinear, dense: nn.Module) -> Requantized:
+    state = layer.base.quant_state
+    packed = NF4Linear.from_linear(dense, state.blocksize, state.nested, state.quant_type)
+    merged = dense_weight(dense).float()
+    size = merged.norm().clamp(min=torch.finfo(torch.float32).tiny)
+    error = (packed.dense_weight().float() - merged).norm() / size
+    return Requantized(error.item(), ((merged - layer.base_weight().float()).norm() / size).item())
+
+
+def _untie(model: nn.Module) -> bool:
+    """Let the config say so if input and output embeddings are no longer the same; True if it had to."""
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied or not hasattr(model, "get_output_embeddings"):
+        return False
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is tokens.weight:
+        return False
+    model.config.tie_word_embeddings = False
+    return True
+
+
+def unmerge(model: nn.Module) -> None:
+    """Bring back the adapter that `merge` put dense layers in the place of.
+
+    Raises:
+        ValueError: nothing is merged.
+    """
+    state = state_of(model)
+    if state is None or not state.merged:
+        raise ValueError("no adapter of the model is merged")
+    set_adapter(model, state.active)
+
+
+@torch.no_grad()
+def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str) -> list[str]:
+    """Show a new adapter `name` whose update is Σ weight · update of the LoRA adapters `weights` names, exactly.
+
+    Its rank in a layer is the sum of theirs.
+
+    Returns:
+        The full names of the adapted linears.
+
+    Raises:
+        ValueError: one that is not there, or whose effect is no sum: another than LoRA, own biases or modules.
+    """
+    parts = {part: named_adapter(model, part) for part in weights}
+    if not parts:
+        raise ValueError("no adapter to add: name one or more")
+    for part, adapter in parts.items():
+        for what, found in (
+            (adapter.config.adapter, adapter.config.adapter != "lora"),
+            ("modules_to_save", adapter.config.modules_to_save),
+            ("bias", adapter.config.bias != "none"),
+        ):
+            if found:
+                raise ValueError(f"the adapter {part!r} has {what}, which has no weighted sum: only LoRA layers add up")
+    factors: dict[str, list[tuple]] = {}
+    for part, adapter in parts.items():
+        for path, layer in adapter.modules.items():
+            lora_A, lora_B = layer.factors()
+            factors.setdefault(path, []).append((lora_A, weights[part] * layer.scaling * lora_B))
+    ranks = {path: sum(lora_A.shape[0] for lora_A, _ in pairs) for path, pairs in factors.items()}
+    rank = max(ranks.values())
+    patterns = {f"^{re.escape(path)}": smaller for path, smaller in ranks.items() if smaller != rank}
+    hide(model, name)
+    config = AdapterConfig("lora", rank, rank, list(ranks), rank_pattern=patterns, alpha_pattern=patterns)
+    add_adapter(model, name, config, list(ranks), {})
+    for path, pairs in factors.items():
+        lora_A, lora_B = (torch.cat(matrices, dim) for matrices, dim in zip(zip(*pairs), (0, 1)))
+        model.get_submodule(path).start_at(lora_A, lora_B)
+    return list(ranks)

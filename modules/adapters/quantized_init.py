@@ -1,0 +1,86 @@
+"""A packed weight and a low-rank start that make up for each other: Q + BA ≈ W.
+
+    loftq    BA = 0
+    pissa    BA = the r principal components of W
+    then, `iterations` times:  Q = quantize(W − BA),  BA = the r principal components of W − Q
+
+LoftQ, Li et al. 2023, algorithm 1; quantized PiSSA ("QPiSSA, T iterations"), Meng et al. 2024, §4. Two starts of one
+alternation: from PiSSA's Q holds what is left beside the principal components, which the adapter then trains.
+With one iteration of loftq Q is the plain quantized W. Either start's error is below that of quantizing alone.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from kernels import QuantState
+from modules.adapters.decompose import decompose
+
+STARTS = ("loftq", "pissa")
+
+
+@dataclass(frozen=True)
+class QuantizedInit:
+    """What `quantized_init` found.
+
+    Attributes:
+        packed: uint8 codes of Q, with its `quant_state`.
+        lora_A: [rank, in] fp32.
+        lora_B: [out, rank] fp32.
+        errors: ‖W − Q − BA‖ / ‖W‖ after each iteration, falling.
+    """
+
+    packed: Tensor
+    quant_state: QuantState
+    lora_A: Tensor
+    lora_B: Tensor
+    errors: list[float]
+
+
+@torch.no_grad()
+def quantized_init(
+    w: Tensor,
+    rank: int,
+    start: str = "loftq",
+    iterations: int = 5,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    quant_type: str = "nf4",
+    method: str = "randomized",
+) -> QuantizedInit:
+    """Alternate between quantizing and decomposing `w`, as long as that lowers the error.
+
+    Args:
+        w: [out, in], fp32, fp16 or bf16.
+        rank: 1 … min(out, in).
+        start: one of STARTS.
+        iterations: 1 or more; fewer are done where one would raise the error, which is then not kept.
+        blocksize, double_quant, quant_type: see `kernels.quantize_4bit`.
+        method: see `modules.adapters.decompose`; on real weights randomized ends at svd's error in a third of its time.
+
+    Raises:
+        ValueError: what `quantize_4bit` or `decompose` refuse, an unknown start, no iteration.
+    """
+    if start not in STARTS:
+        raise ValueError(f"start {start!r} is not one of {', '.join(STARTS)}")
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}: choose 1 or more")
+    dense, norm = w.float(), w.float().norm()
+    product = torch.zeros_like(dense)
+    if start == "pissa":
+        lora_A, lora_B = decompose(dense, rank, method)
+        product = lora_B @ lora_A
+    best, errors = None, []
+    for _ in range(iterations):
+        packed, state = kernels.quantize_4bit((dense - product).to(w.dtype), blocksize, double_quant, quant_type)
+        left = dense - kernels.dequantize_4bit(packed, state, torch.float32)
+        lora_A, lora_B = decompose(left, rank, method)
+        product = lora_B @ lora_A
+        error = ((left - product).norm() / norm).item() if norm else 0.0
+        if errors and error >= errors[-1]:
+            break
+        errors.append(error)
+        best = packed, state, lora_A, lora_B
+    return QuantizedInit(*best, errors)

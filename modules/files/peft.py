@@ -1,0 +1,288 @@
+"""Adapters on disk, in PEFT's format: adapter_config.json and adapter_model.safetensors in one directory.
+
+    base_model.model.<path>.lora_A.weight           [rank, in]
+    base_model.model.<path>.lora_B.weight           [out, rank]
+    base_model.model.<path>.lora_magnitude_vector   [out], DoRA
+    base_model.model.<path>.base_layer.bias         [out], an adapted linear's bias that trained
+    base_model.model.<path>.<tensor>                a tensor of another module that trained whole
+
+The baselines' files: baselines.py. Files are written under a temporary name and renamed, so that no half
+file is ever left.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from modules.adapters.attach import (
+    DEFAULT,
+    Adapter,
+    adapters,
+    add_adapter,
+    detach,
+    hide,
+    named_adapter,
+    own_tensors,
+    set_adapter,
+)
+from modules.adapters.config import BASELINES, AdapterConfig
+from modules.adapters.init import initialise
+from modules.adapters.own import own_tensor
+from modules.adapters.targets import find_targets, means
+from modules.files.baselines import (
+    OUR_CONFIG_FILE,
+    baseline_state,
+    is_prompt_tuning,
+    our_config,
+    prompt_learning_config,
+    read_our_config,
+    read_prompt_tuning,
+)
+from modules.files.peft_config import read_config, targets_in_file, write_config
+from modules.linear import DoRALinear, LoRALinear
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILES = (CONFIG_FILE, OUR_CONFIG_FILE)
+PREFIX = "base_model.model."
+_LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
+
+
+def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The tensors of the adapter `name` (None: of the shown one) under the names in its file: PEFT's, if it has any.
+
+    PiSSA and OLoRA appear as the plain LoRA of twice the rank that they amount to.
+    """
+    adapter = named_adapter(model, name)
+    if adapter.config.adapter in BASELINES:
+        return baseline_state(adapter)
+    state = {}
+    for path, module in adapter.modules.items():
+        if not isinstance(module, LoRALinear):
+            state |= {f"{PREFIX}{path}.{tensor}": own_tensor(module, tensor) for tensor in adapter.own[path]}
+            continue
+        lora_A, lora_B = module.factors()
+        state |= {f"{PREFIX}{path}.lora_A.weight": lora_A, f"{PREFIX}{path}.lora_B.weight": lora_B}
+        if isinstance(module, DoRALinear):
+            state[f"{PREFIX}{path}.lora_magnitude_vector"] = module.magnitude
+        if module.bias is not None:
+            state[f"{PREFIX}{path}.base_layer.bias"] = module.bias
+    return state
+
+
+def save_adapter(
+    model: nn.Module, directory: str | Path, base_model_name: str | None = None, name: str | None = None
+) -> None:
+    """Write an adapter of `model` so that `peft.PeftModel.from_pretrained(base_model, directory)` reads it.
+
+    Args:
+        base_model_name: what the config names as the base model (PEFT's `base_model_name_or_path`).
+        name: which adapter; None: the shown one.
+
+    Raises:
+        ValueError: the model has no adapter, or none of this name.
+    """
+    if not adapters(model):
+        raise ValueError("the model has no adapter to save")
+    state = {key: tensor.detach().contiguous() for key, tensor in adapter_state(model, name).items()}
+    file, config = _config_file(model, named_adapter(model, name), state, base_model_name)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{WEIGHTS_FILE}.partial"
+    save_file(state, partial, metadata={"format": "pt"})
+    os.replace(partial, directory / WEIGHTS_FILE)
+    partial = directory / f".{file}.partial"
+    partial.write_text(json.dumps(config, indent=2) + "\n")
+    os.replace(partial, directory / file)
+
+
+def _config_file(
+    model: nn.Module, adapter: Adapter, state: dict[str, Tensor], base_model_name: str | None
+) -> tuple[str, dict]:
+    """The name and the content of the file that describes `adapter`, whose tensors are `state`."""
+    config = adapter.config
+    if config.adapter not in BASELINES:
+        adapted = [path for path, module in adapter.modules.items() if isinstance(module, LoRALinear)]
+        return CONFIG_FILE, write_config(model, config, adapted, base_model_name)
+    if not is_prompt_tuning(config):
+        return OUR_CONFIG_FILE, our_config(config, base_model_name)
+    [(tokens, d)] = (tensor.shape for tensor in state.values())
+    heads = model.config.get_text_config().num_attention_heads
+    peft = prompt_learning_config(model, "PROMPT_TUNING", tokens, d, heads)
+    return CONFIG_FILE, peft | {"prompt_tuning_init": "RANDOM", "base_model_name_or_path": base_model_name}
+
+
+@torch.no_grad()
+def load_adapter(model: nn.Module, directory: str | Path, name: str | None = None) -> list[str]:
+    """Put on `model` the adapter that `save_adapter` or PEFT wrote to `directory`, and show it.
+
+    Args:
+        directory: of the adapter, or one with several in folders of their names.
+        name: of the adapter on the model, "default" unless given; and which one, if the directory has several.
+
+    Returns:
+        The full names of the adapted linears.
+
+    Raises:
+        ValueError: no adapter there, several and no name, an unreadable one, one that cannot be represented, or that
+            does not fit the model; the model is unchanged.
+    """
+    directory = _find(Path(directory), name)
+    name = name or DEFAULT
+    raw, tensors = _read(directory)
+    shown = hide(model, name)
+    try:
+        config, names, own, unknown = _contents(model, raw, tensors)
+        add_adapter(model, name, config, names, own)
+    except ValueError as error:
+        set_adapter(model, shown)
+        raise ValueError(f"{directory}: {error}") from error
+    state = adapter_state(model, name)
+    if wrong := _differences(state, tensors) | unknown:
+        detach(model, name)
+        set_adapter(model, shown)
+        if ranks := _other_ranks(state, tensors, wrong):
+            raise ValueError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree: {_first_three(ranks)}")
+        raise ValueError(f"{directory} is an adapter for another model: {_first_three(wrong)}")
+    for path in names:
+        initialise(model.get_submodule(path), config.init)
+    for key, tensor in state.items():
+        tensor.copy_(tensors[key])
+    trained = config.adapter == "bitfit" or config.modules_to_save or config.bias == "all"
+    if not trained:  # PEFT saves embeddings that were resized, not trained
+        for path in own:
+            model.get_submodule(path).requires_grad_(False)
+    return names
+
+
+def _contents(
+    model: nn.Module, raw: dict, tensors: dict[str, Tensor]
+) -> tuple[AdapterConfig, list[str], dict[str, list[str]], dict[str, str]]:
+    """What a file has for `model`: its settings, the linears they mean, the base's tensors that it has of its own, and
+    what is wrong with tensors that are in the file.
+
+    Raises:
+        ValueError: settings that cannot be represented, or do not fit the model.
+    """
+    if "adapter" in raw:
+        config = read_our_config(raw)
+        names = find_targets(model, config)
+        return config, names, own_tensors(model, config, names), {}
+    if raw.get("peft_type") == "PROMPT_TUNING":
+        return read_prompt_tuning(raw), [], {}, {}
+    config = read_config(raw)
+    names = targets_in_file(model, raw, config)
+    own, unknown = _own_tensors(model, names, tensors)
+    modules = [name for name, _ in model.named_modules()]
+    there = [suffix for suffix in config.modules_to_save if any(means([suffix], name) for name in modules)]
+    return replace(config, modules_to_save=there), names, own, unknown  # PEFT's may name what some classifiers have
+
+
+def _find(directory: Path, name: str | None) -> Path:
+    """The directory of the adapter `name` in `directory`: itself, or a folder in it."""
+    folders = sorted({path.parent.name for file in CONFIG_FILES for path in directory.glob(f"*/{file}")})
+    if name in folders:
+        return directory / name
+    here = any((directory / file).is_file() for file in CONFIG_FILES)
+    if not folders or (here and name == DEFAULT):
+        return directory
+    if not here and name is None and len(folders) == 1:
+        return directory / folders[0]
+    there = ", ".join([DEFAULT] * here + folders)
+    raise ValueError(f"{directory} holds several adapters: give name=, one of {there}")
+
+
+def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
+    config_file = OUR_CONFIG_FILE if (directory / OUR_CONFIG_FILE).is_file() else CONFIG_FILE
+    for name in (config_file, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            pickled = (directory / "adapter_model.bin").is_file()
+            instead = ": adapter_model.bin is a pickle, which can run code; save it as safetensors" if pickled else ""
+            raise ValueError(f"{directory} holds no adapter: {name} is missing{instead}")
+    name = config_file
+    try:
+        raw = dict(json.loads((directory / name).read_text()))
+        name = WEIGHTS_FILE
+        return raw, load_file(directory / name)
+    except SafetensorError as error:
+        what = f"{name} is damaged or no safetensors file: {error}"
+        raise ValueError(f"{directory} holds no readable adapter: {what}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
+
+
+def _own_tensors(
+    model: nn.Module, adapted: list[str], tensors: dict[str, Tensor]
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Of the tensors in a file that are no adapter's: where they belong, by module, and those that belong nowhere.
+
+    Weights of adapted linears, which PEFT saves of the embeddings' kin, are dropped if they are the model's.
+    """
+    own, unknown = {}, {}
+    modules = dict(model.named_modules())
+    for key, value in list(tensors.items()):
+        if "lora_embedding" in key:
+            raise ValueError(f"LoRA on an embedding cannot be represented: {key}")
+        if key.endswith(".base_layer.weight"):
+            weight = getattr(modules.get(key.removeprefix(PREFIX).removesuffix(".base_layer.weight")), "weight", None)
+            if weight is not None and _same(weight.cpu(), value):
+                del tensors[key]
+            else:
+                unknown[key] = "is another weight than the model's"
+            continue
+        if layer := _LAYER.match(key):
+            if layer[1] not in modules:
+                unknown[key] = "is not in the model"
+            continue
+        path, _, tensor = key.removeprefix(PREFIX).rpartition(".")
+        module = modules.get(path)
+        if not key.startswith(PREFIX) or path in adapted or getattr(module, tensor, None) is None:
+            unknown[key] = "is not in the model"
+        else:
+            own.setdefault(path, []).append(tensor)
+    return own, unknown
+
+
+def _same(weight: Tensor, value: Tensor) -> bool:
+    """True if one is the other, perhaps rounded to its dtype."""
+    return torch.equal(weight.to(value.dtype), value) or torch.equal(weight, value.to(weight.dtype))
+
+
+def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
+    """What keeps the file's `tensors` from being the adapter's `state`, by key."""
+    wrong = {}
+    for key in [*state, *(key for key in tensors if key not in state)]:
+        if key not in tensors:
+            wrong[key] = "is not in the file"
+        elif key not in state:
+            wrong[key] = "is in the file, but adapter_config.json puts no adapter there"
+        elif state[key].shape != tensors[key].shape:
+            wrong[key] = f"is {list(tensors[key].shape)} in the file, {list(state[key].shape)} in the model"
+    return wrong
+
+
+def _other_ranks(state: dict[str, Tensor], tensors: dict[str, Tensor], wrong: Iterable[str]) -> dict[str, str]:
+    """What to say of each layer whose rank is another in the file than in the config; nothing if more is wrong."""
+    found = {}
+    for key in wrong:
+        layer, _, factor = key.partition(".lora_")
+        axis = {"A.weight": 0, "B.weight": 1}.get(factor)
+        if axis is None or key not in state or key not in tensors or tensors[key].dim() != 2:
+            return {}
+        ours, theirs = state[key].shape, tensors[key].shape
+        if ours[1 - axis] != theirs[1 - axis]:
+            return {}
+        found[layer] = f"has rank {ours[axis]} in the one and {theirs[axis]} in the other"
+    return found
+
+
+def _first_three(wrong: dict[str, str]) -> str:
+    first = "; ".join(f"{key.removeprefix(PREFIX)} {what}" for key, what in list(wrong.items())[:3])
+    return first + (f"; … {len(wrong)} in all" if len(wrong) > 3 else "")

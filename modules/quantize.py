@@ -1,0 +1,78 @@
+"""Pack the linears of a model in four bits, and unpack them."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from torch import nn
+
+from kernels.quant_state import check_blocksize, check_quant_type
+from modules.adapters.attach import refuse_parts, replace_module, state_of
+from modules.adapters.config import changes_base, quantized_start
+from modules.adapters.init import pack
+from modules.adapters.targets import decoder_linears
+from modules.linear import NF4Linear
+
+
+def quantize(
+    model: nn.Module,
+    blocksize: int | Mapping[str, int] = 64,
+    double_quant: bool = True,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
+    quant_type: str = "nf4",
+) -> None:
+    """Pack every decoder linear of `model` in four bits, in place; a dense weight is released as its layer is packed.
+
+    Adapters that are on the model stay on it. One with init="loftq" or "qpissa" begins here; qpissa and loftq_iter_N
+    choose other codes than those nearest to the weights, and such an adapter must be alone on the model.
+
+    Args:
+        blocksize: see `kernels.quantize_4bit`; of each linear by its full name, or one for all.
+        double_quant, quant_type: see `kernels.quantize_4bit`.
+        progress: wraps the iteration over the layers' names, e.g. in a progress bar.
+
+    Raises:
+        ValueError: no such block size or data type, or no size for a linear; adapters are merged, train a linear whole,
+            or share a base that one of them changes; the model is unchanged.
+    """
+    refuse_parts(model)
+    check_quant_type(quant_type)
+    linears = decoder_linears(model)
+    state = state_of(model)
+    if state is not None:
+        if state.merged:
+            raise ValueError("the adapter is merged: unmerge(model), or merge(model, unload=True), before quantizing")
+        own = [path for adapter in state.named.values() for path in adapter.own if path in linears]
+        if own:
+            raise ValueError(f"an adapter trains {own[0]} itself, or its bias: quantize before attaching it")
+        changing = [name for name, adapter in state.named.items() if changes_base(adapter.config.init)]
+        if changing and len(state.named) > 1:
+            init = state.named[changing[0]].config.init
+            raise ValueError(f"init={init} of the adapter {changing[0]!r} changes the base: detach the other adapters")
+    dense = [name for name, linear in linears.items() if not isinstance(linear, NF4Linear)]
+    sizes = blocksize if isinstance(blocksize, Mapping) else dict.fromkeys(dense, blocksize)
+    for name in dense:
+        if name not in sizes:
+            raise ValueError(f"blocksize has no entry for {name}")
+        check_blocksize(sizes[name])
+    for name in progress(dense):
+        linear = linears.pop(name)
+        over = [] if state is None else [a for a in state.named.values() if name in a.modules]
+        how = (sizes[name], double_quant, quant_type)
+        packed = None
+        for adapter in over:
+            if quantized_start(adapter.config.init):
+                packed = pack(adapter.modules[name], adapter.config.init, linear, *how)
+        packed = packed or NF4Linear.from_linear(linear, *how)
+        packed.train(linear.training)
+        if linear is model.get_submodule(name):
+            replace_module(model, name, packed)
+        if state is not None and name in state.base:
+            state.base[name] = packed
+        for adapter in over:
+            adapter.modules[name].set_base(packed)
+
+
+def dequantize(model: nn.Module) -> None:
+    """Unpack every packed linear of `model` that has no adapter, in place, in the dtype it computes in."""
+    for name, linear in decoder_linears(model).items():
+        if linear is model.get_submodule(name) and isinstance(linear, NF4Linear):
+            replace_module(model, name, linear.dequantize().train(linear.training))

