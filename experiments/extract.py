@@ -35,6 +35,7 @@ from experiments.training.evaluation import Evaluation, evaluate
 from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_linears, save_adapter
 from modules.adapters.decompose import METHODS
 from modules.adapters.extract import extract_dora, extract_lora
+from modules.linear import dense_weight
 
 
 @dataclass
@@ -97,7 +98,7 @@ def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
     Returns:
         What it lacks as a share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
     """
-    w = layer.base_weight().float()
+    w = dense_weight(layer.base).float()
     if isinstance(layer, DoRALinear):
         lora_A, lora_B, magnitude = extract_dora(w, tuned, layer.rank, method)
         layer.magnitude.copy_(magnitude)
@@ -144,7 +145,7 @@ def extract(cfg: ExtractConfig) -> dict:
     for name, layer in bar("extracting")(list(adapted_linears(base).items())):
         weight = weights[name].to(device)
         layers[name] = set_extracted(layer, weight, cfg.decomposition)
-        change = (weight - layer.base_weight().float()).square().sum().item()
+        change = (weight - dense_weight(layer.base).float()).square().sum().item()
         lost, total = lost + layers[name] ** 2 * change, total + change
     evaluations["extracted"] = measure(base, "evaluating the adapter")
 

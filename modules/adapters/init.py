@@ -43,10 +43,10 @@ def initialise(layer: LoRALinear, init: str) -> None:
     elif init.startswith("pissa"):
         _, _, niter = init.partition("_niter_")
         how = {"method": "randomized", "niter": int(niter)} if niter else {}
-        lora_A, lora_B = decompose(layer.base_weight(), layer.rank, **how)
+        lora_A, lora_B = decompose(dense_weight(layer.base), layer.rank, **how)
         layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5, part_of_weight=True)
     elif init == "olora":
-        q, r = torch.linalg.qr(layer.base_weight().float())
+        q, r = torch.linalg.qr(dense_weight(layer.base).float())
         layer.start_at(r[: layer.rank], q[:, : layer.rank], part_of_weight=True)
 
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modules.adapters.attach import add_adapter, hide, named_adapter, replace_module, set_adapter, state_of
+from modules.adapters.attach import add_adapter, prepare_to_add
 from modules.adapters.config import AdapterConfig
 from modules.adapters.own import settled
+from modules.adapters.state import named_adapter, replace_module, set_adapter, state_of
 from modules.linear import LoRALinear, NF4Linear, dense_weight
 
 
@@ -75,8 +76,8 @@ def _requantized(layer: LoRALinear, dense: nn.Module) -> Requantized:
     packed = NF4Linear.from_linear(dense, state.blocksize, state.nested, state.quant_type)
     merged = dense_weight(dense).float()
     size = merged.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    error = (packed.dense_weight().float() - merged).norm() / size
-    return Requantized(error.item(), ((merged - layer.base_weight().float()).norm() / size).item())
+    error = (dense_weight(packed).float() - merged).norm() / size
+    return Requantized(error.item(), ((merged - dense_weight(layer.base).float()).norm() / size).item())
 
 
 def _untie(model: nn.Module) -> bool:
@@ -134,7 +135,7 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str)
     ranks = {path: sum(lora_A.shape[0] for lora_A, _ in pairs) for path, pairs in factors.items()}
     rank = max(ranks.values())
     patterns = {f"^{re.escape(path)}": smaller for path, smaller in ranks.items() if smaller != rank}
-    hide(model, name)
+    prepare_to_add(model, name)
     config = AdapterConfig("lora", rank, rank, list(ranks), rank_pattern=patterns, alpha_pattern=patterns)
     add_adapter(model, name, config, list(ranks), {})
     for path, pairs in factors.items():

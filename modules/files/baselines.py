@@ -17,11 +17,11 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.attach import Adapter
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.config import SETTINGS, AdapterConfig
 from modules.adapters.own import own_tensor
 from modules.adapters.prefix import virtual_tokens
+from modules.adapters.state import Adapter
 
 OUR_CONFIG_FILE = "qdora_config.json"
 PROMPT = "prompt_embeddings"

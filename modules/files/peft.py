@@ -22,20 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.adapters.attach import (
-    DEFAULT,
-    Adapter,
-    adapters,
-    add_adapter,
-    detach,
-    hide,
-    named_adapter,
-    own_tensors,
-    set_adapter,
-)
+from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
 from modules.adapters.config import BASELINES, AdapterConfig
 from modules.adapters.init import initialise
 from modules.adapters.own import own_tensor
+from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, set_adapter
 from modules.adapters.targets import find_targets, means
 from modules.files.baselines import (
     OUR_CONFIG_FILE,
@@ -137,17 +128,17 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     directory = _find(Path(directory), name)
     name = name or DEFAULT
     raw, tensors = _read(directory)
-    shown = hide(model, name)
+    active = prepare_to_add(model, name)
     try:
         config, names, own, unknown = _contents(model, raw, tensors)
         add_adapter(model, name, config, names, own)
     except ValueError as error:
-        set_adapter(model, shown)
+        set_adapter(model, active)
         raise ValueError(f"{directory}: {error}") from error
     state = adapter_state(model, name)
     if wrong := _differences(state, tensors) | unknown:
         detach(model, name)
-        set_adapter(model, shown)
+        set_adapter(model, active)
         if ranks := _other_ranks(state, tensors, wrong):
             raise ValueError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree: {_first_three(ranks)}")
         raise ValueError(f"{directory} is an adapter for another model: {_first_three(wrong)}")

@@ -6,6 +6,7 @@ from torch import nn
 
 from modules import NF4Linear, adapted_linears, attach, decoder_linears, quantize
 from modules.adapters.targets import match_targets
+from modules.linear import dense_weight
 
 
 def test_decoder_linears_leave_out_the_head(llama):
@@ -21,7 +22,7 @@ def test_quantize_packs_every_decoder_linear_and_nothing_else(llama):
     assert type(llama.lm_head) is nn.Linear and type(llama.model.embed_tokens) is nn.Embedding
     for name, linear in packed.items():
         # half the widest gap between NF4 levels, 0.152, times the block's absmax, bounds the error
-        assert (linear.dense_weight() - dense[name]).abs().max() <= 0.16 * dense[name].abs().max()
+        assert (dense_weight(linear) - dense[name]).abs().max() <= 0.16 * dense[name].abs().max()
     assert llama(torch.arange(5)[None]).logits.isfinite().all()
 
 

@@ -21,6 +21,7 @@ from modules import (
 from modules.adapters.targets import all_linears, decoder_blocks, sublayer_ends
 from modules.files.baselines import OUR_CONFIG_FILE
 from modules.files.bitsandbytes import save_bnb4
+from modules.linear import dense_weight
 from tests.modules.architectures import ARCHITECTURES, IDS, dense_model, logits, scramble
 
 SETTINGS = {
@@ -72,7 +73,7 @@ def test_bitfit_gives_a_linear_a_bias(packed):
     if packed:
         quantize(model)
     base = model.model.layers[0].mlp.up_proj
-    weight = base.dense_weight() if packed else base.weight
+    weight = dense_weight(base) if packed else base.weight
     attach(model, "bitfit")
     ours = model.model.layers[0].mlp.up_proj
     [bias] = [p for p in ours.parameters() if p.dim() == 1]
