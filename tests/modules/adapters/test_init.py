@@ -219,7 +219,7 @@ def test_frozen_a(adapter):
             {"init": "qpissa_iter_0"},
             "init='qpissa_iter_0' is not one of .*, loftq_iter_N, qpissa_iter_N",
         ),
-        ({"init": "orthogonal", "rank": 3}, "rank=3 is odd, and init=orthogonal splits the rank in two halves"),
+        ({"init": "orthogonal", "rank": 3}, "rank=3 is odd: init=orthogonal needs an even rank"),
         ({"init": "eva"}, "init=eva needs calibration batches"),
         ({"init": "eva", "calibration": []}, "init=eva needs 4 calibration tokens or more; .* saw 0"),
         ({"init": "eva", "calibration": [{"input_ids": IDS[:1, :2]}]}, "init=eva needs 4 calibration tokens or more"),

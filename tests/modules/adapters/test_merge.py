@@ -174,9 +174,9 @@ def test_weighted_sum(architecture):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"adapter": "dora"}, "the adapter 'a' has dora, which has no weighted sum: only LoRA layers add up"),
-        ({"modules_to_save": ["lm_head"]}, "the adapter 'a' has modules_to_save, which has no weighted sum"),
-        ({"bias": "lora_only"}, "the adapter 'a' has bias, which has no weighted sum"),
+        ({"adapter": "dora"}, "the adapter 'a' has dora, which cannot be summed: only LoRA layers can"),
+        ({"modules_to_save": ["lm_head"]}, "the adapter 'a' has modules_to_save, which cannot be summed"),
+        ({"bias": "lora_only"}, "the adapter 'a' has bias, which cannot be summed"),
     ],
     ids=str,
 )
