@@ -1,4 +1,4 @@
-"""Linears with adapters over dense or NF4 weights, and how to put them into a model and on disk."""
+"""Linears with adapters over dense or packed weights; attach them to a model, save, load and train them."""
 
 from modules.adapters.attach import attach
 from modules.adapters.config import AdapterConfig

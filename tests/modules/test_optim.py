@@ -153,7 +153,7 @@ def test_refuses(tmp_path):
     for params, message in [
         (
             [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))],
-            r"AdamW takes contiguous float32 .* torch.bfloat16 \[3\]",
+            r"AdamW needs contiguous float32 .* torch.bfloat16 \[3\]",
         ),
         ([nn.Parameter(torch.zeros(8, 9).t())], r"contiguous .* strides \(1, 9\)"),
         ([p, nn.Parameter(torch.zeros(3, device="meta"))], "all on one device; .* on meta"),
@@ -163,7 +163,7 @@ def test_refuses(tmp_path):
     for bad, message in [({"lr": -1.0}, "lr=-1.0"), ({"betas": (0.9, 1.0)}, "betas="), ({"eps": -1e-8}, "eps=-1e-08")]:
         with pytest.raises(ValueError, match=message):
             AdamW([p], **bad)
-    with pytest.raises(ValueError, match="give every parameter to the constructor"):
+    with pytest.raises(ValueError, match="paged state cannot grow: give every parameter to the constructor"):
         AdamW([p], paging=paging(tmp_path)).add_param_group({"params": [q]})
 
     fp32, eight = AdamW([p, q]), AdamW8bit([p, q])

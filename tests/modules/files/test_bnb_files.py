@@ -211,8 +211,8 @@ DAMAGES = {
     "absmax": (_put(f"{W}.absmax", lambda t: t[:-1]), rf"{W}.absmax is uint8 \[127\]; the model needs uint8 \[128\]"),
     "absmax dtype": (_put(f"{W}.absmax", lambda t: t.float()), rf"{W}.absmax is float32 \[128\]; the model needs"),
     "nested absmax": (_put(f"{W}.nested_absmax", lambda t: t.repeat(2)), rf"{W}.nested_absmax is float32 \[2\]; the"),
-    "quant_map": (_put(f"{W}.quant_map", lambda t: t * 0.9), f"{W}.quant_map does not hold the values"),
-    "8-bit map": (_put(f"{W}.nested_quant_map", lambda t: -t), f"{W}.nested_quant_map does not hold the values"),
+    "quant_map": (_put(f"{W}.quant_map", lambda t: t * 0.9), f"{W}.quant_map does not hold bitsandbytes'"),
+    "8-bit map": (_put(f"{W}.nested_quant_map", lambda t: -t), f"{W}.nested_quant_map does not hold bitsandbytes'"),
     "fp4": (_rename, f"{W} is packed in fp4, not in nf4"),
     "fp4 in JSON": (_edit_state(quant_type="fp4"), f"{STATE} has quant_type='fp4'; it must be nf4"),
     "blocksize": (_edit_state(blocksize=48), f"{STATE} has blocksize=48; it must be one of 32, 64"),
@@ -300,13 +300,13 @@ def test_save_overwrites_nothing_and_drops_nothing(llama, tmp_path):
         save_bnb4(llama, tmp_path / "new")
     other = copy.deepcopy(llama)
     quantize(other, quant_type="int4")
-    with pytest.raises(ValueError, match="packed in int4, of which bitsandbytes takes one of nf4, fp4"):
+    with pytest.raises(ValueError, match="packed in int4: bitsandbytes supports one of nf4, fp4"):
         save_bnb4(other, tmp_path / "new")
     quantize(llama)
     (tmp_path / "old").mkdir()
     with pytest.raises(ValueError, match="old exists already: nothing is overwritten"):
         save_bnb4(llama, tmp_path / "old")
     attach(llama, "lora", rank=4)
-    with pytest.raises(ValueError, match="the model has adapters, which a bitsandbytes directory cannot hold"):
+    with pytest.raises(ValueError, match="a bitsandbytes directory cannot hold adapters: detach or merge them first"):
         save_bnb4(llama, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
