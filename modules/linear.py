@@ -74,7 +74,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
 
 
 def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A frozen dense linear with copies of `weight` [out, in] and `bias` [out].
+    """A frozen dense linear of `weight` [out, in] and a copy of `bias` [out].
 
     It is a Conv1D if `like` is a Conv1D or was packed from one, else an nn.Linear.
     """
