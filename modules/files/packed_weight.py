@@ -16,12 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import QuantState
+from kernels import QuantState, Weight
 from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
-from kernels.double_quant import nested_blocks
-from kernels.quant_state import FLOATS, packed_sizes
+from kernels.weight import FLOATS, nested_blocks, packed_sizes
 from modules.files.tensors import TensorFiles, describe
-from modules.linear import Weight
 
 QUANT_STATE = "quant_state.bitsandbytes__"  # the name of the data type follows
 
