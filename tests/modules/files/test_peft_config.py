@@ -30,6 +30,7 @@ SETTINGS = {
 BIAS = {"lora_only": {"bias": "lora_only"}, "all": {"bias": "all"}}
 ALL = SETTINGS | BIAS
 CELLS = [("llama", name, "lora") for name in SETTINGS] + [(a, name, "lora") for a in ("opt", "gpt2") for name in BIAS]
+CELLS += [("llama", name, "dora") for name in ("patterns and rslora", "dropout", "head")] + [("opt", "all", "dora")]
 
 
 @pytest.mark.parametrize("architecture, name, method", CELLS)
