@@ -5,7 +5,6 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
-from kernels.codebook import dynamic_map
 from kernels.cpu import threads
 
 pytestmark = pytest.mark.skipif(not threads.available(), reason="PyTorch brings no libgomp here")
@@ -189,16 +188,6 @@ def test_the_exponential_is_as_exact_as_it_says():
     cpu.softmax.cross_entropy(logits, torch.zeros(len(x), dtype=torch.long))
     error = (logits[:, 1].double() / torch.sigmoid(x.double()) - 1).abs().max().item()
     assert error <= HALF_ULP * (1 + 1e-3)  # and so is a number
-
-
-@pytest.mark.parametrize("n", [1, 256, 700])
-def test_scales_of_blocks_to_the_last_bit(n):
-    generator = torch.Generator().manual_seed(n)
-    codes = torch.randint(256, (n,), dtype=torch.uint8, generator=generator)
-    nested, offset = torch.rand(-(-n // 256), generator=generator), torch.rand((), generator=generator)
-    levels = dynamic_map("cpu")[codes.long()]
-    exact = levels * nested.repeat_interleave(256)[:n] + offset
-    assert torch.equal(cpu.packing.dequantize_absmax(codes, nested, offset), exact)
 
 
 def test_what_is_not_taken():
