@@ -17,7 +17,7 @@ from kernels.aot.peers import peers
 from kernels.aot.plot import plot
 from kernels.aot.report import NOTES, table, write_csv
 from kernels.aot.targets import TARGETS
-from kernels.dispatch import interpreting
+from kernels.op import interpreting
 from kernels.spec import KernelSpec
 
 

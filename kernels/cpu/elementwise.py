@@ -1,12 +1,10 @@
 """The gated MLP's product, rotary position embedding, and an adapter's factors in the dtype of the products."""
 
-import functools
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, narrow, number, rounded, share, wide
+from kernels.cpu.code import Kernel, arguments, bf16s, exp, narrow, number, rounded, share, wide
 
 
 @Kernel
@@ -87,40 +85,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         *(cos.stride(0) if len(cos) > 1 else 0, cos.stride(2), 1.0 if backward else -1.0),
     )
     return y
-
-
-@functools.partial(Kernel, parallel=False)
-def _narrowed(pointer):
-    a = arguments(pointer, 8)
-    for i in range(2):
-        n, factor = a[4 * i + 2], number(a[4 * i + 3])
-        x, y = floats(a[4 * i], 0, n), bf16s(a[4 * i + 1], 0, n)
-        for j in range(n):
-            y[j] = narrow(x[j] * factor)
-
-
-def narrowed(
-    x: Tensor, y: Tensor, factor_x: float, factor_y: float, out_x: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """(factor_x · x, in `out_x` if it is given, factor_y · y) in bf16, of fp32."""
-    narrow_x = torch.empty_like(x, dtype=torch.bfloat16) if out_x is None else out_x
-    narrow_y = torch.empty_like(y, dtype=torch.bfloat16)
-    _narrowed(x, narrow_x, x.numel(), factor_x, y, narrow_y, y.numel(), factor_y)
-    return narrow_x, narrow_y
-
-
-@functools.partial(Kernel, parallel=False)
-def _widened(pointer):
-    a = arguments(pointer, 8)
-    for i in range(2):
-        n, factor = a[4 * i + 2], number(a[4 * i + 3])
-        x, y = bf16s(a[4 * i], 0, n), floats(a[4 * i + 1], 0, n)
-        for j in range(n):
-            y[j] = wide(x[j]) * factor
-
-
-def widened(x: Tensor, y: Tensor, factor_x: float) -> tuple[Tensor, Tensor]:
-    """(factor_x · x, y) in fp32, of bf16."""
-    wide_x, wide_y = (torch.empty_like(t, dtype=torch.float32) for t in (x, y))
-    _widened(x, wide_x, x.numel(), factor_x, y, wide_y, y.numel(), 1.0)
-    return wide_x, wide_y

@@ -30,8 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kernels import QuantState
 from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
-from kernels.double_quant import nested_blocks
-from kernels.quant_state import FLOATS, packed_sizes
+from kernels.weight import FLOATS, nested_blocks, packed_sizes
 from modules.adapters.attach import replace_module, state_of
 from modules.adapters.targets import wrapped_linears
 from modules.files.tensors import TensorFiles, describe

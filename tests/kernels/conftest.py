@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import use_backend
-from kernels.dispatch import interpreting
+from kernels.op import interpreting
 from tests.kernels.nf4_cases import triton_device
 
 

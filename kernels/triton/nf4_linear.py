@@ -1,4 +1,4 @@
-"""x Wᵀ straight from NF4 codes, for few tokens: decoding.
+"""The linear over a packed weight in Triton: x Wᵀ straight from the codes for few tokens, as in decoding.
 
     yᵀ = W xᵀ, W [N, K] in NF4, x [M, K] with M ≤ 64
 
@@ -8,7 +8,8 @@ again), and absmax multiplies the product of a block, not its weights. Even colu
 ones in the low nibbles, so each half of the codes meets its half of x. The splits of K are summed, in a fixed order so
 that two runs give the same bits, by the launch that also adds the adapter and the bias: gemm.py's epilogue.
 
-For more tokens a tile of W would be looked up again for each tile of tokens; dequantizing once wins (see gemm.py).
+For more tokens a tile of W would be looked up again for each tile of tokens: W is dequantized once, and the product is
+the library's.
 """
 
 import torch
@@ -16,10 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.base_weight import BaseArgs, load_row_absmax
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
-from kernels.grid import cdiv, next_power_of_2
-from kernels.spec import KernelSpec
+from kernels.codebook import dynamic_map, levels
+from kernels.triton.absmax import load_row_absmax
+from kernels.triton.gemm import gemm
+from kernels.triton.launch import cdiv, launch, next_power_of_2
+from kernels.triton.nf4 import dense
+from kernels.weight import Weight
 
 FEW_TOKENS = 64  # up to here; on paper: the lookups then still cost less than reading and writing a dense W
 PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many
@@ -28,7 +31,7 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _nf4_gemm_kernel(
+def _few_tokens_kernel(
     x_ptr,  # [M, K]
     packed_ptr,  # u8 [N · K / 2]
     absmax_ptr,  # fp32 [blocks], or u8 with double quantization
@@ -82,56 +85,68 @@ def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str
     }
 
 
-def takes(x: Tensor, base: BaseArgs) -> bool:
-    """Whether `nf4_gemm` can multiply x [M, K] with this weight, and is taken to be the fastest way."""
-    return base[1] is not None and 0 < x.shape[0] <= FEW_TOKENS and x.shape[1] % 32 == 0
+def supports(x: Tensor, weight: Weight) -> bool:
+    """True if `few_tokens` can multiply x [M, K] with this weight, and is taken to be the fastest way."""
+    return weight.packed and 0 < x.shape[0] <= FEW_TOKENS and x.shape[1] % 32 == 0
 
 
-def nf4_gemm(x: Tensor, base: BaseArgs, out_features: int) -> Tensor:
+def few_tokens(x: Tensor, weight: Weight) -> Tensor:
     """Terms of x Wᵀ, fp32 [splits, M, N], for `gemm` to add up; x [M, K] contiguous, M ≤ 64, K a multiple of 32."""
-    weight, absmax, nested_absmax, nested_offset, blocksize, quant_type = base
-    (m, k), n, device = x.shape, out_features, x.device
-    tiles = _tiles(m, k, blocksize, x.dtype)
+    state = weight.quant_state
+    (m, k), n, device = x.shape, weight.shape[0], x.device
+    tiles = _tiles(m, k, state.blocksize, x.dtype)
     rows = cdiv(n, tiles["BLOCK_N"])
     splits = min(MAX_SPLITS, max(1, PROGRAMS // rows))
     columns = cdiv(cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
     splits = cdiv(k, columns)
     partial = torch.empty(splits, m, n, dtype=torch.float32, device=device)
-    with torch.cuda.device_of(x):
-        _nf4_gemm_kernel[(rows, splits)](
-            x, weight, absmax, nested_absmax, nested_offset,
-            None if nested_absmax is None else dynamic_map(device), levels(quant_type, device),
-            partial, m, n, k, columns,
-            BLOCKSIZE=blocksize, **tiles, num_warps=NUM_WARPS, num_stages=2, enable_fp_fusion=False,
-        )  # fmt: skip
+    launch(
+        _few_tokens_kernel, (rows, splits),
+        x, weight.values, state.absmax, state.nested_absmax, state.nested_offset,
+        dynamic_map(device) if state.nested else None, levels(state.quant_type, device),
+        partial, m, n, k, columns,
+        BLOCKSIZE=state.blocksize, **tiles, num_warps=NUM_WARPS, num_stages=2, fp_fusion=False,
+    )  # fmt: skip
     return partial
 
 
-def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
-    """The spec of what `nf4_gemm` does for m tokens."""
-    tiles = _tiles(m, 64, 64, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
-    nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
-    signature = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32"}
-    signature |= {"levels_ptr": "*fp32", "partial_ptr": "*fp32"} | (nested if double else {})
-    signature |= dict.fromkeys(("M", "N", "K", "K_SPLIT"), "i32")
-    return KernelSpec(
-        kernel="nf4_gemm",
-        config=f"m{m}-b64-{'double-' if double else ''}{dtype}",
-        fn=_nf4_gemm_kernel,
-        signature=signature,
-        constexprs={"BLOCKSIZE": 64, **tiles} | ({} if double else dict.fromkeys(nested)),
-        values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
-        bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double else 4) / 64,
-        flops_per_value=2 * tiles["BLOCK_M"],
-        num_warps=NUM_WARPS,
-        num_stages=2,
-        divisible=("N", "K", "K_SPLIT"),
-        loop=True,
-        launches=2,
-        max_instr={16: 7.5, 32: 12.0, 64: 15.0}[tiles["BLOCK_M"]] if dtype == "bf16" else None,
-        min_load_bits=128,
-        mma=dtype != "fp32",
-    )
+def nf4_linear(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    if supports(x, weight):
+        x = x.contiguous()
+        return gemm(x, None, bias=bias, xw=few_tokens(x, weight))[0]
+    return torch.nn.functional.linear(x, dense(weight, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-AOT_SPECS = [_spec(1), _spec(32), _spec(64), _spec(16, double=False), _spec(16, dtype="fp32"), _spec(64, dtype="fp32")]
+def nf4_linear_backward(dy: Tensor, weight: Weight) -> Tensor:
+    return dy @ dense(weight, dy.dtype)
+
+
+# TODO specs
+# def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
+#     """The spec of what `nf4_gemm` does for m tokens."""
+#     tiles = _tiles(m, 64, 64, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
+#     nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
+#     signature = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32"}
+#     signature |= {"levels_ptr": "*fp32", "partial_ptr": "*fp32"} | (nested if double else {})
+#     signature |= dict.fromkeys(("M", "N", "K", "K_SPLIT"), "i32")
+#     return KernelSpec(
+#         kernel="nf4_gemm",
+#         config=f"m{m}-b64-{'double-' if double else ''}{dtype}",
+#         fn=_few_tokens_kernel,
+#         signature=signature,
+#         constexprs={"BLOCKSIZE": 64, **tiles} | ({} if double else dict.fromkeys(nested)),
+#         values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
+#         bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double else 4) / 64,
+#         flops_per_value=2 * tiles["BLOCK_M"],
+#         num_warps=NUM_WARPS,
+#         num_stages=2,
+#         divisible=("N", "K", "K_SPLIT"),
+#         loop=True,
+#         launches=2,
+#         max_instr={16: 7.5, 32: 12.0, 64: 15.0}[tiles["BLOCK_M"]] if dtype == "bf16" else None,
+#         min_load_bits=128,
+#         mma=dtype != "fp32",
+#     )
+#
+#
+#

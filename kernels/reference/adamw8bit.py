@@ -1,27 +1,34 @@
-"""The torch twins of the optimizer steps: see reference.py.
+"""8-bit AdamW in plain torch: see kernels/adamw8bit.py.
 
-AdamW with fp32 state is torch's own: one pass over each tensor. Its results, and those of the steps here, do not depend
-on where a tensor is cut between blocks of 256.
-
-8-bit AdamW rounds each operation to nearest on its own, so that the results are the kernel's bit for bit. That is why a
+Each operation is rounded to nearest on its own, so that the results are the Triton kernel's bit for bit. That is why a
 sum of products is two calls (torch may fuse it), and why roots are taken in float64: torch's fp32 root on a CPU is off
-by a unit in the last place now and then; that of a float64 root, rounded, never is.
+by a unit in the last place now and then; that of a float64 root, rounded, never is. Results do not depend on where a
+tensor is cut between blocks of 256.
 """
 
-from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kernels.adamw import Coefficients, coefficients
+from kernels.adamw8bit import BLOCKSIZE
 from kernels.codebook import dynamic_bins, dynamic_bounds, dynamic_map
 
-BLOCKSIZE = 256
 CHUNK = 2**18  # elements at a time: temporaries stay in the processor's cache
 
 
-def adamw(
-    arguments: tuple[Sequence[Tensor], ...],
+def _chunks(n: int) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise([*range(0, n, CHUNK), n])]
+
+
+def adamw8bit(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    exp_avg_absmax: list[Tensor],
+    exp_avg_sq_absmax: list[Tensor],
     lr: float,
     beta1: float,
     beta2: float,
@@ -29,19 +36,8 @@ def adamw(
     weight_decay: float,
     step: int,
 ) -> None:
-    # what torch.optim.AdamW(fused=True) calls, which counts the steps of each tensor by itself: a millisecond or two
-    steps = [torch.tensor(float(step), device=arguments[0][0].device)] * len(arguments[0])
-    torch._fused_adamw_(
-        *arguments, [], steps, amsgrad=False, maximize=False,
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-    )  # fmt: skip
-
-
-def _chunks(n: int) -> list[slice]:
-    return [slice(a, b) for a, b in pairwise([*range(0, n, CHUNK), n])]
-
-
-def adamw8bit(arguments: tuple[Sequence[Tensor], ...], by) -> None:
+    by = coefficients(lr, beta1, beta2, eps, weight_decay, step)
+    arguments = (params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmax, exp_avg_sq_absmax)
     for p, g, m_codes, v_codes, m_absmax, v_absmax in zip(*arguments):
         for part in _chunks(p.numel()):
             blocks = slice(part.start // BLOCKSIZE, -(-part.stop // BLOCKSIZE))
@@ -54,7 +50,7 @@ def adamw8bit(arguments: tuple[Sequence[Tensor], ...], by) -> None:
                 scale.copy_(new_scale)
 
 
-def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by) -> None:
+def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Coefficients) -> None:
     m.mul_(by.beta1).add_(g * by.one_minus_beta1)
     v.mul_(by.beta2).add_((g * g).mul_(by.one_minus_beta2))
     denominator = v.double().sqrt_().float().mul_(by.denominator_scale).add_(by.eps)

@@ -1,13 +1,12 @@
-"""DoRA's backward: LoRA's backward of dZ = g ⊙ dY, and the magnitude's gradient.
+"""DoRA in Triton: see kernels/dora.py.
 
-    dZ  = g ⊙ dY                                        [T, out]
-    dxa = s·dZ B                                        [T, rank]
-    dm  = Σ_t dY ⊙ z / ‖W + sBA‖,   or Σ_t dY ⊙ y / m   [out]
+Forward over a packed weight: the norm in three launches (dora_norm.py), dequantize, xa, and the product with gain and
+bias in its epilogue (gemm.py). Few tokens skip the dequantization.
 
-One pass over dY and y (or z) makes dZ and the partial sums of dm, a program for each tile: programs that walk along all
-columns to make dxa as well are too few for a GPU. The rest is LoRA's. Where the gain is so small
-that y holds nothing of z (m = 0), dm is computed from x, W and the adapter, inside the kernel that finishes dm: no
-synchronisation with the host, and no cost where there is no such column. DoRA, Liu et al. 2024, §4.3.
+Backward is LoRA's of dZ = g ⊙ dY, and the magnitude's gradient. One pass over dY and y (or z) makes dZ and the partial
+sums of dm, a program for each tile: programs that walk along all columns to make dxa as well are too few for a GPU.
+Where the gain is so small that y holds nothing of z (m = 0), dm is computed from x, W and the adapter, inside the
+kernel that finishes dm: no synchronisation with the host, and no cost where there is no such column.
 """
 
 import torch
@@ -15,12 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dropout import launch_dropout
-from kernels.gemm import gemm
-from kernels.grid import cdiv
-from kernels.low_rank import outer, project
-from kernels.row_norm import divide
-from kernels.spec import KernelSpec
+from kernels.triton.dora_norm import divide, norm_and_gain, sums_of_squares
+from kernels.triton.dropout import dropout as drop
+from kernels.triton.gemm import gemm
+from kernels.triton.launch import cdiv, launch
+from kernels.triton.low_rank import outer, project
+from kernels.triton.nf4 import dense
+from kernels.triton.nf4_linear import few_tokens, supports
+from kernels.weight import Weight
 
 BLOCK_M, BLOCK_N = 32, 128
 FINISH_N = 32  # columns of dm a program finishes
@@ -133,11 +134,8 @@ def _scale(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     rows = cdiv(m, BLOCK_M)
     dz = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
     partial = torch.empty(rows, n, dtype=torch.float32, device=dy.device)
-    if m:
-        with torch.cuda.device_of(dy):
-            _scale_kernel[(rows, cdiv(n, BLOCK_N))](
-                dy, kept, gain, dz, partial, m, n, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, enable_fp_fusion=True
-            )
+    tiles = {"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N}
+    launch(_scale_kernel, (rows, cdiv(n, BLOCK_N)), dy, kept, gain, dz, partial, m, n, **tiles, fp_fusion=True)
     return dz, partial
 
 
@@ -155,14 +153,55 @@ def _magnitude_grad(
 ) -> Tensor:
     (m, n), k, rank = dy.shape, x.shape[1], lora_B.shape[1]
     dm = torch.empty(n, dtype=magnitude.dtype, device=dy.device)
-    with torch.cuda.device_of(dy):
-        _magnitude_grad_kernel[(cdiv(n, FINISH_N),)](
-            partial, magnitude.contiguous() if kept_y else norm, gain if kept_y else None, norm,
-            dy, x, w, xa, lora_B, dm, partial.shape[0], m, n, k, *w.stride(), *lora_B.stride(),
-            R=rank, SMALL=torch.finfo(dy.dtype).tiny,
-            BLOCK_M=FINISH_M, BLOCK_N=FINISH_N, BLOCK_K=FINISH_K, BLOCK_R=16, enable_fp_fusion=True,
-        )  # fmt: skip
+    launch(
+        _magnitude_grad_kernel, (cdiv(n, FINISH_N),),
+        partial, magnitude.contiguous() if kept_y else norm, gain if kept_y else None, norm,
+        dy, x, w, xa, lora_B, dm, partial.shape[0], m, n, k, *w.stride(), *lora_B.stride(),
+        R=rank, SMALL=torch.finfo(dy.dtype).tiny,
+        BLOCK_M=FINISH_M, BLOCK_N=FINISH_N, BLOCK_K=FINISH_K, BLOCK_R=16, fp_fusion=True,
+    )  # fmt: skip
     return dm
+
+
+def weight_norm_sq(weight: Weight) -> Tensor:
+    return sums_of_squares(weight, torch.float32 if weight.packed else weight.dtype).sum(dim=0)
+
+
+def dora_norm(weight: Weight, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return norm_and_gain(weight, weight.dtype, lora_A, lora_B, scaling)[0]
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Weight,
+    norm_sq: Tensor,
+    norm: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    if norm is None:
+        norm, gain = norm_and_gain(weight, x.dtype, lora_A, lora_B, scaling, magnitude)
+    else:
+        norm, gain = norm.clone(), (magnitude / norm).masked_fill_(norm == 0, 0.0)
+    xd = drop(x, dropout, seed) if dropout else x
+    xa = project(xd, lora_A.t(), scaling)
+    epilogue = (xa, lora_B.t(), bias, gain)
+    if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
+        w = dense(weight, x.dtype)
+        z, _ = gemm(xd, w.t(), xa, lora_B.t())
+        y, _ = gemm(x - xd, w.t(), bias=bias)
+        y.addcmul_(z, gain.to(x.dtype))
+    elif supports(x, weight):
+        y, z = gemm(x, None, *epilogue, keep_z=bias is not None, xw=few_tokens(x, weight))
+    else:
+        y, z = gemm(x, dense(weight, x.dtype).t(), *epilogue, keep_z=bias is not None)
+    return y, xa, norm, gain, x.new_empty(0) if z is None else z
 
 
 def dora_linear_backward(
@@ -173,17 +212,17 @@ def dora_linear_backward(
     z: Tensor,
     norm: Tensor,
     gain: Tensor,
-    w: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
     scaling: float,
-    p: float,
+    dropout: float,
     seed: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`reference.dora_linear_backward` by the kernels; dy and x are contiguous."""
-    xd = launch_dropout(x, p, seed) if p else x
+    x, w = x.contiguous(), dense(weight, x.dtype)
+    xd = drop(x, dropout, seed) if dropout else x
     dz, partial = _scale(dy, z if y is None else y, gain)
     dxa = project(dz, lora_B, scaling)
     dm = _magnitude_grad(partial, dy, xd, w, xa, lora_B, magnitude, norm, gain, kept_y=y is not None)
@@ -191,51 +230,53 @@ def dora_linear_backward(
     if not needs_dx:
         return x.new_empty(0), dA, dB, dm
     dx, _ = gemm(dz, w, dxa, lora_A)
-    if p:  # what is dropped from the adapter's input passes the base alone
+    if dropout:  # what is dropped from the adapter's input passes the base alone
         through_base, _ = gemm(dy, w)
-        dx = through_base + launch_dropout(dx - through_base, p, seed)
+        dx = through_base + drop(dx - through_base, dropout, seed)
     return dx, dA, dB, dm
 
 
-def _spec(dtype: str) -> KernelSpec:
-    """The spec of what `_scale` does."""
-    signature = {f"{operand}_ptr": f"*{dtype}" for operand in ("dy", "kept", "dz")}
-    signature |= {"gain_ptr": "*fp32", "partial_ptr": "*fp32", "M": "i32", "N": "i32"}
-    return KernelSpec(
-        kernel="dora_scale",
-        config=dtype,
-        fn=_scale_kernel,
-        signature=signature,
-        constexprs={"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
-        values=BLOCK_M * BLOCK_N,
-        bytes_per_value={"bf16": 6.0, "fp32": 12.0}[dtype] + 4 / BLOCK_M,
-        fp_fusion=True,
-        divisible=("N",),
-        min_load_bits=128,
-        min_store_bits=128,
-    )
-
-
-def _finish_spec(kept_y: bool) -> KernelSpec:
-    """The spec of what `_magnitude_grad` does, the rare case left out."""
-    signature = {f"{operand}_ptr": "*bf16" for operand in ("dy", "x", "w", "xa")}
-    signature |= {f"{operand}_ptr": "*fp32" for operand in ("partial", "divisor", "norm", "b", "dm")}
-    signature |= dict.fromkeys(("tiles", "M", "N", "K", "stride_wn", "stride_bn"), "i32")
-    tiles = {"BLOCK_M": FINISH_M, "BLOCK_N": FINISH_N, "BLOCK_K": FINISH_K, "BLOCK_R": 16}
-    return KernelSpec(
-        kernel="dora_magnitude",
-        config="y" if kept_y else "z",
-        fn=_magnitude_grad_kernel,
-        signature=signature | ({"gain_ptr": "*fp32"} if kept_y else {}),
-        constexprs={"stride_wk": 1, "stride_br": 1, "R": 64, "SMALL": 1e-38, **tiles}
-        | ({} if kept_y else {"gain_ptr": None}),
-        values=FINISH_N,
-        bytes_per_value=4.0,
-        num_warps=4,
-        num_stages=3,
-        fp_fusion=True,
-        divisible=("N", "K", "stride_wn", "stride_bn"),
-    )
-
-
-AOT_SPECS = [_spec("bf16"), _spec("fp32"), _finish_spec(True), _finish_spec(False)]
+# TODO specs
+# def _spec(dtype: str) -> KernelSpec:
+#     """The spec of what `_scale` does."""
+#     signature = {f"{operand}_ptr": f"*{dtype}" for operand in ("dy", "kept", "dz")}
+#     signature |= {"gain_ptr": "*fp32", "partial_ptr": "*fp32", "M": "i32", "N": "i32"}
+#     return KernelSpec(
+#         kernel="dora_scale",
+#         config=dtype,
+#         fn=_scale_kernel,
+#         signature=signature,
+#         constexprs={"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
+#         values=BLOCK_M * BLOCK_N,
+#         bytes_per_value={"bf16": 6.0, "fp32": 12.0}[dtype] + 4 / BLOCK_M,
+#         fp_fusion=True,
+#         divisible=("N",),
+#         min_load_bits=128,
+#         min_store_bits=128,
+#     )
+#
+#
+# def _finish_spec(kept_y: bool) -> KernelSpec:
+#     """The spec of what `_magnitude_grad` does, the rare case left out."""
+#     signature = {f"{operand}_ptr": "*bf16" for operand in ("dy", "x", "w", "xa")}
+#     signature |= {f"{operand}_ptr": "*fp32" for operand in ("partial", "divisor", "norm", "b", "dm")}
+#     signature |= dict.fromkeys(("tiles", "M", "N", "K", "stride_wn", "stride_bn"), "i32")
+#     tiles = {"BLOCK_M": FINISH_M, "BLOCK_N": FINISH_N, "BLOCK_K": FINISH_K, "BLOCK_R": 16}
+#     return KernelSpec(
+#         kernel="dora_magnitude",
+#         config="y" if kept_y else "z",
+#         fn=_magnitude_grad_kernel,
+#         signature=signature | ({"gain_ptr": "*fp32"} if kept_y else {}),
+#         constexprs={"stride_wk": 1, "stride_br": 1, "R": 64, "SMALL": 1e-38, **tiles}
+#         | ({} if kept_y else {"gain_ptr": None}),
+#         values=FINISH_N,
+#         bytes_per_value=4.0,
+#         num_warps=4,
+#         num_stages=3,
+#         fp_fusion=True,
+#         divisible=("N", "K", "stride_wn", "stride_bn"),
+#     )
+#
+#
+# AOT_SPECS = [_spec("bf16"), _spec("fp32"), _finish_spec(True), _finish_spec(False)]
+#

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.base_weight import BaseArgs, dense_weight, load_row_absmax
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
-from kernels.grid import cdiv, next_power_of_2
-from kernels.spec import KernelSpec
+from kernels.codebook import dynamic_map, levels
+from kernels.triton.absmax import load_row_absmax
+from kernels.triton.launch import cdiv, launch, next_power_of_2
+from kernels.triton.nf4 import dense
+from kernels.weight import Weight
 
 NUM_WARPS = 4
 FINISH_BLOCK = 256
@@ -182,63 +183,42 @@ def _split(n: int, k: int, tiles: dict[str, int]) -> tuple[int, int]:
 
 
 def sums_of_squares(
-    base: BaseArgs,
-    shape: tuple[int, int],
+    weight: Weight,
     dtype: torch.dtype,
     lora_A: Tensor | None = None,
     lora_B: Tensor | None = None,
     scaling: float = 0.0,
 ) -> Tensor:
-    """Σ_k (W + sBA)² of the rows of W [N, K] = `shape`, or of W alone, in splits of K: fp32 [splits, N]."""
-    n, k = shape
+    """Σ_k (W + sBA)² of the rows of W [N, K], or of W alone, in splits of K: fp32 [splits, N]."""
+    (n, k), state, device = weight.shape, weight.quant_state, weight.device
     rank = 0 if lora_A is None else lora_A.shape[0]
-    weight, absmax, nested_absmax, nested_offset, blocksize, quant_type = base
-    tiles = _tiles(rank, k, dtype, blocksize > 0)
-    if blocksize == 32:
+    tiles = _tiles(rank, k, dtype, weight.packed)
+    if weight.packed and state.blocksize == 32:
         tiles["BLOCK_K"] = 32
     columns, splits = _split(n, k, tiles)
-    partial = torch.empty(splits, n, dtype=torch.float32, device=weight.device)
+    partial = torch.empty(splits, n, dtype=torch.float32, device=device)
     grid = (cdiv(n, tiles["BLOCK_N"]), splits)
+    options = {"R": rank, **tiles, "num_warps": NUM_WARPS, "fp_fusion": False}
     lora_B = None if lora_B is None else lora_B.contiguous()
-    if blocksize and k % tiles["BLOCK_K"] == 0:
+    if weight.packed and k % tiles["BLOCK_K"] == 0:
         if lora_A is not None:
-            halves = torch.empty(2, rank, k // 2, dtype=dtype, device=weight.device)
+            halves = torch.empty(2, rank, k // 2, dtype=dtype, device=device)
             lora_A = halves.copy_(lora_A.reshape(rank, k // 2, 2).permute(2, 0, 1))
-        with torch.cuda.device_of(weight):
-            _norm_nf4_kernel[grid](
-                weight,
-                absmax,
-                nested_absmax,
-                nested_offset,
-                None if nested_absmax is None else dynamic_map(weight.device),
-                levels(quant_type, weight.device),
-                lora_A,
-                lora_B,
-                partial,
-                n,
-                k,
-                columns,
-                scaling,
-                R=rank,
-                BLOCKSIZE=blocksize,
-                **tiles,
-                num_warps=NUM_WARPS,
-                enable_fp_fusion=False,
-            )
+        launch(
+            _norm_nf4_kernel, grid,
+            weight.values, state.absmax, state.nested_absmax, state.nested_offset,
+            dynamic_map(device) if state.nested else None, levels(state.quant_type, device),
+            lora_A, lora_B, partial, n, k, columns, scaling, BLOCKSIZE=state.blocksize, **options,
+        )  # fmt: skip
     else:  # a row of a tile would cross NF4 blocks, or bytes
-        w = dense_weight(base, shape, dtype).contiguous()
+        w = dense(weight, dtype).contiguous()
         lora_A = None if lora_A is None else lora_A.to(dtype).contiguous()
-        with torch.cuda.device_of(w):
-            _norm_dense_kernel[grid](
-                w, lora_A, lora_B, partial, n, k, columns, scaling,
-                R=rank, **tiles, num_warps=NUM_WARPS, enable_fp_fusion=False,
-            )  # fmt: skip
+        launch(_norm_dense_kernel, grid, w, lora_A, lora_B, partial, n, k, columns, scaling, **options)
     return partial
 
 
-def launch_norm(
-    base: BaseArgs,
-    shape: tuple[int, int],
+def norm_and_gain(
+    weight: Weight,
     dtype: torch.dtype,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -246,76 +226,75 @@ def launch_norm(
     magnitude: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(‖W + sBA‖ of each row, magnitude / ‖W + sBA‖ if there is a magnitude), fp32 [N]."""
-    partial = sums_of_squares(base, shape, dtype, lora_A, lora_B, scaling)
-    norm = torch.empty(shape[0], dtype=torch.float32, device=partial.device)
-    gain = None if magnitude is None else torch.empty(shape[0], dtype=torch.float32, device=partial.device)
-    if magnitude is not None:
-        magnitude = magnitude.contiguous()
-    with torch.cuda.device_of(partial):
-        _finish_kernel[(cdiv(shape[0], FINISH_BLOCK),)](
-            partial, magnitude, norm, gain, shape[0], partial.shape[0], BLOCK=FINISH_BLOCK, enable_fp_fusion=False
-        )
+    partial = sums_of_squares(weight, dtype, lora_A, lora_B, scaling)
+    splits, n = partial.shape
+    norm = torch.empty(n, dtype=torch.float32, device=partial.device)
+    gain = None if magnitude is None else torch.empty(n, dtype=torch.float32, device=partial.device)
+    args = (partial, None if magnitude is None else magnitude.contiguous(), norm, gain, n, splits)
+    launch(_finish_kernel, (cdiv(n, FINISH_BLOCK),), *args, BLOCK=FINISH_BLOCK, fp_fusion=False)
     return norm, gain
 
 
-def _spec(rank: int, kind: str, dtype: torch.dtype = torch.bfloat16, block_k: int = 64) -> KernelSpec:
-    """The spec of what `sums_of_squares` does for a rank on an "nf4", "nf4-double" or "dense" weight."""
-    tiles = _tiles(rank, block_k, dtype, kind != "dense")
-    num_stages = tiles.pop("num_stages")
-    name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-    signature = {"a_ptr": f"*{name}", "b_ptr": "*fp32"} if rank else {}
-    signature |= {"partial_ptr": "*fp32", "N": "i32", "K": "i32", "K_SPLIT": "i32", "scaling": "fp32"}
-    constexprs = {"R": rank, **tiles} | ({} if rank else {"a_ptr": None, "b_ptr": None})
-    if kind == "dense":
-        fn, signature = _norm_dense_kernel, {"w_ptr": f"*{name}"} | signature
-        bytes_per_value = dtype.itemsize
-    else:
-        nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
-        fn, signature = _norm_nf4_kernel, {"packed_ptr": "*u8", "levels_ptr": "*fp32"} | signature
-        signature |= {"absmax_ptr": "*u8", **nested} if kind == "nf4-double" else {"absmax_ptr": "*fp32"}
-        constexprs |= {"BLOCKSIZE": block_k} | ({} if kind == "nf4-double" else dict.fromkeys(nested))
-        bytes_per_value = 0.5 + (1 + 4 / NESTED_BLOCKSIZE if kind == "nf4-double" else 4) / block_k
-    whole_rank = tiles["BLOCK_R"] >= rank  # otherwise the innermost loop runs over ranks, not over weights
-    budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != torch.float32 else {}
-    return KernelSpec(
-        kernel=f"dora_norm_{kind.split('-')[0]}",
-        config=f"r{rank}-b{block_k}-{kind.removeprefix('nf4-')}-{name}",
-        fn=fn,
-        signature=signature,
-        constexprs=constexprs,
-        values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
-        bytes_per_value=bytes_per_value,
-        flops_per_value=2 * tiles["BLOCK_R"] if rank else 0,
-        num_warps=NUM_WARPS,
-        num_stages=num_stages,
-        divisible=("N", "K", "K_SPLIT"),
-        loop=whole_rank,
-        launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
-        max_instr=budgets.get(rank) if block_k == 64 else None,
-        min_load_bits=128 if rank else 64,
-        mma=rank > 0 and dtype != torch.float32,
-    )
-
-
-_FINISH_SPEC = KernelSpec(
-    kernel="dora_norm_finish",
-    config="gain",
-    fn=_finish_kernel,
-    signature={
-        **{"partial_ptr": "*fp32", "magnitude_ptr": "*fp32", "norm_ptr": "*fp32", "gain_ptr": "*fp32"},
-        **{"N": "i32", "splits": "i32"},
-    },
-    constexprs={"BLOCK": FINISH_BLOCK},
-    values=FINISH_BLOCK,
-    bytes_per_value=4.0,
-    divisible=("N",),
-    launches=3,
-)
-
-AOT_SPECS = (
-    [_FINISH_SPEC]
-    + [_spec(rank, "nf4-double") for rank in (0, 16, 64, 128, 256, 512, 1024)]
-    + [_spec(64, "nf4"), _spec(64, "nf4-double", block_k=32), _spec(64, "nf4-double", torch.float32)]
-    + [_spec(rank, "dense") for rank in (0, 64, 128, 256, 512)]
-    + [_spec(64, "dense", torch.float32)]
-)
+# TODO specs
+# def _spec(rank: int, kind: str, dtype: torch.dtype = torch.bfloat16, block_k: int = 64) -> KernelSpec:
+#     """The spec of what `sums_of_squares` does for a rank on an "nf4", "nf4-double" or "dense" weight."""
+#     tiles = _tiles(rank, block_k, dtype, kind != "dense")
+#     num_stages = tiles.pop("num_stages")
+#     name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+#     signature = {"a_ptr": f"*{name}", "b_ptr": "*fp32"} if rank else {}
+#     signature |= {"partial_ptr": "*fp32", "N": "i32", "K": "i32", "K_SPLIT": "i32", "scaling": "fp32"}
+#     constexprs = {"R": rank, **tiles} | ({} if rank else {"a_ptr": None, "b_ptr": None})
+#     if kind == "dense":
+#         fn, signature = _norm_dense_kernel, {"w_ptr": f"*{name}"} | signature
+#         bytes_per_value = dtype.itemsize
+#     else:
+#         nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
+#         fn, signature = _norm_nf4_kernel, {"packed_ptr": "*u8", "levels_ptr": "*fp32"} | signature
+#         signature |= {"absmax_ptr": "*u8", **nested} if kind == "nf4-double" else {"absmax_ptr": "*fp32"}
+#         constexprs |= {"BLOCKSIZE": block_k} | ({} if kind == "nf4-double" else dict.fromkeys(nested))
+#         bytes_per_value = 0.5 + (1 + 4 / NESTED_BLOCKSIZE if kind == "nf4-double" else 4) / block_k
+#     whole_rank = tiles["BLOCK_R"] >= rank  # otherwise the innermost loop runs over ranks, not over weights
+#     budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != torch.float32 else {}
+#     return KernelSpec(
+#         kernel=f"dora_norm_{kind.split('-')[0]}",
+#         config=f"r{rank}-b{block_k}-{kind.removeprefix('nf4-')}-{name}",
+#         fn=fn,
+#         signature=signature,
+#         constexprs=constexprs,
+#         values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
+#         bytes_per_value=bytes_per_value,
+#         flops_per_value=2 * tiles["BLOCK_R"] if rank else 0,
+#         num_warps=NUM_WARPS,
+#         num_stages=num_stages,
+#         divisible=("N", "K", "K_SPLIT"),
+#         loop=whole_rank,
+#         launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
+#         max_instr=budgets.get(rank) if block_k == 64 else None,
+#         min_load_bits=128 if rank else 64,
+#         mma=rank > 0 and dtype != torch.float32,
+#     )
+#
+#
+# _FINISH_SPEC = KernelSpec(
+#     kernel="dora_norm_finish",
+#     config="gain",
+#     fn=_finish_kernel,
+#     signature={
+#         **{"partial_ptr": "*fp32", "magnitude_ptr": "*fp32", "norm_ptr": "*fp32", "gain_ptr": "*fp32"},
+#         **{"N": "i32", "splits": "i32"},
+#     },
+#     constexprs={"BLOCK": FINISH_BLOCK},
+#     values=FINISH_BLOCK,
+#     bytes_per_value=4.0,
+#     divisible=("N",),
+#     launches=3,
+# )
+#
+# AOT_SPECS = (
+#     [_FINISH_SPEC]
+#     + [_spec(rank, "nf4-double") for rank in (0, 16, 64, 128, 256, 512, 1024)]
+#     + [_spec(64, "nf4"), _spec(64, "nf4-double", block_k=32), _spec(64, "nf4-double", torch.float32)]
+#     + [_spec(rank, "dense") for rank in (0, 64, 128, 256, 512)]
+#     + [_spec(64, "dense", torch.float32)]
+# )
+#
