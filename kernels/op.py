@@ -11,7 +11,8 @@ each with a function of the op's name and arguments. A missing function is a mis
 the Triton cell, CPU tensors the cpu cell if it supports them (`supports_if`), all others the reference. For GPUs before
 sm_80 Triton 3.7 has no matrix instructions: there ops with matrix products run the reference, and a warning says so.
 `QDORA_BACKEND=reference|triton|cpu` in the environment, read once, or `use_backend(...)` chooses the column for all ops
-(`torch` is an alias of `reference`). With `TRITON_INTERPRET=1` in the environment before triton is imported, the Triton
+(`torch` is an alias of `reference`). The cpu column that was asked for also runs on meta tensors: they go through all
+its steps and have no values. With `TRITON_INTERPRET=1` in the environment before triton is imported, the Triton
 column also runs on CPU tensors, in Triton's interpreter: slow, for proofs only.
 
 Each op is a `torch.library` op, qdora::<name>: it works under torch.compile, on the meta device and in graph capture. A
@@ -41,6 +42,7 @@ BACKENDS = ("reference", "triton", "cpu")
 _ALIASES = {"torch": "reference"}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _library = torch.library.Library("qdora", "FRAGMENT")
+_ops: dict[str, "Op"] = {}
 _override: ContextVar[str | None] = ContextVar("qdora_backend", default=None)
 
 
@@ -99,6 +101,15 @@ def _warn_of_reference(name: str, backend: str) -> None:
                   "it runs in plain torch", stacklevel=2)  # fmt: skip
 
 
+def has_kernel(name: str, *args) -> bool:
+    """True if a kernel, and not plain torch, computes the op `name` for these arguments.
+
+    Args:
+        args: as the op's; those that do not matter to the choice may be left out at the end.
+    """
+    return _ops[name].choose(args) != "reference"
+
+
 def supports_if(condition: Callable[..., bool]) -> Callable[[Callable], Callable]:
     """Decorator of a function in kernels/cpu: it computes the op only of arguments for which `condition` is true."""
 
@@ -131,6 +142,7 @@ class Op:
         self._weight_lists = [i for i, p in enumerate(signature.parameters.values()) if p.annotation == list[Weight]]
         self._function: type[torch.autograd.Function] | None = None
         self._cells: dict[str, Callable | None] = {}
+        _ops[self.name] = self
         schema = torch.library.infer_schema(_flat_prototype(signature), mutates_args=mutates)
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, lambda *flat: self._run(*self.unflatten(flat)), "CompositeExplicitAutograd")
@@ -152,11 +164,18 @@ class Op:
         return self._cells[column]
 
     def column(self, *args) -> str:
-        """The column that runs the op for these arguments.
+        """The column that runs the op for these arguments. Warns once if another one was asked for.
 
         Raises:
             RuntimeError: a column was asked for on tensors that it cannot run on.
         """
+        column = self.choose(args)
+        if column == "reference" and (asked := _override.get() or _environment()) not in (None, column):
+            _warn_of_reference(self.name, asked)
+        return column
+
+    def choose(self, args: tuple) -> str:
+        """`column`, without the warning."""
         tensor = _first_tensor(args)
         asked = _override.get() or _environment()
         if asked is None:
@@ -168,12 +187,10 @@ class Op:
                 f"backend 'triton' was asked for on a {tensor.device.type} tensor: move it to a GPU, "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
             )
-        if asked == "cpu" and not tensor.is_cpu:
+        if asked == "cpu" and not (tensor.is_cpu or tensor.is_meta):
             raise RuntimeError(f"backend 'cpu' was asked for on a {tensor.device.type} tensor: move it to the CPU")
         if self.cell("triton") if asked == "triton" else asked == "cpu" and self._supported_on_cpu(args):
             return asked
-        if asked != "reference":
-            _warn_of_reference(self.name, asked)
         return "reference"
 
     def _supported_on_cpu(self, args: tuple) -> bool:
@@ -215,16 +232,19 @@ class Op:
 
     # ------------------------------------------------------------------------------- gradients
 
-    def differentiate(self, keep: Callable[..., dict[str, Any]], backward: Callable[..., dict[str, Any]]) -> None:
-        """Make the op differentiable. Of several results only the first has a gradient; it may be a list of tensors.
+    def differentiate(
+        self, keep: Callable[..., dict[str, Any]], backward: Callable[..., dict[str, Any]], results: int = 1
+    ) -> None:
+        """Make the op differentiable.
 
         Args:
             keep: called as keep(inputs, results), inputs by name; returns by name what backward needs.
             backward: called as backward(kept, needs, *gradients of the results); `kept` has what `keep` returned,
                 `needs` says by the name of an input whether its gradient is asked for. Returns gradients by the name
                 of the input; a missing one is None. The gradient of a list of tensors is a list.
+            results: of several results, so many from the first on have gradients. A result may be a list of tensors.
         """
-        self.keep, self.backward = keep, backward
+        self.keep, self.backward, self.differentiable = keep, backward, results
         self._function = type(self.name, (_Function,), {"op": self})
         _library.impl(self.name, self._autograd_key, "Autograd")
 
@@ -290,11 +310,13 @@ class _Function(torch.autograd.Function):
         if isinstance(results, Tensor):
             return results
         layout.results = [len(result) if isinstance(result, list) else None for result in results]
-        ctx.mark_non_differentiable(*_flat(results[1:]))
+        ctx.mark_non_differentiable(*_flat(results[op.differentiable :]))
         return tuple(_flat(results))
 
     @classmethod
     def backward(cls, ctx, *gradients):
+        if all(gradient is None for gradient in gradients):
+            return (None,) * len(ctx.needs_input_grad)
         op, layout, tensors = cls.op, ctx.layout, iter(ctx.saved_tensors)
         kept = {name: next(tensors) if n is None else [next(tensors) for _ in range(n)] for name, n in ctx.names}
         asked = _grouped(layout.arguments, ctx.needs_input_grad[1:])

@@ -11,7 +11,6 @@ materialised: the turned halves (−x₂, x₁), which transformers writes as a 
 from torch import Tensor
 
 from kernels.op import define_op
-from kernels.weight import check_float
 
 
 @define_op
@@ -62,9 +61,9 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     for name, x in (("q", q), ("k", k)):
-        check_float(name, x)
         fits = x.dim() == cos.dim() == 4 and x.shape[-1] == cos.shape[-1] and x.shape[-1] % 2 == 0
-        if not fits or any(t not in (1, n) for t, n in zip(cos.shape, x.shape)) or x.dtype != cos.dtype:
+        fits = fits and x.is_floating_point() and x.dtype == cos.dtype
+        if not fits or any(there not in (1, n) for there, n in zip(cos.shape, x.shape)):
             raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype} does not fit {name} {tuple(x.shape)} {x.dtype}")
     if cos.shape != sin.shape or cos.dtype != sin.dtype:
         raise ValueError(f"cos {tuple(cos.shape)} {cos.dtype} and sin {tuple(sin.shape)} {sin.dtype} must be alike")

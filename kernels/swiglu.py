@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from kernels.op import define_op
-from kernels.weight import check_float
 
 
 @define_op
@@ -51,7 +50,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: shapes or dtypes that differ.
     """
-    check_float("gate", gate)
-    if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be alike")
+    if gate.shape != up.shape or gate.dtype != up.dtype or not gate.is_floating_point():
+        raise ValueError(
+            f"gate {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype} must be floats of one shape"
+        )
     return _swiglu(gate.contiguous(), up.contiguous())

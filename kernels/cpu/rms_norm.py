@@ -52,9 +52,7 @@ def _rms_norm_backward(pointer):
 
 
 @supports_if(lambda dy, x, weight, r, needs_dweight: not needs_dweight and supports(dy, x, weight))
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
     _rms_norm_backward(dy, x, weight, r, dx, r.numel(), x.shape[-1])
     return dx, weight.new_empty(0)

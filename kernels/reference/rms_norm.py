@@ -10,9 +10,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return weight * (wide * r).to(x.dtype), r
 
 
-def rms_norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool
-) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool) -> tuple[Tensor, Tensor]:
     dx = (dy * weight).to(r.dtype).mul_(r)
     along = (dx * x).mean(-1, keepdim=True).mul_(r.square())
     dx.addcmul_(x.to(r.dtype), along, value=-1)
