@@ -27,7 +27,6 @@ from kernels.weight import (
     Weight,
     as_weight,
     check_blocksize,
-    check_packed,
     check_quant_type,
     packed_sizes,
 )
@@ -89,7 +88,6 @@ def dequantize_4bit(
     weight = as_weight(packed, quant_state)
     if not weight.packed:
         raise ValueError("dequantize_4bit needs the quant_state of the codes")
-    check_packed(weight)
     dtype = dtype or weight.dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype is {dtype}; dequantize_4bit gives float32, float16 or bfloat16")

@@ -27,10 +27,11 @@ import importlib.util
 import inspect
 import os
 import warnings
+from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -138,9 +139,13 @@ class Op:
         self.fake, self.products = fake, products
         signature = inspect.signature(fake)
         self.parameters = tuple(signature.parameters)
+        self.inputs = namedtuple(self.name, self.parameters)  # arguments, or what is known of each, by name
         self._weights = [i for i, p in enumerate(signature.parameters.values()) if p.annotation is Weight]
         self._weight_lists = [i for i, p in enumerate(signature.parameters.values()) if p.annotation == list[Weight]]
         self._function: type[torch.autograd.Function] | None = None
+        annotations = [p.annotation for p in signature.parameters.values()]
+        self._has_lists = any(get_origin(annotation) is list for annotation in annotations)
+        self.returns_lists = any(get_origin(part) is list for part in get_args(signature.return_annotation))
         self._cells: dict[str, Callable | None] = {}
         _ops[self.name] = self
         schema = torch.library.infer_schema(_flat_prototype(signature), mutates_args=mutates)
@@ -153,7 +158,9 @@ class Op:
         if not _can_skip_dispatcher(args):
             return self.dispatched(*self.flatten(args))
         if self._function is not None and self._needs_grad(args):
-            return self._differentiable(args)
+            return self._differentiable(self._run, args)
+        if not torch.is_grad_enabled():
+            return self._run(*args)
         with torch.no_grad():  # the op's gradients are its own, not those of the operations inside
             return self._run(*args)
 
@@ -250,20 +257,23 @@ class Op:
 
     def _autograd_key(self, *flat):
         args = self.unflatten(flat)
-        return self._differentiable(args) if self._needs_grad(args) else self.below_autograd(args)
+        if self._needs_grad(args):
+            return self._differentiable(self._below_autograd, args)
+        return self._below_autograd(*args)
 
-    def below_autograd(self, args: tuple):
-        """The results, without a gradient."""
-        if _can_skip_dispatcher(args):
-            return self._run(*args)
+    def _below_autograd(self, *args):
         with torch._C._AutoDispatchBelowAutograd():
             return self.dispatched(*self.flatten(args))
 
-    def _differentiable(self, args: tuple):
+    def _differentiable(self, compute: Callable, args: tuple):
+        """The results of `compute` on `args`, with the op's gradient."""
         if self._weight_trains(args):
             raise RuntimeError(f"{self.name} gives no gradient for its weight: freeze it with requires_grad_(False)")
-        layout = _Layout([len(arg) if type(arg) is list else None for arg in args])
-        results = self._function.apply(layout, *_flat(args))
+        layout = _Layout(compute)
+        if self._has_lists:
+            layout.arguments = [len(arg) if type(arg) is list else None for arg in args]
+            args = _flat(args)
+        results = self._function.apply(layout, *args)
         return _grouped(layout.results, results)
 
     def _needs_grad(self, args: tuple) -> bool:
@@ -273,17 +283,27 @@ class Op:
         for i in self._weights:
             if args[i].values.requires_grad:
                 return True
-        return any(one.values.requires_grad for i in self._weight_lists for one in args[i])
+        for i in self._weight_lists:
+            for one in args[i]:
+                if one.values.requires_grad:
+                    return True
+        return False
 
 
 class _Layout:
-    """Which arguments and results of a call are lists, by their lengths (None: a single one): autograd sees no lists.
+    """How the flat arguments and results of an autograd.Function, which does not look into lists, are to be read.
 
-    `results` is None if there is one result and it is a tensor; the forward pass fills it in.
+    Attributes:
+        compute: gives the results.
+        arguments: the length of each argument that is a list, None for the others; None if there is no list.
+        results: the same of the results, which the forward pass fills in; None if there is one and it is a tensor.
     """
 
-    def __init__(self, arguments: list[int | None]):
-        self.arguments = arguments
+    __slots__ = ("arguments", "compute", "results")
+
+    def __init__(self, compute: Callable):
+        self.compute = compute
+        self.arguments: list[int | None] | None = None
         self.results: list[int | None] | None = None
 
 
@@ -291,41 +311,48 @@ class _Function(torch.autograd.Function):
     op: Op
 
     @classmethod
-    def forward(cls, ctx, layout: _Layout, *flat):
-        op, args = cls.op, _grouped(layout.arguments, flat)
-        results = op.below_autograd(args)
-        kept = op.keep(SimpleNamespace(**dict(zip(op.parameters, args))), results)
-        ctx.layout, ctx.names, ctx.others, tensors = layout, [], {}, []
-        for name, value in kept.items():
+    def forward(cls, ctx, layout: _Layout, *args):
+        op, args = cls.op, _grouped(layout.arguments, args)
+        results = layout.compute(*args)
+        names, others, tensors = [], {}, []
+        for name, value in op.keep(op.inputs(*args), results).items():
             if isinstance(value, Tensor):
-                ctx.names.append((name, None))
+                names.append((name, None))
                 tensors.append(value)
-            elif isinstance(value, list):
-                ctx.names.append((name, len(value)))
+            elif type(value) is list:
+                names.append((name, len(value)))
                 tensors += value
             else:
-                ctx.others[name] = value
+                others[name] = value
+        ctx.kept = layout, names, others
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # or zeros are made for the results that have no gradient
         if isinstance(results, Tensor):
             return results
-        layout.results = [len(result) if isinstance(result, list) else None for result in results]
-        ctx.mark_non_differentiable(*_flat(results[op.differentiable :]))
-        return tuple(_flat(results))
+        differentiable = op.differentiable
+        if op.returns_lists:
+            layout.results = [len(result) if type(result) is list else None for result in results]
+            differentiable = sum(1 if size is None else size for size in layout.results[:differentiable])
+            results = tuple(_flat(results))
+        ctx.mark_non_differentiable(*results[differentiable:])
+        return results
 
     @classmethod
     def backward(cls, ctx, *gradients):
-        if all(gradient is None for gradient in gradients):
+        if gradients.count(None) == len(gradients):
             return (None,) * len(ctx.needs_input_grad)
-        op, layout, tensors = cls.op, ctx.layout, iter(ctx.saved_tensors)
-        kept = {name: next(tensors) if n is None else [next(tensors) for _ in range(n)] for name, n in ctx.names}
-        asked = _grouped(layout.arguments, ctx.needs_input_grad[1:])
-        needs = {name: any(some) if type(some) is list else some for name, some in zip(op.parameters, asked)}
-        if layout.results is not None:
-            gradients = _grouped(layout.results, gradients)
-        found = op.backward(SimpleNamespace(**kept, **ctx.others), SimpleNamespace(**needs), *gradients)
+        op, (layout, names, others), tensors = cls.op, ctx.kept, iter(ctx.saved_tensors)
+        kept = SimpleNamespace(**others)
+        for name, count in names:
+            setattr(kept, name, next(tensors) if count is None else [next(tensors) for _ in range(count)])
+        asked = ctx.needs_input_grad[1:]
+        if layout.arguments is not None:
+            asked = [any(one) if type(one) is list else one for one in _grouped(layout.arguments, asked)]
+        found = op.backward(kept, op.inputs(*asked), *_grouped(layout.results, gradients))
         given = [found.get(name) for name in op.parameters]
-        return None, *_flat([g or [None] * n if n is not None else g for g, n in zip(given, layout.arguments)])
+        if layout.arguments is not None:
+            given = _flat([g or [None] * n if n is not None else g for g, n in zip(given, layout.arguments)])
+        return None, *given
 
 
 def _flat(args: Iterable) -> list:

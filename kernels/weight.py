@@ -55,10 +55,17 @@ class Weight:
     Attributes:
         values: the dense weight, or uint8 codes, two to a byte.
         quant_state: what belongs to the codes; None if the weight is dense.
+
+    Raises:
+        ValueError: codes and a quant_state that do not belong together.
     """
 
     values: Tensor
     quant_state: QuantState | None = None
+
+    def __post_init__(self):
+        if self.quant_state is not None:
+            check_packed(self.values, self.quant_state)
 
     @property
     def packed(self) -> bool:
@@ -109,7 +116,10 @@ def unflatten(tensors: list[Tensor], text: str) -> Weight:
         return Weight(tensors[0])
     quant_type, blocksize, dtype, shape = _parsed(text)
     codes, absmax, *nested = tensors
-    return Weight(codes, QuantState(absmax, shape, dtype, blocksize, *nested, quant_type=quant_type))
+    weight = object.__new__(Weight)  # without checks: it passed them before it was flattened
+    state = QuantState(absmax, shape, dtype, blocksize, *nested, quant_type=quant_type)
+    weight.__dict__.update(values=codes, quant_state=state)
+    return weight
 
 
 def tensor_count(text: str) -> int:
@@ -143,14 +153,13 @@ def nested_blocks(blocks: int) -> int:
     return -(-blocks // NESTED_BLOCKSIZE)
 
 
-def check_packed(weight: Weight) -> None:
-    """Raise ValueError if the codes and the quant_state of a packed weight do not belong together."""
-    state = weight.quant_state
+def check_packed(packed: Tensor, state: QuantState) -> None:
+    """Raise ValueError if codes and a quant_state do not belong together."""
     check_blocksize(state.blocksize)
     check_quant_type(state.quant_type)
     n_bytes, blocks = packed_sizes(state.shape.numel(), state.blocksize)
     expected = [
-        ("packed", weight.values, torch.uint8, n_bytes),
+        ("packed", packed, torch.uint8, n_bytes),
         ("absmax", state.absmax, torch.uint8 if state.nested else torch.float32, blocks),
     ]
     if state.nested:
@@ -169,8 +178,8 @@ def check_packed(weight: Weight) -> None:
             )
         if not tensor.is_contiguous():
             raise ValueError(f"{name} is not contiguous")
-        if tensor.device != weight.values.device:
-            raise ValueError(f"{name} is on {tensor.device} but packed on {weight.values.device}")
+        if tensor.device != packed.device:
+            raise ValueError(f"{name} is on {tensor.device} but packed on {packed.device}")
 
 
 def check_input(x: Tensor, weight: Weight) -> None:
@@ -184,9 +193,7 @@ def check_input(x: Tensor, weight: Weight) -> None:
         raise ValueError(f"x is {x.dtype}; it must be float32, float16 or bfloat16")
     if len(shape) != 2 or x.dim() == 0 or shape[1] != x.shape[-1]:
         raise ValueError(f"x {tuple(x.shape)} does not fit a weight of shape {tuple(shape)}")
-    if weight.packed:
-        check_packed(weight)
-    elif weight.values.dtype != x.dtype:
+    if not weight.packed and weight.values.dtype != x.dtype:
         raise ValueError(f"x is {x.dtype} but the weight is {weight.values.dtype}")
 
 

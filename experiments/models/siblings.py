@@ -1,4 +1,4 @@
-"""Adapted linears that read the same input, computed together on a CPU (kernels/shared_input.py).
+"""Adapted linears that read the same input, computed together on a CPU (kernels/joined.py).
 
 A model calls them one after the other. The first call computes all of them, the others find their result.
 """
@@ -8,9 +8,9 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from kernels.base_weight import base_args
-from kernels.shared_input import Linear, adapted_linears
+from kernels import Joined, joined_linears
 from modules import DoRALinear, LoRALinear
+from modules.linear import weight_of
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -43,13 +43,11 @@ class _Group:
         return result
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        linears, adapters = [], []
+        joined = []
         for linear in self.linears:
-            dora = isinstance(linear, DoRALinear)
-            base = base_args(linear.weight_operand, linear.quant_state, x)
-            linears.append(Linear(base, linear.scaling, linear.norm_sq if dora else None))
-            adapters.append((*linear.factors(), linear.magnitude if dora else None))
-        return adapted_linears(x, linears, adapters)
+            dora = (linear.magnitude, linear.norm_sq) if isinstance(linear, DoRALinear) else ()
+            joined.append(Joined(weight_of(linear.base), *linear.factors(), linear.scaling, *dora))
+        return joined_linears(x, joined)
 
 
 def _forward(self: LoRALinear, x: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ from experiments.system.files import directory_atomically, write_atomically
 from experiments.system.quiet import quiet
 from experiments.training.engines import Engine
 from modules import adapters, dequantize, load_adapter, merge, save_adapter, set_adapter
-from modules.adapters.attach import DEFAULT, named_adapter
 from modules.adapters.config import changes_base
 from modules.adapters.merge import can_merge
+from modules.adapters.state import DEFAULT, named_adapter
 from modules.files.bitsandbytes import save_bnb4
 
 CONFIG, ADAPTER, MODEL, BASE, WEIGHTS = "config.yaml", "adapter", "model", "base", "weights.safetensors"

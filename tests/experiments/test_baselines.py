@@ -19,7 +19,7 @@ from experiments.training.evaluation import label_logits
 from experiments.training.loss import LabelLoss
 from modules.files.baselines import OUR_CONFIG_FILE
 from tests.experiments.conftest import SMALL
-from tests.modules.adapters.test_prefix import TEXTS, batch_of, reference, with_prefix
+from tests.modules.prefix_cases import TEXTS, batch_of, reference, with_prefix
 
 # Of the tiny model: 2 layers of width 64 with 14 linears, whose outputs are 64, 32, 32, 64, 128, 128 and 64 wide.
 PARAMETERS = {
@@ -141,8 +141,8 @@ def test_a_conversation_keeps_the_infix_at_the_first_prompt(trained, monkeypatch
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["+method=bitfit", "rslora=true"], "rslora=True is no setting of adapter 'bitfit'"),
-        (["+method=lora", "prefix_tokens=4"], "prefix_tokens=4 is no setting of adapter 'lora'"),
+        (["+method=bitfit", "rslora=true"], "rslora=True is not a setting of adapter 'bitfit'"),
+        (["+method=lora", "prefix_tokens=4"], "prefix_tokens=4 is not a setting of adapter 'lora'"),
         (["+method=full", "infix_tokens=4"], "infix_tokens is about adapters, and method=full has none"),
         (["+method=prefix_embed", "prefix_tokens=0"], "set prefix_tokens or infix_tokens to 1 or more"),
         (["+method=prefix_layer", "prefix_tokens=2000"], "are more than the 2048 positions of tiny"),

@@ -1,4 +1,4 @@
-"""Merged, unmerged, unloaded, added up."""
+"""Merge, unmerge and unload adapters, and add them up."""
 
 import pytest
 import torch
@@ -12,14 +12,13 @@ from modules import (
     add_weighted_adapter,
     attach,
     decoder_linears,
-    dequantize,
     detach,
     merge,
     quantize,
     set_adapter,
     unmerge,
 )
-from modules.linear import is_conv1d
+from modules.linear import dense_weight
 from tests.modules.architectures import ARCHITECTURES, dense_model, logits, scramble
 
 
@@ -60,13 +59,13 @@ def test_a_merged_model_is_a_plain_one(architecture, method, tmp_path):
 
 def test_requantizing_is_measured():
     model = adapted("llama", "qdora")
-    base = {name: layer.base_weight().double() for name, layer in adapted_linears(model).items()}
+    base = {name: dense_weight(layer.base).double() for name, layer in adapted_linears(model).items()}
     requantized = merge(model, unload=True)
     merged = {name: linear.weight.double() for name, linear in decoder_linears(model).items()}
     quantize(model)
     for name, linear in decoder_linears(model).items():
         size, found = merged[name].norm(), requantized[name]
-        error = (linear.dense_weight().double() - merged[name]).norm() / size
+        error = (dense_weight(linear).double() - merged[name]).norm() / size
         assert found.error == pytest.approx(error.item(), rel=1e-4)
         assert found.update == pytest.approx(((merged[name] - base[name]).norm() / size).item(), rel=1e-4)
 
@@ -95,7 +94,7 @@ def test_a_tied_head_that_changed_is_no_longer_tied(tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_merged():
+def test_merging_at_the_wrong_time_is_refused():
     model = dense_model("llama")
     for call, message in (
         (merge, "the model has no adapter in use; it has none"),
@@ -114,44 +113,10 @@ def test_what_cannot_be_merged():
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_dequantize_undoes_quantize_but_for_rounding(architecture):
-    model = dense_model(architecture)
-    quantize(model)
-    expected = logits(model)
-    dequantize(model)
-    kinds = {is_conv1d(linear) for linear in decoder_linears(model).values()}
-    assert kinds == {architecture == "gpt2"}
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_quantize_reaches_the_base_under_adapters():
-    model, packed = dense_model("llama"), dense_model("llama")
-    quantize(packed)
-    plain = logits(packed)
-    attach(model, "dora", 4, 6, name="a")
-    scramble(model, 1)
-    attach(model, "lora", 4, 6, ["q_proj"], name="b")
-    quantize(model)
-    set_adapter(model, "a")
-    layers = adapted_linears(model)
-    for name, layer in layers.items():
-        assert torch.equal(layer.base.weight, packed.get_submodule(name).weight)
-        torch.testing.assert_close(layer.norm_sq, layer.base_weight().square().sum(1))
-    merged = logits(model)
-    merge(model)
-    torch.testing.assert_close(logits(model), merged, rtol=1e-4, atol=1e-5)
-    detach(model)
-    assert torch.equal(logits(model), plain)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_weighted_sum(architecture):
     """W + Σ w·sBA, in float64."""
     model = dense_model(architecture)
-    dense = {
-        name: (linear.weight.t() if is_conv1d(linear) else linear.weight).detach().double()
-        for name, linear in decoder_linears(model).items()
-    }
+    dense = {name: dense_weight(linear).detach().double() for name, linear in decoder_linears(model).items()}
     attach(model, "lora", 4, 6, name="a", rslora=True)
     scramble(model, 1)
     suffix = "c_attn" if architecture == "gpt2" else "q_proj"
@@ -177,13 +142,13 @@ def test_weighted_sum(architecture):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"adapter": "dora"}, "the adapter 'a' has dora, which has no weighted sum: only LoRA layers add up"),
-        ({"modules_to_save": ["lm_head"]}, "the adapter 'a' has modules_to_save, which has no weighted sum"),
-        ({"bias": "lora_only"}, "the adapter 'a' has bias, which has no weighted sum"),
+        ({"adapter": "dora"}, "the adapter 'a' has dora, which cannot be summed: only LoRA layers can"),
+        ({"modules_to_save": ["lm_head"]}, "the adapter 'a' has modules_to_save, which cannot be summed"),
+        ({"bias": "lora_only"}, "the adapter 'a' has bias, which cannot be summed"),
     ],
     ids=str,
 )
-def test_what_does_not_add_up(settings, message):
+def test_adapters_that_cannot_be_summed_are_refused(settings, message):
     model = dense_model("llama")
     attach(model, **{"adapter": "lora", "rank": 4, "name": "a"} | settings)
     with pytest.raises(ValueError, match=message):

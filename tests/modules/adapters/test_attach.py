@@ -1,40 +1,11 @@
-"""Finding, packing and adapting the linears of a model."""
+"""Attach adapters to a model: which linears get one, what trains, bad input, compilation."""
 
 import pytest
 import torch
 from torch import nn
 
-from modules import NF4Linear, adapted_linears, attach, decoder_linears, quantize
-from modules.adapters.targets import match_targets
-
-
-def test_decoder_linears_leave_out_the_head(llama):
-    names = decoder_linears(llama)
-    assert len(names) == 14 and not any("lm_head" in name for name in names)
-
-
-def test_quantize_packs_every_decoder_linear_and_nothing_else(llama):
-    dense = {name: linear.weight.clone() for name, linear in decoder_linears(llama).items()}
-    quantize(llama, blocksize=64, double_quant=True)
-    packed = decoder_linears(llama)
-    assert all(isinstance(linear, NF4Linear) for linear in packed.values())
-    assert type(llama.lm_head) is nn.Linear and type(llama.model.embed_tokens) is nn.Embedding
-    for name, linear in packed.items():
-        # half the widest gap between NF4 levels, 0.152, times the block's absmax, bounds the error
-        assert (linear.dense_weight() - dense[name]).abs().max() <= 0.16 * dense[name].abs().max()
-    assert llama(torch.arange(5)[None]).logits.isfinite().all()
-
-
-def test_quantize_releases_each_dense_weight_as_it_goes(llama):
-    alive = []
-
-    def progress(names):
-        for name in names:
-            yield name
-            alive.append(sum(type(linear) is nn.Linear for linear in decoder_linears(llama).values()))
-
-    quantize(llama, progress=progress)
-    assert alive == list(range(13, -1, -1))
+from modules import adapted_linears, attach, detach, quantize
+from tests.modules.architectures import logits, scramble
 
 
 @pytest.mark.parametrize(
@@ -53,10 +24,6 @@ def test_attach_targets(llama, adapter, target_modules, count):
     assert next(iter(adapted_linears(llama).values())).scaling == 2.0, "lora_alpha is 2 · rank by default"
 
 
-def test_a_suffix_means_whole_parts_of_a_name():
-    assert match_targets(["a.up_proj", "a.pup_proj", "up_proj"], ["up_proj"]) == ["a.up_proj", "up_proj"]
-
-
 @pytest.mark.parametrize("target_modules", [["nope"], "nope", [], ["head"]], ids=str)
 def test_nothing_matches(llama, target_modules):
     with pytest.raises(ValueError, match="matches no linear of the model; it has down_proj, gate_proj"):
@@ -72,10 +39,10 @@ def test_not_a_regular_expression(llama):
 @pytest.mark.parametrize(
     "rank, message",
     [
-        (0, "rank=0 is no rank: choose a whole number, 1 or more"),
-        (-4, "rank=-4 is no rank"),
-        (2.5, "rank=2.5 is no rank"),
-        (33, r"rank 33 is out of range: model.layers.0.self_attn.k_proj takes 1 to 32"),
+        (0, "rank=0 is not a rank: choose a whole number, 1 or more"),
+        (-4, "rank=-4 is not a rank"),
+        (2.5, "rank=2.5 is not a rank"),
+        (33, r"rank 33 is out of range: model.layers.0.self_attn.k_proj can have 1 to 32"),
     ],
 )
 def test_a_rank_one_layer_cannot_have(llama, rank, message):
@@ -106,3 +73,24 @@ def test_compiles_without_a_graph_break(llama, adapter, quantized):
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)
     compiled.sum().backward()
     assert all(linear.lora_B.grad is not None for linear in adapted_linears(llama).values())
+
+
+def test_a_part_of_a_model_has_adapters_of_its_own(base):
+    plain = logits(base)
+    attach(base.model.layers[0], "lora", 4)
+    scramble(base.model.layers[0])
+    shown = logits(base)
+    assert (shown - plain).abs().max() > 1e-3 and len(adapted_linears(base)) == 7
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj has an adapter that was attached to a part"):
+        attach(base, "lora", 4)
+    attach(base.model.layers[1], "lora", 4)
+    assert torch.equal(logits(base), shown)
+    detach(base.model.layers[0])
+    assert torch.equal(logits(base), plain)
+
+
+def test_any_module_of_linears():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4)))
+    assert attach(model, "dora", 2, target_modules=r"2\..*") == ["2.0", "2.1"]
+    assert attach(model, "lora", 2, target_modules=["0", "1"], name="other") == ["0", "2.0", "2.1"]

@@ -87,7 +87,7 @@ def test_a_part(part, quantized, tmp_path):
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_what_peft_saves(part, tmp_path):
+def test_we_load_what_peft_saves(part, tmp_path):
     targets, count = PARTS[part]
     theirs = get_peft_model(llava(), LoraConfig(r=4, target_modules=targets)).eval()
     scramble(theirs)
