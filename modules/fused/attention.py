@@ -64,5 +64,6 @@ def _forward(
         return by_torch(module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs)
     if attention_mask is None:  # the rest of a static cache is still empty
         key, value = key[:, :, :queries], value[:, :, :queries]
+    key, value = key.to(query.dtype), value.to(query.dtype)  # autocast leaves them in several
     out = kernels.attention(query, key, value, attention_mask, d**-0.5 if scaling is None else scaling)
     return out.transpose(1, 2), None
