@@ -180,9 +180,11 @@ class Op:
             RuntimeError: a column was asked for on tensors that it cannot run on.
         """
         column = self.choose(args)
-        if column == "reference" and (asked := _override.get() or _environment()) not in (None, column):
-            if not _first_tensor(args).is_meta:  # whose results are not computed anyway
-                _warn_of_reference(self.name, asked)
+        if column != "reference" or _first_tensor(args).is_meta:  # on meta nothing is computed anyway
+            return column
+        asked = _override.get() or _environment()
+        if asked not in (None, column):
+            _warn_of_reference(self.name, asked)
         return column
 
     def choose(self, args: tuple) -> str:

@@ -25,9 +25,10 @@ def fused_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
     named = type(module).__name__.endswith("RMSNorm") and not isinstance(module, Fused)
     if not named or not isinstance(getattr(module, "weight", None), Tensor) or not isinstance(_eps(module), float):
         return None
-    same = can_be_replaced(module) and computes_the_same(FusedRMSNorm, module, _parts)
+
+    def parts(dtype: torch.dtype) -> tuple[dict, dict, Tensor]:
+        n = module.weight.numel()
+        return {"weight": nn.Parameter(torch.randn(n, dtype=dtype))}, {}, torch.randn(1, 3, n, dtype=dtype)
+
+    same = can_be_replaced(module) and computes_the_same(FusedRMSNorm, module, parts)
     return FusedRMSNorm(module) if same else None
-
-
-def _parts(dtype: torch.dtype) -> tuple[dict, dict, Tensor]:
-    return {"weight": nn.Parameter(torch.randn(8, dtype=dtype))}, {}, torch.randn(1, 3, 8, dtype=dtype)
