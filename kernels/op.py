@@ -170,7 +170,7 @@ class Op:
     def cell(self, column: str) -> Callable | None:
         """The function in kernels/<column>/ that computes the op, None if there is none."""
         if column not in self._cells:  # imported now: a column that is not used costs no time
-            self._cells[column] = _find_function(column, self.file, self.name)
+            self._cells[column] = find_function(column, self.file, self.name)
         return self._cells[column]
 
     def column(self, *args) -> str:
@@ -396,7 +396,8 @@ def _can_skip_dispatcher(args: tuple) -> bool:
     return True
 
 
-def _find_function(column: str, file: str, name: str) -> Callable | None:
+def find_function(column: str, file: str, name: str) -> Callable | None:
+    """The function `name` in kernels/<column>/<file>.py, None if it is missing or the column cannot run here."""
     if column == "cpu" and not importlib.import_module("kernels.cpu").available():
         return None
     if importlib.util.find_spec(f"kernels.{column}.{file}") is None:

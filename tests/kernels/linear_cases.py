@@ -1,4 +1,4 @@
-"""What the tests of the adapted linears share: base weights, formulas in plain torch and the accuracy rule."""
+"""For the tests of the adapted linears: base weights, formulas in plain torch and the accuracy rule."""
 
 import pytest
 import torch
@@ -89,13 +89,6 @@ def assert_as_accurate(got: dict[str, Tensor], torch_at_dtype: dict, exact: dict
         allowed = 2 * (torch_at_dtype[name].double() - want).abs().max().item() + 4 * torch.finfo(dtype).eps * scale
         error = (got[name].double() - want).abs().max().item()
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (largest value {scale:.3e})"
-
-
-def op_args(weight: Tensor, state: QuantState | None) -> tuple:
-    """A base weight as an op's six arguments."""
-    if state is None:
-        return weight, None, None, None, 0, ""
-    return weight, *state.tensors(), state.blocksize, state.quant_type
 
 
 def peft_layer(base: nn.Module, rank: int, alpha: float, **config) -> tuple[nn.Module, nn.Module]:

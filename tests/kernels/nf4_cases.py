@@ -1,12 +1,15 @@
-"""What the tests of NF4 and double quantization share: inputs, bitsandbytes as the oracle, exact comparison."""
+"""For the tests of NF4 and double quantization: inputs, bitsandbytes as the oracle, exact comparison."""
 
 import contextlib
+import dataclasses
+from collections.abc import Callable
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import Tensor
 
+from kernels import QuantState
 from kernels.op import interpreting
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -112,6 +115,12 @@ def embedded(tensor: Tensor, before: int) -> Tensor:
     buffer = buffer.to(tensor.device).view(tensor.dtype)
     buffer[before : before + tensor.numel()] = tensor.reshape(-1)
     return buffer[before : before + tensor.numel()].view(tensor.shape)
+
+
+def each_tensor(state: QuantState, change: Callable[[Tensor], Tensor]) -> QuantState:
+    """`state` with its tensors changed."""
+    names = ("absmax", "nested_absmax", "nested_offset") if state.nested else ("absmax",)
+    return dataclasses.replace(state, **{name: change(getattr(state, name)) for name in names})
 
 
 def assert_nothing_beside(tensor: Tensor, before: int) -> None:

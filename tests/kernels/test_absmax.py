@@ -1,4 +1,4 @@
-"""Double quantization: the torch twin is bitsandbytes byte for byte, the Triton kernels are the twin byte for byte.
+"""Double quantization: the reference is bitsandbytes byte for byte, the kernels are the reference byte for byte.
 
 There is no tolerance anywhere in this file. The answer of bitsandbytes' CPU library does not depend on AVX-512; on
 other processors than x86 a NaN may spread to the block's maximum.
@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import dequantize_absmax, quantize_absmax, reference, use_backend
+from kernels import cpu, dequantize_absmax, quantize_absmax, use_backend
+from kernels.absmax import _dequantize_absmax
 from kernels.codebook import dynamic_codes, dynamic_map
+from kernels.reference import absmax as reference
 from tests.kernels.nf4_cases import assert_same, embedded, guarded_memory, needs_triton, triton_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
@@ -55,9 +57,9 @@ def test_the_map_is_bitsandbytes():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", LENGTHS, ids="n{}".format)
-def test_twin_equals_bitsandbytes(n, kind):
+def test_the_reference_equals_bitsandbytes(n, kind):
     absmax = block_maxima(n, kind)
-    with use_backend("torch"):
+    with use_backend("reference"):
         got = quantize_absmax(absmax)
         back = dequantize_absmax(*got)
     codes, nested_absmax, offset = bnb_quantize(absmax)
@@ -82,7 +84,7 @@ def test_every_code_is_chosen_as_bitsandbytes_chooses_it():
 @needs_triton
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n", LENGTHS[:-1], ids="n{}".format)
-def test_kernel_equals_the_twin(n, kind):
+def test_the_triton_kernels_equal_the_reference(n, kind):
     absmax = block_maxima(n, kind).to(triton_device())
     with use_backend("triton"):
         got = quantize_absmax(absmax)
@@ -93,7 +95,7 @@ def test_kernel_equals_the_twin(n, kind):
 
 @needs_triton
 @pytest.mark.parametrize("before", [1, 16], ids="offset{}".format)
-def test_kernel_reads_and_writes_its_own_memory_only(monkeypatch, before):
+def test_the_triton_kernels_read_and_write_their_own_memory_only(monkeypatch, before):
     absmax = embedded(block_maxima(700, "normal").to(triton_device()), before)
     want = reference.quantize_absmax(absmax)
     with use_backend("triton"), guarded_memory(monkeypatch):
@@ -115,11 +117,39 @@ def test_the_table_maps_zero_to_the_code_of_its_nearest_point():
     assert dynamic_map()[127] == 0
 
 
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels cannot run here")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", LENGTHS, ids="n{}".format)
+def test_the_cpu_kernel_dequantizes_as_the_reference(n, kind):
+    codes = reference.quantize_absmax(block_maxima(n, kind))
+    with use_backend("cpu"):
+        assert _dequantize_absmax.column(*codes) == "cpu"
+        back = dequantize_absmax(*codes)
+    assert_same(back, reference.dequantize_absmax(*codes), "dequantized")
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels cannot run here")
+@pytest.mark.parametrize("n", [1, 256, 700])
+def test_the_cpu_kernel_dequantizes_any_codes_to_the_last_bit(n):
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.randint(256, (n,), dtype=torch.uint8, generator=generator)
+    nested, offset = torch.rand(-(-n // 256), generator=generator), torch.rand((), generator=generator)
+    exact = dynamic_map("cpu")[codes.long()] * nested.repeat_interleave(256)[:n] + offset
+    with use_backend("cpu"):
+        assert _dequantize_absmax.column(codes, nested, offset) == "cpu"
+        assert torch.equal(dequantize_absmax(codes, nested, offset), exact)
+
+
 @pytest.mark.usefixtures("backend")
-def test_opcheck():
+def test_opcheck_of_quantize():
     absmax = block_maxima(300, "normal").to(torch.get_default_device())
     torch.library.opcheck(torch.ops.qdora.quantize_absmax.default, (absmax,))
-    torch.library.opcheck(torch.ops.qdora.dequantize_absmax.default, quantize_absmax(absmax))
+
+
+@pytest.mark.usefixtures("backend")
+def test_opcheck_of_dequantize():
+    absmax = block_maxima(300, "normal").to(torch.get_default_device())
+    torch.library.opcheck(torch.ops.qdora.dequantize_absmax.default, reference.quantize_absmax(absmax))
 
 
 @pytest.mark.usefixtures("backend")
