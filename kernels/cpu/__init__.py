@@ -20,8 +20,8 @@ def available() -> bool:
 
 
 def supports(*tensors: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
-    """True if the kernels can read these: `dtype` on a CPU, without gaps in memory."""
-    for tensor in tensors:  # noqa: SIM110  (a generator takes longer than the checks)
-        if tensor.dtype != dtype or not tensor.is_cpu or not tensor.is_contiguous():
+    """True if the kernels can read these: `dtype` on a CPU, or on meta, where they do nothing; no gaps in memory."""
+    for tensor in tensors:  # a generator takes longer than the checks
+        if tensor.dtype != dtype or not (tensor.is_cpu or tensor.is_meta) or not tensor.is_contiguous():
             return False
     return True

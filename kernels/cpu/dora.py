@@ -34,13 +34,6 @@ def _scale_columns(pointer):
             dz[i] = narrow(wide(dy[i]) * gain[i])
 
 
-def _scale_columns_of(dy: Tensor, y: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz = gain ⊙ dy bf16 [rows, n], Σ over rows of dy ⊙ y fp32 [n]); dy, y bf16 [rows, n], gain fp32 [n]."""
-    dz, totals = torch.empty_like(dy), gain.new_zeros(torch.get_num_threads(), len(gain))
-    _scale_columns(dy, y, gain, dz, totals, *dy.shape)
-    return dz, totals.sum(0)
-
-
 @Kernel
 def _scale_columns_in_place(pointer):
     a = arguments(pointer, 4)
@@ -51,12 +44,6 @@ def _scale_columns_in_place(pointer):
         x = bf16s(a[0], row * columns, columns)
         for i in range(columns):
             x[i] = narrow(wide(x[i]) * gain[i])
-
-
-def _scale_columns_of_(x: Tensor, gain: Tensor) -> Tensor:
-    """x ⊙ gain in x's place: bf16 [rows, n], fp32 [n]."""
-    _scale_columns_in_place(x, gain, *x.shape)
-    return x
 
 
 @functools.partial(Kernel, parallel=False)
@@ -74,7 +61,7 @@ def _gram(pointer):
             product[i * rows + j] = total
 
 
-def _gram_of(x: Tensor) -> Tensor:
+def gram(x: Tensor) -> Tensor:
     """x xᵀ of a few rows, fp32 [rows, n]: [rows, rows]."""
     product = x.new_empty(len(x), len(x))
     _gram(x, product, *x.shape)
@@ -103,7 +90,7 @@ def _norm_kernel(pointer):
         gain[row] = np.float32(0.0) if length == np.float32(0.0) else magnitude[row] / length
 
 
-def _factored_norm(
+def factored_norm(
     u: Tensor, lora_B: Tensor, v: Tensor, norm_sq: Tensor, magnitude: Tensor, scaling: float, least: float
 ) -> tuple[Tensor, Tensor, bool]:
     """(√(‖W‖² + Σ B ⊙ (2u + s²v)) of each row, and -1 where that is under √least · ‖W‖; magnitude over it or 0; whether
@@ -127,7 +114,7 @@ def _look_below(pointer):
     ints(a[3], 0, 1)[0] = found
 
 
-def _has_below(x: Tensor, limit: float) -> bool:
+def has_below(x: Tensor, limit: float) -> bool:
     """Whether some |x| < limit, fp32."""
     found = ctypes.c_int64(0)
     _look_below(x, x.numel(), limit, ctypes.addressof(found))
@@ -154,12 +141,12 @@ def norm_and_gain(
     u = torch.mm(w, a.t())  # s·WAᵀ [out, r]
     A, B = lora_A.float(), lora_B.float()
     by_kernel = supports(u) and supports(A, B, norm_sq, magnitude, dtype=torch.float32)
-    v = torch.mm(B, _gram_of(A) if by_kernel else torch.mm(A, A.t()))
+    v = torch.mm(B, gram(A) if by_kernel else torch.mm(A, A.t()))
     # Where little is left of ‖W‖² the terms have cancelled, and their rounding with them has grown: compute the row
     # directly. The coarsest rounding is that of WAᵀ, in w's dtype. (sBA cannot be much longer than W there.)
     least = max(4e-3, 64 * torch.finfo(w.dtype).eps)
     if by_kernel:
-        norm, gain, cancelled = _factored_norm(u, B, v, norm_sq, magnitude, scaling, least)
+        norm, gain, cancelled = factored_norm(u, B, v, norm_sq, magnitude, scaling, least)
     else:
         total = norm_sq + (B * torch.add(2 * u.float(), v, alpha=scaling**2)).sum(dim=1)
         norm = total.sqrt().masked_fill_(total < norm_sq * least, -1.0)
@@ -257,7 +244,7 @@ def magnitude_gradient(
     dm = total / magnitude
     # Where m = 0, or nearly, y has lost z's digits: compute z again.
     tiny = torch.finfo(x.dtype).tiny
-    if _has_below(gain, tiny) if supports(gain, dtype=torch.float32) else (gain.abs() < tiny).any():
+    if has_below(gain, tiny) if supports(gain, dtype=torch.float32) else (gain.abs() < tiny).any():
         rows = (gain.abs() < tiny).nonzero().squeeze(1)
         a, b = factors(lora_A, lora_B[rows], scaling, 1.0, x.dtype)
         z_rows, _ = adapted(x, x, w[rows], a, b)
@@ -266,15 +253,20 @@ def magnitude_gradient(
 
 
 def scale_columns(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """(dz = gain ⊙ dy, Σ_t dy ⊙ kept in fp32 [out])"""
-    if supports(dy, kept):
-        return _scale_columns_of(dy, kept, gain)
-    return dy * gain.to(dy.dtype), (dy * kept).sum(dim=0, dtype=torch.float32)
+    """(dz = gain ⊙ dy [T, out] in dy's dtype, Σ_t dy ⊙ kept fp32 [out]); dy, kept [T, out], gain fp32 [out]."""
+    if not supports(dy, kept):
+        return dy * gain.to(dy.dtype), (dy * kept).sum(dim=0, dtype=torch.float32)
+    dz, totals = torch.empty_like(dy), gain.new_zeros(torch.get_num_threads(), len(gain))
+    _scale_columns(dy, kept, gain, dz, totals, *dy.shape)
+    return dz, totals.sum(0)
 
 
 def scale_columns_(z: Tensor, gain: Tensor) -> Tensor:
-    """gain ⊙ z in z's place."""
-    return _scale_columns_of_(z, gain) if supports(z) else z.mul_(gain.to(z.dtype))
+    """gain ⊙ z in z's place; z [T, out], gain fp32 [out]."""
+    if not supports(z):
+        return z.mul_(gain.to(z.dtype))
+    _scale_columns_in_place(z, gain, *z.shape)
+    return z
 
 
 def _over_norm(total: Tensor, norm: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from kernels.weight import Weight
 
 
 @functools.partial(Kernel, parallel=False)
-def _narrowed(pointer):
+def _narrow(pointer):
     a = arguments(pointer, 8)
     for i in range(2):
         n, factor = a[4 * i + 2], number(a[4 * i + 3])
@@ -26,18 +26,18 @@ def _narrowed(pointer):
             y[j] = narrow(x[j] * factor)
 
 
-def _narrow_both(
+def narrowed(
     x: Tensor, y: Tensor, factor_x: float, factor_y: float, out_x: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """(factor_x · x, in `out_x` if it is given, factor_y · y) in bf16, of fp32."""
     narrow_x = torch.empty_like(x, dtype=torch.bfloat16) if out_x is None else out_x
     narrow_y = torch.empty_like(y, dtype=torch.bfloat16)
-    _narrowed(x, narrow_x, x.numel(), factor_x, y, narrow_y, y.numel(), factor_y)
+    _narrow(x, narrow_x, x.numel(), factor_x, y, narrow_y, y.numel(), factor_y)
     return narrow_x, narrow_y
 
 
 @functools.partial(Kernel, parallel=False)
-def _widened(pointer):
+def _widen(pointer):
     a = arguments(pointer, 8)
     for i in range(2):
         n, factor = a[4 * i + 2], number(a[4 * i + 3])
@@ -46,10 +46,10 @@ def _widened(pointer):
             y[j] = wide(x[j]) * factor
 
 
-def _widen_both(x: Tensor, y: Tensor, factor_x: float) -> tuple[Tensor, Tensor]:
+def widened(x: Tensor, y: Tensor, factor_x: float) -> tuple[Tensor, Tensor]:
     """(factor_x · x, y) in fp32, of bf16."""
     wide_x, wide_y = (torch.empty_like(t, dtype=torch.float32) for t in (x, y))
-    _widened(x, wide_x, x.numel(), factor_x, y, wide_y, y.numel(), 1.0)
+    _widen(x, wide_x, x.numel(), factor_x, y, wide_y, y.numel(), 1.0)
     return wide_x, wide_y
 
 
@@ -58,7 +58,7 @@ def factors(
 ) -> tuple[Tensor, Tensor]:
     """(scale_A · A, in `a` if it is given, scale_B · B) in `dtype`."""
     if dtype == torch.bfloat16 and supports(lora_A, lora_B, dtype=torch.float32):
-        return _narrow_both(lora_A, lora_B, scale_A, scale_B, a)
+        return narrowed(lora_A, lora_B, scale_A, scale_B, a)
     scaled_A, scaled_B = (lora_A * scale_A).to(dtype), (lora_B * scale_B).to(dtype)
     return (scaled_A if a is None else a.copy_(scaled_A)), scaled_B
 
@@ -68,7 +68,7 @@ def wide_gradients(
 ) -> tuple[Tensor, Tensor]:
     """(scale_A · dA, dB) in the dtypes of A and B. The first is a new tensor: dA may be a part of a larger one."""
     if lora_A.dtype == lora_B.dtype == torch.float32 and supports(dA, dB):
-        return _widen_both(dA, dB, scale_A)
+        return widened(dA, dB, scale_A)
     return dA.to(lora_A.dtype) * scale_A, dB.to(lora_B.dtype)
 
 
