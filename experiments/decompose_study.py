@@ -13,13 +13,11 @@ tables; written to output_dir: decompose.csv and starts.csv with a row a layer, 
 import csv
 import io
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
@@ -29,12 +27,12 @@ from torch import Tensor
 from experiments.blocks.quant_types import quantize_dequantize
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.extract import load_pair, model_config
 from experiments.models.load import load_model
-from experiments.report.drawing import COLOURS, MARKERS
+from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.system import machine
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.cli import hydra_command
+from experiments.system.files import writable_dir, write_atomically
+from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from kernels.codebook import BLOCKSIZES, CODEBOOKS
 from modules import NF4Linear, decoder_linears
@@ -200,16 +198,13 @@ def as_csv(rows: list[dict]) -> str:
     return file.getvalue()
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="decompose_study")
+@hydra_command("decompose_study")
 def main(cfg: DictConfig) -> None:
-    try:
-        config: DecomposeConfig = OmegaConf.to_object(cfg)
-        check(config)
-        machine.set_up_cpu(TrainerConfig())
-        found = matrices(config)
-        directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
+    config: DecomposeConfig = OmegaConf.to_object(cfg)
+    check(config)
+    machine.set_up_cpu(TrainerConfig())
+    found = matrices(config)
+    directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
     decomposed = {kind: measure_decompositions(tensors, config.ranks) for kind, tensors in found.items()}
     starts = measure_starts(found[WEIGHTS], config)
     print(tables(config, decomposed, starts))
@@ -221,9 +216,5 @@ def main(cfg: DictConfig) -> None:
     print("\nWritten:", *files, sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

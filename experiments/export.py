@@ -32,9 +32,10 @@ from experiments.config import QuantConfig
 from experiments.data.chat import tokenize
 from experiments.errors import UserError
 from experiments.models.load import load_base, model_directory
-from experiments.runs.directory import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
+from experiments.runs.finished import FinishedRun, load_run, make_dense
+from experiments.runs.model_files import ADAPTER, over_own_base, run_of
 from experiments.system import machine
-from experiments.system.cli import read_options, run_command
+from experiments.system.cli import command, read_options
 from experiments.system.files import directory_atomically
 from experiments.system.progress import bar
 from experiments.system.quiet import quiet
@@ -196,6 +197,7 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
             raise UserError(f"the export is wrong, {error:.2g} is more than rounding does: nothing is kept")
 
 
+@command
 def main() -> None:
     options, changes = read_options(Options, __doc__, changes=("trainer.",))
     target = Path(options.output_dir) if options.output_dir else Path(options.run) / options.to
@@ -203,9 +205,5 @@ def main() -> None:
     print("Written:", *sorted(target.iterdir()), sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

@@ -9,11 +9,9 @@ the model itself with the modules of +method=lora, bitfit, adapter, prefix_embed
 device, so without weights. The paper's figures are for GPT-3 175B; of another model= there are ours alone.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -23,8 +21,7 @@ from transformers import PreTrainedModel
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.cli import hydra_command
 from modules import LoRALinear, attach, decoder_linears, detach, trainable_parameters
 from modules.linear import weight_shape
 
@@ -189,18 +186,11 @@ def table(name: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="params")
+@hydra_command("params")
 def main(cfg: DictConfig) -> None:
-    try:
-        config: ParamsConfig = OmegaConf.to_object(cfg)
-        print(table(config.model.name, count_all(config.model)))
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
-
-
-def cli() -> None:
-    run_command(main)
+    config: ParamsConfig = OmegaConf.to_object(cfg)
+    print(table(config.model.name, count_all(config.model)))
 
 
 if __name__ == "__main__":
-    cli()
+    main()

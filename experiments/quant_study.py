@@ -12,12 +12,10 @@ errors.png and loss.png.
 import csv
 import io
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
@@ -37,10 +35,10 @@ from experiments.config import DataConfig, ModelConfig, TrainerConfig
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.load import load_model
-from experiments.report.drawing import COLOURS, MARKERS
 from experiments.system import machine
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.cli import hydra_command
+from experiments.system.files import writable_dir, write_atomically
+from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
 from kernels.codebook import BLOCKSIZES
@@ -132,13 +130,12 @@ def _row(weights: str, setting: Setting, bits: int, errors: Errors) -> dict:
 class HeldoutLoss:
     """The held-out loss of a model, in nats a token, with the linears of its decoder packed and unpacked."""
 
-    def __init__(self, cfg: StudyConfig, model: PreTrainedModel, device: torch.device, examples: list, pad_id: int):
+    def __init__(self, cfg: StudyConfig, model: PreTrainedModel, where: tuple, examples: list, pad_id: int):
         self.examples, self.batch_size, self.pad_id = examples, cfg.batch_size, pad_id
         self.exact = {name: linear.weight.detach() for name, linear in decoder_linears(model).items()}
-        dtype = machine.pick_dtype(TrainerConfig(), device)
         self.model = type(model)(model.config)
         self.model.load_state_dict(model.state_dict())
-        self.model.to(device, dtype).eval()
+        self.model.to(*where).eval()
         self.weights = {name: linear.weight for name, linear in decoder_linears(self.model).items()}
 
     def dense(self) -> float:
@@ -173,16 +170,14 @@ def study(cfg: StudyConfig) -> Study:
         UserError: something in the configuration or the files it names is wrong; the message says what to do.
     """
     check(cfg)
-    device = machine.pick_device(TrainerConfig())
-    if device.type == "cpu":
-        machine.set_up_cpu(TrainerConfig())
+    device, dtype = machine.set_up(TrainerConfig())
     model, tokenizer = load_model(cfg.model, torch.float32, cfg.seed)
     linears = decoder_linears(model)
     if any(isinstance(linear, NF4Linear) for linear in linears.values()):
         raise UserError(f"model={cfg.model.name} is packed already: choose a dense one")
     heldout = load_data(cfg.data, tokenizer).heldout if cfg.loss else []
     layers = {name: linear.weight.detach() for name, linear in list(linears.items())[:: cfg.every]}
-    loss = HeldoutLoss(cfg, model, device, heldout, tokenizer.pad_token_id) if cfg.loss else None
+    loss = HeldoutLoss(cfg, model, (device, dtype), heldout, tokenizer.pad_token_id) if cfg.loss else None
     dense_loss = loss.dense() if loss else None
     name, rows = f"{cfg.model.name}'s linears", []
     random = random_weights(cfg.values, cfg.seed)
@@ -272,14 +267,11 @@ def plot_loss(found: Study) -> Figure:
     return figure
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="quant_study")
+@hydra_command("quant_study")
 def main(cfg: DictConfig) -> None:
-    try:
-        config: StudyConfig = OmegaConf.to_object(cfg)
-        found = study(config)
-        directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
+    config: StudyConfig = OmegaConf.to_object(cfg)
+    found = study(config)
+    directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
     print(table(found))
     if config.model.source in ("wheel", "gguf"):
         print(f"\n{ON_A_GRID.format(name=config.model.name)}")
@@ -290,9 +282,5 @@ def main(cfg: DictConfig) -> None:
     print("\nWritten:", *(directory / name for name in ("study.csv", *pictures)), sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

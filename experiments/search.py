@@ -21,14 +21,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments.config import Config, resolve
+from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.runs import results, sweep
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, writable_dir
+from experiments.runs import sweep
+from experiments.system.cli import HELP, command, composed
+from experiments.system.files import RESULT, writable_dir
 
 try:
     import optuna
@@ -92,11 +91,6 @@ def _choice(key: str, values: list[str]) -> Callable:
     return lambda trial: trial.suggest_categorical(key, values)
 
 
-def configured(overrides: list[str]) -> Config:
-    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-        return resolve(compose("config", overrides=overrides))
-
-
 def open_study(folder: Path, arguments: list[str]) -> "optuna.Study":
     """The study in `folder`, a new one if there is none; trials that were cut off wait to be done again.
 
@@ -125,7 +119,7 @@ def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str]
     chosen = {key: draw(trial) for key, draw in space.items()}
     print(f"\ntrial {trial.number}: {' '.join(_shown(chosen))}")
     try:
-        cfg = configured([*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"output_dir={folder}"])
+        cfg = resolve(composed(*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"output_dir={folder}"))
     except UserError as error:
         outcome = sweep.Outcome(sweep.FAILED, str(error))
     else:
@@ -136,7 +130,7 @@ def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str]
 
         outcome = sweep.job(cfg, ",".join(_shown(chosen)), watch)
     if outcome.directory:
-        loss = json.loads((Path(outcome.directory) / results.RESULT).read_text(encoding="utf-8"))["loss_after"]
+        loss = json.loads((Path(outcome.directory) / RESULT).read_text(encoding="utf-8"))["loss_after"]
         study.tell(trial, loss)
         return f"held-out loss {loss:.4f}"
     if outcome.status == sweep.STOPPED:
@@ -154,7 +148,7 @@ def search(arguments: list[str]) -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space, fixed, trials = parse(arguments)
     # the first thing that is wrong with what is fixed is said before anything is written
-    folder = Path(configured([*fixed, *_any_values(arguments, space)]).output_dir)
+    folder = Path(resolve(composed(*fixed, *_any_values(space))).output_dir)
     fixed = [argument for argument in fixed if not argument.startswith("output_dir=")]
     writable_dir(folder, "set output_dir to a folder")
     with sweep.claim(folder / ".locks" / STUDY) as claimed:
@@ -167,7 +161,7 @@ def search(arguments: list[str]) -> None:
     _summarize(study, folder)
 
 
-def _any_values(arguments: list[str], space: dict[str, Callable]) -> list[str]:
+def _any_values(space: dict[str, Callable]) -> list[str]:
     trial = optuna.create_study().ask()
     return [f"{key}={draw(trial)}" for key, draw in space.items()]
 
@@ -203,12 +197,13 @@ def _shown(params: dict) -> list[str]:
     return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()]
 
 
-def cli() -> None:
-    if {"-h", "--help"} & set(sys.argv):
+@command
+def main() -> None:
+    if HELP & set(sys.argv):
         print(__doc__.strip())
         return
-    run_command(lambda: search(sys.argv[1:]))
+    search(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    cli()
+    main()

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from experiments.bench_cpu.__main__ import CASES
+from experiments.bench_cpu.cases import CASES
 from experiments.bench_cpu.pair import batches, tokens_of
 from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig

@@ -126,7 +126,7 @@ class Worker:
 
 
 def _ours(job: Job) -> tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]:
-    import experiments.run  # noqa: F401  (what a run has imported counts as its memory)
+    import experiments.runs.sweep  # noqa: F401  (the imports of a run count as its memory)
     from experiments.config import Config, MethodConfig, ModelConfig, QuantConfig, TrainerConfig
     from experiments.models.load import prepare_model, quiet
     from experiments.system import machine

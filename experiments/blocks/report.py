@@ -13,8 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from experiments.blocks.choice import bits_per_weight
 from experiments.blocks.profile import SENSITIVITIES, Profile
 from experiments.blocks.trials import Trial
-
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito's palette, distinct to colour-blind readers
+from experiments.system.palette import BLUE, GREEN, ORANGE
 
 
 def predicted_rise(profile: Profile, sensitivity: str, trial: Trial) -> float:

@@ -31,6 +31,11 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
     return config
 
 
+def architecture_for_heads(cfg: ModelConfig, align: str) -> PreTrainedConfig | None:
+    """The model's config.json if blocks are to be aligned to its attention heads (quant.align=head), else None."""
+    return load_architecture(cfg) if align == "head" else None
+
+
 def meta_model(cfg: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The configured model on the meta device: every module and shape, no weights.
 

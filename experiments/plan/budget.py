@@ -15,7 +15,7 @@ from experiments.errors import UserError
 from experiments.models.architecture import meta_model
 from experiments.models.load import adapt, weights_dtype
 from experiments.plan.simulate import Allocations, Step, loss_of, simulate, use_on_cpu
-from experiments.runs import results
+from experiments.runs.result_numbers import storage
 from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, parameter_groups
 from modules.linear import weight_shape
@@ -222,13 +222,13 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         fresh = OPTIMIZERS[cfg.optim.name](parameter_groups(model, cfg.lr))
         return simulate(label_loss(), fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, on_cpu)
 
-    storage = results.storage(model)
+    found = storage(model)
     return Budget(
         longest=_longest(model),
         widest=min(min(weight_shape(linear)) for linear in decoder_linears(model).values()),
-        parameters=storage["total_params"],
-        trained=storage["trainable_params"],
-        bits=storage["bits_per_weight"],
+        parameters=found["total_params"],
+        trained=found["trainable_params"],
+        bits=found["bits_per_weight"],
         tokens=batch * seq,
         logits=4 * batch * seq * model.config.get_text_config().vocab_size,
         packed=nbytes(parts.packed),

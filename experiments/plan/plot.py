@@ -13,8 +13,9 @@ from experiments.config import Config, ModelConfig
 from experiments.plan.budget import Budget, budget
 from experiments.plan.cards import CARDS
 from experiments.plan.table import heading
-from experiments.runs.results import BLUE, ORANGE, identity
+from experiments.runs.identity import identity
 from experiments.system.files import PROJECT_ROOT, writable_dir
+from experiments.system.palette import BLUE, ORANGE
 from experiments.system.progress import bar
 
 RANKS = (4, 16, 64, 128, 256)

@@ -19,8 +19,8 @@ from pathlib import Path
 from experiments.errors import UserError
 from experiments.report import page
 from experiments.report.plots import pictures
-from experiments.report.runs import copy_runs, group, read_runs
-from experiments.system.cli import run_command
+from experiments.runs.groups import copy_runs, group, read_runs
+from experiments.system.cli import command
 from experiments.system.files import RESULT, writable_dir, write_atomically
 
 DPI = 120
@@ -64,6 +64,7 @@ def _png(figure) -> bytes:
     return image.getvalue()
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="experiments.report", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("outputs"))
@@ -75,9 +76,5 @@ def main() -> None:
     print(f"{count} runs compared; open {directory / 'report.html'}")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from experiments.report.runs import Group, Run
 from experiments.report.statistics import Mean, front, mean
+from experiments.runs.groups import Group, Run
+from experiments.system.palette import COLOURS, MARKERS
 
-# Okabe and Ito's palette and markers: distinct to colour-blind readers and, by the markers, in grey. Eight colours and
-# seven markers give 56 different pairs.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LOSS = "held-out loss (nats a token)"
 MAX_LABELS = 8  # curves that one panel can hold
 

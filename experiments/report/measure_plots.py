@@ -18,8 +18,8 @@ from experiments.report.drawing import (
     scatter,
     style,
 )
-from experiments.report.runs import Group, Run, shown
 from experiments.report.statistics import mean
+from experiments.runs.groups import Group, Run, shown
 
 LEVEL = r"exact_match_level_(\d+)_after"
 

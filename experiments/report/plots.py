@@ -7,21 +7,11 @@ from collections.abc import Callable
 import numpy
 from matplotlib import ticker
 
-from experiments.report.drawing import (
-    COLOURS,
-    LOSS,
-    Picture,
-    errorbar,
-    finish,
-    log_ticks,
-    new_figure,
-    scatter,
-    series_of,
-    style,
-)
+from experiments.report.drawing import LOSS, Picture, errorbar, finish, log_ticks, new_figure, scatter, series_of, style
 from experiments.report.measure_plots import exact_match, forgetting, rank_in_use, target_modules
-from experiments.report.runs import Group
 from experiments.report.statistics import mean
+from experiments.runs.groups import Group
+from experiments.system.palette import COLOURS
 
 LINES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of levels, so that colour alone need not tell
 

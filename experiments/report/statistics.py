@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy
 from scipy import stats
 
-from experiments.report.runs import Group, Run
+from experiments.runs.groups import Group, Run
 
 LEVEL = 0.95
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from experiments.config import Config
 from experiments.data.samples import Data
 from experiments.errors import UserError
-from experiments.runs.directory import ADAPTER, base_name, load_trained, read_tensors, save_trained, write_config
+from experiments.runs.config_file import write_config
+from experiments.runs.model_files import ADAPTER, base_name, load_trained, read_tensors, save_trained
 from experiments.system import parallel
 from experiments.system.files import delete_directory, directory_atomically
 from experiments.training.evaluation import Evaluation
@@ -44,18 +45,18 @@ class Checkpoints:
     def __init__(self, run: Path, cfg: Config, data: Data):
         self.folder, self.cfg, self.data = run / FOLDER, cfg, data
 
-    def save(self, trainer: Trainer, story: dict) -> None:
+    def save(self, trainer: Trainer, before_stop: dict) -> None:
         """Write a checkpoint.
 
         Args:
-            story: what the run must remember beside the trainer's state, as JSON.
+            before_stop: the run's own state beside the trainer's (one_run.BeforeStop), as JSON.
         """
         tensors, state = _training_state(trainer)
         state |= {
             "tensors": sorted(tensors),
             "data_fingerprint": self.data.fingerprint,
             "dtype": str(trainer.dtype),
-            "story": story,
+            "story": before_stop,  # the name in the file
         }
 
         def write_training(directory: Path) -> None:
@@ -72,7 +73,7 @@ class Checkpoints:
         load_trained(trainer.model, self._best(trainer.trained.best_step), trainer.engine)
 
     def restore(self, checkpoint: Path, trainer: Trainer) -> dict:
-        """Put `trainer`, its model and the random generators in the state of `checkpoint`; return its story.
+        """Put `trainer`, its model and the random generators in the state of `checkpoint`; return its `before_stop`.
 
         Raises:
             UserError: a file is missing or damaged, or was written for another model, dtype or data.

@@ -1,6 +1,6 @@
 """Sweeps: what `-m` does with each job.
 
-A run is known by `results.config_hash`: its resolved configuration and the version of the results. In the sweep's
+A run is known by `config_hash`: its resolved configuration and the version of the results. In the sweep's
 folder its directory ends with that hash; where a result is there already nothing is done, and where checkpoints are
 there it goes on from the newest. So a sweep that is started again in the same folder does only what is missing.
 
@@ -27,16 +27,21 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs import checkpoints, results
+from experiments.runs import checkpoints
+from experiments.runs.identity import config_hash
+from experiments.runs.one_run import run
+from experiments.runs.result_numbers import table
 from experiments.runs.shared_base import SharedBase
+from experiments.runs.start import configured
 from experiments.system import parallel
-from experiments.system.files import NAME_LENGTH, write_atomically
+from experiments.system.files import NAME_LENGTH, RESULT, write_atomically
 
 DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
 STOPPED = "stopped"  # by whoever watched it
@@ -64,7 +69,7 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     """
     if cfg.resume:
         return Outcome(FAILED, "a sweep resumes by itself: leave resume out and name its folder with output_dir=…")
-    folder, identity = Path(cfg.output_dir), results.config_hash(cfg)
+    folder, identity = Path(cfg.output_dir), config_hash(cfg)
     new = folder / f"{name.replace('+', '').replace('/', '-')[:NAME_LENGTH]}_{identity}"
     directory = min(folder.glob(f"*_{identity}"), default=new)
     if _has_result(directory, identity):
@@ -77,7 +82,7 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     context.set_forkserver_preload(["experiments.runs.sweep"])
     base = _shared_base.of(cfg, context)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(cfg, identity, base, watch is not None, theirs))
+    process = context.Process(target=_work, args=(cfg, identity, base, watch is not None, theirs))
     process.start()
     theirs.close()
     try:
@@ -95,13 +100,20 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     return message
 
 
+def hydra_job(cfg: DictConfig) -> Outcome:
+    """The job of a multirun that Hydra composed as `cfg`."""
+    try:
+        return job(configured(cfg), HydraConfig.get().job.override_dirname)
+    except UserError as error:
+        return Outcome(FAILED, str(error))
+
+
 class _Stopped(Exception):
     """Whoever watches the run wants no more of it."""
 
 
-def _run(cfg: Config, identity: str, base: Path | None, watched: bool, connection: Connection) -> None:
-    """What a job's process does: `run`, and send the outcome, and before it evaluations if it is watched."""
-    from experiments.run import run  # here, because it imports this module
+def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connection: Connection) -> None:
+    """In a job's process: run, and send the outcome, and before it evaluations if the job is watched."""
 
     def watch(record: dict) -> None:
         if watched and "heldout_loss" in record and record["step"]:
@@ -121,7 +133,7 @@ def _run(cfg: Config, identity: str, base: Path | None, watched: bool, connectio
                 outcome = Outcome(DONE_BEFORE, directory=cfg.output_dir)
             else:
                 cfg.resume = checkpoints.LATEST if checkpoints.of_run(directory) else None
-                print(f"\n{results.table(run(cfg, base, watch))}\n")
+                print(f"\n{table(run(cfg, base, watch))}\n")
                 outcome = Outcome(DONE, directory=cfg.output_dir)
     except _Stopped as stopped:
         outcome = Outcome(STOPPED, str(stopped))
@@ -150,7 +162,7 @@ def claim(lock: Path) -> Iterator[bool]:
 
 def _has_result(directory: Path, identity: str) -> bool:
     try:
-        return json.loads((directory / results.RESULT).read_text(encoding="utf-8"))["config_hash"] == identity
+        return json.loads((directory / RESULT).read_text(encoding="utf-8"))["config_hash"] == identity
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

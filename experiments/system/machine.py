@@ -61,6 +61,14 @@ def check_dtype(trainer: TrainerConfig) -> None:
         raise UserError(f"trainer.dtype={trainer.dtype}: choose auto, {', '.join(DTYPES)}")
 
 
+def set_up(trainer: TrainerConfig) -> tuple[torch.device, torch.dtype]:
+    """Make the machine ready; return the device and the dtype to compute in."""
+    device = pick_device(trainer)
+    if device.type == "cpu":
+        set_up_cpu(trainer)
+    return device, pick_dtype(trainer, device)
+
+
 def set_up_cpu(trainer: TrainerConfig) -> None:
     """Threads for products on the CPU, and an allocator for loading a model: see `keep_freed_memory`."""
     threads = min(torch.get_num_threads(), usable_cores())

@@ -53,14 +53,14 @@ def chats(tmp_path) -> Path:
 
 @pytest.fixture
 def terminal(monkeypatch, capsys):
-    """terminal(command, *arguments) calls a module's `cli`; returns (exit code, what it printed)."""
+    """terminal(command, *arguments) calls a module's `main`; returns (exit code, what it printed)."""
 
     def start(command: ModuleType, *arguments: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
         code = 0
         try:
-            command.cli()
+            command.main()
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()

@@ -13,7 +13,7 @@ from experiments import export
 from experiments.config import resolve
 from experiments.data.samples import load_data
 from experiments.models.load import load_model, prepare_model
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate
 from modules import adapted_linears, decoder_linears, dequantize, quantize
 from modules.files.bitsandbytes import load_bnb4

@@ -13,7 +13,7 @@ from experiments import evaluate, export, generate
 from experiments.data.chat import IGNORED
 from experiments.data.samples import load_data
 from experiments.models.load import load_base
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate as measure
 from experiments.training.evaluation import label_logits
 from experiments.training.loss import LabelLoss

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from experiments import generate
 from experiments.models.generation import Sampling
 from experiments.models.generation import generate as generate_ids
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from modules import adapted_linears
 
 

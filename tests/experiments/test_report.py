@@ -15,8 +15,8 @@ from scipy import stats
 
 from experiments.report import __main__ as command
 from experiments.report.plots import band, pictures
-from experiments.report.runs import MEASURES, group, read_runs, shown
 from experiments.report.statistics import by_seed, difference, front, mean, method_differences, verdict
+from experiments.runs.groups import MEASURES, group, read_runs, shown
 
 ADAPTERS = {"bitfit": "bitfit", "full": "none", "lora": "lora", "qlora": "lora", "dora": "dora", "qdora": "dora"}
 

@@ -14,7 +14,7 @@ from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.load import load_model
 from experiments.runs import measures
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from experiments.runs.measures import Measures
 from experiments.runs.spectrum import effective_rank, singular_values, spectra
 from experiments.system.energy import EnergyMeter

@@ -10,7 +10,7 @@ import torch
 from experiments import run
 from experiments.data.samples import load_data
 from experiments.runs import checkpoints
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate
 from tests.experiments.conftest import CHECKPOINTS, SMALL, TINY
 from tests.experiments.killed import kill

@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.runs.directory import FinishedRun
+from experiments.runs.finished import FinishedRun
 from experiments.system.quiet import quiet
 from modules.adapters.prefix import virtual_tokens
 

@@ -1,0 +1,36 @@
+"""What makes two runs the same run: the values that decide what it computes, and a hash of them."""
+
+import hashlib
+import json
+from typing import Any
+
+from experiments.config import ADAPTER_KEYS, Config, flat
+from modules.adapters.config import SETTINGS
+
+VERSION = 1  # of the numbers in result.json: raise it when earlier ones can no longer be compared with new ones
+
+
+def identity(cfg: Config) -> dict[str, Any]:
+    """The values that decide what a run computes, by their full keys: of a method without rank no rank, of a dense
+    base no blocksize."""
+    used = SETTINGS.get(cfg.method.adapter, ())
+    about_adapters = ("rank", "lora_alpha", "dropout", "target_modules", *ADAPTER_KEYS)
+    unused = tuple(key for key in about_adapters if key not in used)
+    if cfg.quant.name == "none":
+        unused += ("quant.type", "quant.blocksize", "quant.double")
+    return {key: value for key, value in flat(cfg).items() if key not in unused}
+
+
+def config_hash(cfg: Config) -> str:
+    """Twelve hex digits that runs of one configuration and one VERSION share, wherever they write and whatever tracks
+    them. A key that has the schema's default does not count, so a key that is added later changes no hash."""
+    defaults = flat(Config())
+    told = {key: value for key, value in identity(cfg).items() if key not in defaults or value != defaults[key]}
+    return hashlib.sha256(json.dumps([VERSION, told], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def title(cfg: Config) -> str:
+    """The method, what sizes it, and the model: "lora, rank 16, smollm2"."""
+    sizes = [key for key in ("rank", "prefix_tokens", "infix_tokens") if key in SETTINGS.get(cfg.method.adapter, ())]
+    named = [f"{key.replace('_', ' ')} {getattr(cfg, key)}" for key in sizes if getattr(cfg, key)]
+    return ", ".join([cfg.method.name, *named, cfg.model.name])
