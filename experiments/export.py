@@ -41,8 +41,8 @@ from experiments.system.progress import bar
 from experiments.system.quiet import quiet
 from kernels.codebook import BITSANDBYTES_TYPES
 from modules import adapters, decoder_linears, dequantize, merge, quantize
-from modules.adapters.attach import named_adapter
 from modules.adapters.merge import can_merge
+from modules.adapters.state import named_adapter
 from modules.adapters.targets import biased_modules
 from modules.files.baselines import OUR_CONFIG_FILE, prefix_tuning
 from modules.files.bitsandbytes import by_definition, save_bnb4

@@ -4,7 +4,7 @@
     python -m experiments.extract base=smollm2 tuned=outputs/full rank=16
     python -m experiments.extract base=DIR tuned=DIR rank=16 adapter=dora
 
-Each target linear's change W′ − W is cut to rank r (modules/adapters/extract.py). What changed elsewhere, in norms,
+Each target linear's change W′ − W is cut to rank r (modules/adapters/nearest.py). What changed elsewhere, in norms,
 embeddings or other linears, cannot be in such an adapter and is listed. Written to output_dir: adapter/ in PEFT's
 format, and extract.json with every layer's error and the held-out loss of base, tuned and extracted model.
 """
@@ -32,7 +32,8 @@ from experiments.system.progress import bar
 from experiments.training.evaluation import Evaluation, evaluate
 from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_linears, save_adapter
 from modules.adapters.decompose import METHODS
-from modules.adapters.extract import extract_dora, extract_lora
+from modules.adapters.nearest import nearest_dora, nearest_lora
+from modules.linear import dense_weight
 
 
 @dataclass
@@ -59,12 +60,12 @@ def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
     Returns:
         What it lacks as a share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
     """
-    w = layer.base_weight().float()
+    w = dense_weight(layer.base).float()
     if isinstance(layer, DoRALinear):
-        lora_A, lora_B, magnitude = extract_dora(w, tuned, layer.rank, method)
+        lora_A, lora_B, magnitude = nearest_dora(w, tuned, layer.rank, method)
         layer.magnitude.copy_(magnitude)
     else:
-        lora_A, lora_B = extract_lora(w, tuned, layer.rank, method)
+        lora_A, lora_B = nearest_lora(w, tuned, layer.rank, method)
     layer.lora_A.copy_(lora_A / layer.scaling**0.5)
     layer.lora_B.copy_(lora_B / layer.scaling**0.5)
     change = (tuned - w).norm()
@@ -106,7 +107,7 @@ def extract(cfg: ExtractConfig) -> dict:
     for name, layer in bar("extracting")(list(adapted_linears(base).items())):
         weight = weights[name].to(device)
         layers[name] = set_extracted(layer, weight, cfg.decomposition)
-        change = (weight - layer.base_weight().float()).square().sum().item()
+        change = (weight - dense_weight(layer.base).float()).square().sum().item()
         lost, total = lost + layers[name] ** 2 * change, total + change
     evaluations["extracted"] = measure(base, "evaluating the adapter")
 

@@ -1,8 +1,9 @@
 """Linears with adapters over dense or NF4 weights, and how to put them into a model and on disk."""
 
-from modules.adapters.attach import adapters, attach, detach, parameter_groups, set_adapter, trainable_parameters
+from modules.adapters.attach import attach
 from modules.adapters.config import AdapterConfig
 from modules.adapters.merge import add_weighted_adapter, merge, unmerge
+from modules.adapters.state import adapters, detach, parameter_groups, set_adapter, trainable_parameters
 from modules.adapters.targets import adapted_linears, decoder_linears
 from modules.files.peft import load_adapter, save_adapter
 from modules.linear import DoRALinear, LoRALinear, NF4Linear

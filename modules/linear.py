@@ -1,17 +1,18 @@
-"""The linears: a frozen base, dense or NF4, with or without an adapter.
+"""Linears over a frozen base, which is dense or packed in NF4, with or without an adapter.
 
-A dense base is nn.Linear or GPT-2's Conv1D, a linear of transformers' whose weight is [in, out]. Each adapted linear
-carries one adapter; several named ones are the business of `modules/adapters/attach.py`.
+A dense base is nn.Linear or transformers' Conv1D, the linear of GPT-2, whose weight is [in, out]. Each adapted linear
+has one adapter. `modules/adapters/attach.py` handles several named ones.
 
 state_dict keys
-    NF4Linear    weight (uint8 codes), absmax, nested_absmax, nested_offset (with double quantization), bias
-    LoRALinear   base.*, lora_A [rank, in], lora_B [out, rank]; init_A, init_B where PiSSA or OLoRA began there;
-                 bias [out] where it trains
+    NF4Linear    weight (uint8 codes), absmax, bias; with double quantization also nested_absmax, nested_offset
+    LoRALinear   base.*, lora_A [rank, in], lora_B [out, rank]; init_A, init_B if PiSSA or OLoRA set them;
+                 bias [out] if it trains
     DoRALinear   the same and magnitude [out]
 """
 
 import math
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,32 +21,65 @@ import kernels
 from kernels import QuantState
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A frozen weight [out, in], dense or packed.
+
+    Attributes:
+        values: dense [out, in], or uint8 codes.
+        quant_state: of the codes; None if dense.
+    """
+
+    values: Tensor
+    quant_state: QuantState | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype to compute in."""
+        return self.values.dtype if self.quant_state is None else self.quant_state.dtype
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense tensor [out, in]; a dense weight of that dtype is not copied."""
+        if self.quant_state is None:
+            return self.values if dtype is None else self.values.to(dtype)
+        return kernels.dequantize_4bit(self.values, self.quant_state, dtype)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """True for transformers' Conv1D."""
-    source = sys.modules.get("transformers.pytorch_utils")  # whoever has a Conv1D has imported it; others need not
+    source = sys.modules.get("transformers.pytorch_utils")  # a Conv1D exists only if this is imported already
     return source is not None and isinstance(module, source.Conv1D)
 
 
 def weight_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of a linear: nn.Linear, NF4Linear or Conv1D."""
+    """(out, in) of an nn.Linear, NF4Linear or Conv1D."""
     if is_conv1d(linear):
         return linear.weight.shape[1], linear.weight.shape[0]
     return linear.out_features, linear.in_features
 
 
-def dense_weight(linear: nn.Module) -> Tensor:
-    """The weight [out, in] of a linear, in the dtype it computes in; a view unless it is packed."""
+def weight_of(linear: nn.Module) -> Weight:
+    """The weight [out, in] of an nn.Linear, NF4Linear or Conv1D, as ops take it."""
     if isinstance(linear, NF4Linear):
-        return linear.dense_weight()
-    return linear.weight.t() if is_conv1d(linear) else linear.weight
+        return Weight(linear.weight, linear.quant_state)
+    return Weight(linear.weight.t() if is_conv1d(linear) else linear.weight)
+
+
+def dense_weight(linear: nn.Module) -> Tensor:
+    """The weight [out, in] of an nn.Linear, NF4Linear or Conv1D as a dense tensor, in the dtype it computes in.
+
+    A dense weight is returned as a view, not as a copy.
+    """
+    return weight_of(linear).dense()
 
 
 def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A frozen dense linear of `weight` [out, in]: Conv1D if `like` is one or was packed from one, else nn.Linear."""
+    """A frozen dense linear with copies of `weight` [out, in] and `bias` [out].
+
+    It is a Conv1D if `like` is a Conv1D or was packed from one, else an nn.Linear.
+    """
     if is_conv1d(like) or (isinstance(like, NF4Linear) and like.conv1d):
-        from transformers.pytorch_utils import (
-            Conv1D,
-        )  # here, because importing it takes seconds and GPT-2 alone has one
+        from transformers.pytorch_utils import Conv1D  # this import takes seconds, and only GPT-2 needs it
 
         with torch.device("meta"):
             linear = Conv1D(*weight.shape)
@@ -62,9 +96,9 @@ class NF4Linear(nn.Module):
     """A frozen linear whose weight [out, in] is packed in NF4, or in another data type of `kernels.codebook`.
 
     Args:
-        packed: uint8 codes and `quant_state`, as `kernels.quantize_4bit` returns them.
-        bias: [out] or None; kept as it is.
-        conv1d: what was packed is a Conv1D, which is what `dequantize` then gives back.
+        packed, quant_state: uint8 codes and their state, as `kernels.quantize_4bit` returns them.
+        bias: [out] or None. It is not packed.
+        conv1d: the weight comes from a Conv1D. `dequantize` then returns a Conv1D.
     """
 
     def __init__(self, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None, conv1d: bool = False):
@@ -96,23 +130,21 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.nf4_linear(x, self.weight, self.quant_state, self.bias)
 
-    def dense_weight(self) -> Tensor:
-        """The weight [out, in] that the codes stand for, in the dtype it had."""
-        return kernels.dequantize_4bit(self.weight, self.quant_state)
-
     def dequantize(self) -> nn.Module:
-        """The dense nn.Linear or Conv1D that computes the same, frozen."""
-        return dense_linear(self, self.dense_weight(), self.bias)
+        """A frozen dense nn.Linear or Conv1D that computes the same."""
+        return dense_linear(self, dense_weight(self), self.bias)
 
     def hold_codes_as_parameters(self) -> None:
-        """Hold codes and constants as frozen parameters, which is what FSDP shards, not as buffers. Names, dtypes and
-        bits stay what they are; nested_offset, a single number, stays a buffer."""
+        """Turn the buffers of codes and constants into frozen parameters, because FSDP shards parameters only.
+
+        Names, dtypes and bits stay the same. nested_offset, a single number, stays a buffer.
+        """
         for name in ("weight", "absmax", "nested_absmax"):
             if self._buffers.get(name) is not None:
                 self.register_parameter(name, nn.Parameter(self._buffers.pop(name), requires_grad=False))
 
     def _apply(self, fn, recurse=True):
-        # .to(dtype) changes the dtype to compute in. The constants stay fp32, or the codes would mean other weights.
+        # .to(dtype) changes the dtype to compute in. The constants stay fp32, so that the weights stay the same.
         constants = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -133,17 +165,17 @@ class LoRALinear(nn.Module):
     """y = xWᵀ + s·(drop(x)Aᵀ)Bᵀ + bias over a frozen base. LoRA, Hu et al. 2021.
 
     Args:
-        base: nn.Linear, Conv1D or NF4Linear; it is frozen.
+        base: nn.Linear, Conv1D or NF4Linear. It is frozen.
         rank: 1 or more.
         lora_alpha: s = lora_alpha / rank, or lora_alpha / √rank with `rslora` (Kalajdzievski 2023).
-        dropout: on the adapter's input, in training mode.
+        dropout: probability of dropping an element of the adapter's input, in training mode only.
 
-    A starts as Kaiming-uniform(√5), B at zero; both are fp32 whatever the base computes in. The other initialisations
-    are in `modules/adapters/init.py`. Those that begin at a part A₀, B₀ of the weight itself leave W as it is and keep
-    that part: the layer then computes with BA − B₀A₀ in place of BA, which is a LoRA of twice the rank.
+    A starts Kaiming-uniform(√5) and B at zero. Both are fp32, whatever dtype the base computes in. The other
+    initialisations are in `modules/adapters/init.py`. PiSSA and OLoRA start at a part B₀A₀ of the weight itself. They
+    do not change W. The layer keeps A₀ and B₀ and computes with BA − B₀A₀ in place of BA, a LoRA of twice the rank.
 
     Raises:
-        ValueError: a rank below 1, a base that is no such linear.
+        ValueError: the rank is below 1, or another library packed the base.
     """
 
     def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
@@ -167,41 +199,37 @@ class LoRALinear(nn.Module):
         self.register_parameter("bias", None)
 
     @property
-    def quant_state(self) -> QuantState | None:
-        return self.base.quant_state if isinstance(self.base, NF4Linear) else None
-
-    @property
-    def weight_operand(self) -> Tensor:
-        """The base weight as ops take it: NF4 codes, or dense [out, in]."""
-        return self.base.weight if isinstance(self.base, NF4Linear) else dense_weight(self.base)
-
-    @property
     def output_bias(self) -> Tensor | None:
-        """The layer's own bias if it trains one, else the base's."""
+        """The layer's own bias [out] if it trains one, else the base's; None if there is no bias."""
         return self.base.bias if self.bias is None else self.bias
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] of the update s·BA, r = rank, or 2 · rank where the layer began at A₀ and B₀."""
+        """A [r, in] and B [out, r] of the update s·BA. r = rank, or 2 · rank if the layer keeps A₀ and B₀."""
         if self.init_A is None:
             return self.lora_A, self.lora_B
         return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
+        weight = weight_of(self.base)
         return kernels.lora_linear(
-            x, self.weight_operand, *self.factors(), self.scaling, self.output_bias, self.quant_state, dropout
+            x, weight.values, *self.factors(), self.scaling, self.output_bias, weight.quant_state, dropout
         )
 
     @torch.no_grad()
     def start_at(self, lora_A: Tensor, lora_B: Tensor, part_of_weight: bool = False) -> None:
-        """Set A [rank, in] and B [out, rank]; with `part_of_weight` the update is what they differ by from these."""
+        """Set A [rank, in] and B [out, rank].
+
+        Args:
+            part_of_weight: keep copies A₀ and B₀ of these values; the update is then s·(BA − B₀A₀), zero at first.
+        """
         self.lora_A.copy_(lora_A)
         self.lora_B.copy_(lora_B)
         if part_of_weight:
             self.init_A, self.init_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def train_bias(self) -> None:
-        """Give the layer a bias of its own, fp32, that trains in place of the base's, if that has one."""
+        """Copy the base's bias, if it has one, to an fp32 bias of the layer that trains in its place."""
         if self.base.bias is not None:
             self.bias = nn.Parameter(self.base.bias.detach().to(torch.float32, copy=True))
 
@@ -209,19 +237,15 @@ class LoRALinear(nn.Module):
         """Put another base of the same shape under the adapter."""
         self.base = base.requires_grad_(False)
 
-    def base_weight(self) -> Tensor:
-        """The base weight [out, in], dense, in the dtype it computes in."""
-        return dense_weight(self.base)
-
     def merged_weight(self) -> Tensor:
-        """W + s·BA [out, in], added in fp32 and rounded once to the base's dtype."""
-        w = self.base_weight()
+        """W + s·BA [out, in], computed in fp32 and rounded once to the base's dtype."""
+        w = dense_weight(self.base)
         lora_A, lora_B = self.factors()
         return (w.float() + self.scaling * lora_B @ lora_A).to(w.dtype)
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """A frozen dense nn.Linear (Conv1D over a Conv1D) that computes what this layer does in evaluation mode."""
+        """A frozen dense linear that computes the same as this layer in evaluation mode: Conv1D over a Conv1D."""
         weight = self.merged_weight()
         bias = self.output_bias
         return dense_linear(self.base, weight, None if bias is None else bias.to(weight.dtype))
@@ -234,18 +258,18 @@ class LoRALinear(nn.Module):
 class DoRALinear(LoRALinear):
     """y = m/‖W + sBA‖ ⊙ (xWᵀ + s·(xAᵀ)Bᵀ) + bias, the norm taken per row. DoRA, Liu et al. 2024.
 
-    The magnitude m starts as ‖W‖, so that the layer starts as its base. Arguments as LoRALinear's.
+    The magnitude m starts as ‖W‖, so the layer starts as its base. The arguments are LoRALinear's.
 
-    In evaluation mode the norm is computed once for each version of A and B. In training mode it is computed in every
-    forward: an optimizer that writes through `.data`, or FSDP's gathering, changes A without changing its version.
+    In evaluation mode the norm is computed once for each version of A and B. In training mode every forward computes
+    it, because an optimizer that writes through `.data`, or FSDP's gathering, changes A but not its version.
     """
 
     def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, rank, lora_alpha, dropout, rslora)
-        norm_sq = kernels.weight_norm_sq(self.weight_operand.detach(), self.quant_state)
+        norm_sq = self._weight_norm_sq()
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
-        self._cached_norm: tuple[tuple, Tensor] | None = None  # what it was computed from, and the norm
+        self._cached_norm: tuple[tuple, Tensor] | None = None  # versions of its inputs, and the norm
 
     def train(self, mode: bool = True) -> "DoRALinear":
         self._cached_norm = None
@@ -253,36 +277,42 @@ class DoRALinear(LoRALinear):
 
     def set_base(self, base: nn.Module) -> None:
         super().set_base(base)
-        self.norm_sq = kernels.weight_norm_sq(self.weight_operand, self.quant_state)
+        self.norm_sq = self._weight_norm_sq()
 
-    def _norm(self) -> Tensor | None:
-        """‖W + sBA‖ [out] if it may be taken from an earlier forward."""
+    def _weight_norm_sq(self) -> Tensor:
+        """‖W‖² of each row, fp32 [out]."""
+        weight = weight_of(self.base)
+        return kernels.weight_norm_sq(weight.values.detach(), weight.quant_state)
+
+    def _norm(self, weight: Weight) -> Tensor | None:
+        """‖W + sBA‖ of each row, fp32 [out], in evaluation mode; None if the forward must compute it."""
         if self.training or torch.compiler.is_compiling():
             return None
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
-            args = (self.weight_operand, self.norm_sq, *self.factors(), self.scaling, self.quant_state)
+            args = (weight.values, self.norm_sq, *self.factors(), self.scaling, weight.quant_state)
             self._cached_norm = key, kernels.dora_norm(*args)
         return self._cached_norm[1]
 
     def forward(self, x: Tensor) -> Tensor:
+        weight = weight_of(self.base)
         return kernels.dora_linear(
             x,
-            self.weight_operand,
+            weight.values,
             self.norm_sq,
             *self.factors(),
             self.magnitude,
             self.scaling,
             self.output_bias,
-            self.quant_state,
+            weight.quant_state,
             self.dropout if self.training else 0.0,
-            norm=self._norm(),
+            norm=self._norm(weight),
         )
 
     def merged_weight(self) -> Tensor:
         """m/‖W + sBA‖ ⊙ (W + sBA) [out, in], computed in fp32 and rounded once to the base's dtype."""
-        w = self.base_weight()
+        w = dense_weight(self.base)
         lora_A, lora_B = self.factors()
         v = w.float() + self.scaling * lora_B @ lora_A
         norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)

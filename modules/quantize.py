@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from kernels.quant_state import check_blocksize, check_quant_type
-from modules.adapters.attach import refuse_parts, replace_module, state_of
+from modules.adapters.attach import refuse_parts
 from modules.adapters.config import changes_base, quantized_start
 from modules.adapters.init import pack
+from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import decoder_linears
 from modules.linear import NF4Linear
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernels.base_weight import base_args
 from kernels.shared_input import Linear, adapted_linears
 from modules import DoRALinear, LoRALinear
+from modules.linear import weight_of
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -46,7 +47,8 @@ class _Group:
         linears, adapters = [], []
         for linear in self.linears:
             dora = isinstance(linear, DoRALinear)
-            base = base_args(linear.weight_operand, linear.quant_state, x)
+            weight = weight_of(linear.base)
+            base = base_args(weight.values, weight.quant_state, x)
             linears.append(Linear(base, linear.scaling, linear.norm_sq if dora else None))
             adapters.append((*linear.factors(), linear.magnitude if dora else None))
         return adapted_linears(x, linears, adapters)

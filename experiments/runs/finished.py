@@ -14,8 +14,8 @@ from experiments.runs.config_file import read_config
 from experiments.runs.model_files import ADAPTER, MODEL, WEIGHTS, load_trained, over_own_base, run_of
 from experiments.system import machine
 from modules import adapters, dequantize, load_adapter, merge
-from modules.adapters.attach import named_adapter
 from modules.adapters.merge import can_merge
+from modules.adapters.state import named_adapter
 
 
 @dataclass(frozen=True)

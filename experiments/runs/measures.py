@@ -21,8 +21,8 @@ from experiments.system import parallel
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
 from modules import set_adapter
-from modules.adapters.attach import DEFAULT
 from modules.adapters.prefix import virtual_tokens
+from modules.adapters.state import DEFAULT
 
 
 class Measures:

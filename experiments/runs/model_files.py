@@ -22,8 +22,8 @@ from experiments.system.files import directory_atomically
 from experiments.system.quiet import quiet
 from experiments.training.engines import Engine
 from modules import save_adapter, set_adapter
-from modules.adapters.attach import DEFAULT
 from modules.adapters.config import changes_base
+from modules.adapters.state import DEFAULT
 from modules.files.bitsandbytes import save_bnb4
 
 ADAPTER, MODEL, BASE, WEIGHTS = "adapter", "model", "base", "weights.safetensors"

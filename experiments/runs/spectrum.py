@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modules import LoRALinear, adapted_linears
+from modules.linear import dense_weight
 
 COLUMNS = ("layer", "rank", "effective_rank", "stable_rank", "rank_90", "norm", "relative_norm", "singular_values")
 
@@ -44,7 +45,7 @@ def spectra(model: nn.Module) -> list[dict]:
         sigma = singular_values(layer)
         squares = sigma.square()
         total = squares.sum().item()
-        weight_norm = torch.linalg.vector_norm(layer.base_weight().float()).item()
+        weight_norm = torch.linalg.vector_norm(dense_weight(layer.base).float()).item()
         values = (
             name,
             layer.rank,

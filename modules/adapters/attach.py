@@ -1,23 +1,16 @@
-"""Put adapters on a model, switch between them, merge them, take them off.
+"""Attach adapters to a model.
 
-An adapter is a set of modules that take the place of the model's own: a LoRALinear, DoRALinear or BottleneckLinear over
-each target linear, which it holds as its base, a decoder that reads a prefix, and own copies (own.py) of
-modules that train whole or in their bias. Several named adapters share one base. Attaching, switching, merging and
-detaching put modules into the tree and never write to a weight of the base, so the base comes back bit for bit. What is
-in the tree is all that forward, parameters() and state_dict() see; what is not rests in `model._adapters` and follows
-to the device when it is shown again.
+What an adapter is, and how several share a model: state.py.
 
-    modules.attach(model, "dora", rank=16)                 a new adapter, named "default", shown
-    modules.load_adapter(model, "dir", name="b")           another
-    modules.set_adapter(model, "default")                  show that one; None: the base alone
+    modules.attach(model, "dora", rank=16)                 a new adapter named "default"; it becomes active
+    modules.load_adapter(model, "dir", name="b")           another adapter; it becomes active
+    modules.set_adapter(model, "default")                  activate the first again; None: the base alone
     modules.add_weighted_adapter(model, {"default": 0.5, "b": 0.5}, "mix")
-    modules.adapters.merge(model); modules.unmerge(model)           the shown one as dense layers, and back
-    modules.detach(model)                                  the model as it was
+    modules.merge(model); modules.unmerge(model)           replace the active adapter by dense layers, and undo it
+    modules.detach(model)                                  the model as before the first adapter
 """
 
-import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from torch import nn
 
@@ -26,6 +19,7 @@ from modules.adapters.config import ALL_LINEAR, AdapterConfig
 from modules.adapters.init import check_init, initialise, principal_inputs
 from modules.adapters.own import own_copy
 from modules.adapters.prefix import prefix_modules
+from modules.adapters.state import DEFAULT, Adapter, AdapterState, set_adapter, state_of
 from modules.adapters.targets import (
     all_linears,
     biased_modules,
@@ -37,85 +31,6 @@ from modules.adapters.targets import (
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
-DEFAULT = "default"
-
-
-@dataclass
-class Adapter:
-    """One named adapter.
-
-    Attributes:
-        config: what it was made from.
-        modules: what takes the place of the base's modules, by full name.
-        own: of the own copies among them, the names of the tensors that are their own.
-    """
-
-    config: AdapterConfig
-    modules: dict[str, nn.Module]
-    own: dict[str, list[str]]
-
-
-@dataclass
-class AdapterState:
-    """What is on a model.
-
-    Attributes:
-        base: the base's modules that adapters take the place of, by full name.
-        trainable: the base's parameters that trained before adapters froze them.
-        named: the adapters.
-        active: the one in the tree; None: the base alone.
-        merged: it is there as dense layers.
-        untied: to merge, config.tie_word_embeddings was set to False.
-    """
-
-    trainable: list[nn.Parameter]
-    base: dict[str, nn.Module] = field(default_factory=dict)
-    named: dict[str, Adapter] = field(default_factory=dict)
-    active: str | None = None
-    merged: bool = False
-    untied: bool = False
-
-
-def state_of(model: nn.Module) -> AdapterState | None:
-    """What is on `model`, None if it has no adapter."""
-    return getattr(model, "_adapters", None)
-
-
-def adapters(model: nn.Module) -> dict[str, AdapterConfig]:
-    """The adapters on `model` by name, the shown one and the others."""
-    state = state_of(model)
-    return {} if state is None else {name: adapter.config for name, adapter in state.named.items()}
-
-
-def named_adapter(model: nn.Module, name: str | None = None) -> Adapter:
-    """The adapter `name` of `model`; None: the shown one.
-
-    Raises:
-        ValueError: it has none, or none of this name.
-    """
-    state = state_of(model)
-    name = state.active if state and name is None else name
-    if state is None or name not in state.named:
-        there = ", ".join(adapters(model)) or "none"
-        raise ValueError(f"the model has no adapter {'in use' if name is None else repr(name)}; it has {there}")
-    return state.named[name]
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def _show(model: nn.Module, state: AdapterState, modules: dict[str, nn.Module]) -> None:
-    """Put `modules` into the tree, and the base wherever they name nothing. Parents come before their children."""
-    for name in sorted(state.base):
-        old, new = model.get_submodule(name), modules.get(name, state.base[name])
-        if new is not old:
-            tensor = next(itertools.chain(old.parameters(), old.buffers()))
-            replace_module(model, name, new.to(tensor.device).train(old.training))
-    if state.untied:
-        model.config.tie_word_embeddings, state.untied = True, False
-    state.merged = False
 
 
 def attach(
@@ -131,25 +46,25 @@ def attach(
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     **more,
 ) -> list[str]:
-    """Freeze `model` and put a new adapter on its target linears, in place.
+    """Freeze `model`, attach a new adapter to its target linears in place, and make the adapter active.
 
     Args:
-        adapter, rank, lora_alpha, target_modules, dropout, and `more`, which are exclude_modules, rank_pattern,
-            alpha_pattern, modules_to_save, bias, rslora, init, freeze_A, prefix_tokens and infix_tokens: see
-            `AdapterConfig`.
-        name: of the adapter. It is shown; others on the model stay there.
-        calibration: batches for init="eva": keyword arguments of the model, on its device.
-        progress: wraps the iteration over the layers' names in which A and B are initialised.
+        adapter, rank, lora_alpha, target_modules, dropout: see `AdapterConfig`.
+        more: exclude_modules, rank_pattern, alpha_pattern, modules_to_save, bias, rslora, init, freeze_A,
+            prefix_tokens and infix_tokens: see `AdapterConfig`.
+        name: of the adapter. Other adapters of the model are kept.
+        calibration: batches for init="eva". Each is a dict of keyword arguments of the model, on its device.
+        progress: wraps the iteration over layer names while A and B are initialised, e.g. in a progress bar.
 
     Returns:
         The full names of the adapted linears.
 
     Raises:
-        ValueError: an unknown adapter or setting, nothing to attach to, a rank a layer cannot have, a name that is
-            taken; the model is unchanged.
+        ValueError: the adapter or a setting is unknown, no linear matches, a layer is too small for its rank, or the
+            name is taken. The model is then unchanged.
     """
     config = AdapterConfig(adapter, rank, lora_alpha, target_modules, dropout, **more)
-    shown = hide(model, name)
+    active = prepare_to_add(model, name)
     try:
         names = find_targets(model, config)
         linears = all_linears(model)
@@ -158,7 +73,7 @@ def attach(
         eva = {} if calibration is None else principal_inputs(model, {n: config.rank_of(n) for n in names}, calibration)
         add_adapter(model, name, config, names, own)
     except ValueError:
-        set_adapter(model, shown)
+        set_adapter(model, active)
         raise
     for target in progress(names):
         layer = model.get_submodule(target)
@@ -168,31 +83,38 @@ def attach(
     return names
 
 
-def hide(model: nn.Module, name: str) -> str | None:
-    """Check that an adapter can be added as `name`; show the base alone and return which adapter was shown."""
+def prepare_to_add(model: nn.Module, name: str) -> str | None:
+    """Check that an adapter `name` can be added, deactivate the active adapter and return its name.
+
+    Raises:
+        ValueError: the name is taken, or a part of the model has an adapter of its own.
+    """
     refuse_parts(model)
     state = state_of(model)
     if state is None:
         return None
     if name in state.named:
         raise ValueError(f"the model has an adapter {name!r} already: give another name or detach it first")
-    shown = state.active
+    active = state.active
     set_adapter(model, None)
-    return shown
+    return active
 
 
 def refuse_parts(model: nn.Module) -> None:
-    """Raise ValueError if a part of `model` carries adapters that the model as a whole does not know of."""
+    """Raise ValueError if an adapter was attached to a part of `model`, and not to `model` itself."""
     state = state_of(model)
     if unknown := [path for path in wrapped_linears(model) if state is None or path not in state.base]:
         raise ValueError(f"{unknown[0]} has an adapter that was attached to a part of the model: use that part instead")
 
 
 def own_tensors(model: nn.Module, config: AdapterConfig, names: list[str]) -> dict[str, list[str]]:
-    """The tensors of the base, beside the adapted linears, that `config` trains: names in a module, by its full name.
+    """The tensors of the base that `config` trains beside the adapted linears `names`.
+
+    Returns:
+        The names of the tensors of each module, by the module's full name.
 
     Raises:
-        ValueError: they are packed.
+        ValueError: such a tensor is packed.
     """
     own = {}
     for root in find_saved(model, config.modules_to_save):
@@ -213,12 +135,14 @@ def own_tensors(model: nn.Module, config: AdapterConfig, names: list[str]) -> di
 def add_adapter(
     model: nn.Module, name: str, config: AdapterConfig, names: list[str], own: dict[str, list[str]]
 ) -> None:
-    """Make the adapter of `config` over the linears `names` and the tensors `own` of the base, and show it.
+    """Make the adapter of `config` and activate it. Until then the base alone must be in the tree.
 
-    The base alone is in the tree. A and B begin as `default`.
+    Args:
+        names: the full names of the linears to adapt. A and B are initialised as `default`.
+        own: tensors of the base that train beside them, see `own_tensors`.
 
     Raises:
-        ValueError: the model has no decoder that could read a prefix; the model is unchanged.
+        ValueError: the model has no decoder that can have a prefix. The model is then unchanged.
     """
     state = state_of(model) or AdapterState([p for p in model.parameters() if p.requires_grad])
     linears = all_linears(model)
@@ -239,7 +163,7 @@ def add_adapter(
 
 
 def _layer(linear: nn.Module, path: str, config: AdapterConfig) -> LoRALinear | BottleneckLinear:
-    """What takes the place of `linear`, which is `path` in the model."""
+    """The module that replaces `linear`, whose full name in the model is `path`."""
     if config.adapter == "houlsby":
         return BottleneckLinear(linear, config.rank_of(path))
     layer = ADAPTERS[config.adapter](
@@ -249,57 +173,3 @@ def _layer(linear: nn.Module, path: str, config: AdapterConfig) -> LoRALinear | 
     if config.bias != "none":
         layer.train_bias()
     return layer
-
-
-def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Show the adapter `name`; None: the base alone. No weight of the base is touched.
-
-    Raises:
-        ValueError: the model has no adapter of this name.
-    """
-    if name is None and state_of(model) is None:
-        return
-    modules = {} if name is None else named_adapter(model, name).modules
-    state = state_of(model)
-    _show(model, state, modules)
-    state.active = name
-
-
-def detach(model: nn.Module, name: str | None = None) -> None:
-    """Take the adapter `name` off `model`; None: all of them, after which the model is as before the first.
-
-    Raises:
-        ValueError: the model has no adapter of this name.
-    """
-    state = state_of(model)
-    if state is None:
-        raise ValueError("the model has no adapter to detach")
-    if name is not None:
-        named_adapter(model, name)
-        if state.active == name:
-            set_adapter(model, None)
-        del state.named[name]
-    if name is None or not state.named:
-        set_adapter(model, None)
-        for parameter in state.trainable:
-            parameter.requires_grad_(True)
-        del model._adapters
-
-
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by full name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def parameter_groups(model: nn.Module, lr: float, loraplus_lr_ratio: float = 1.0) -> list[dict]:
-    """What trains, as the groups of a torch optimizer: B, magnitudes and biases learn at `lr` · `loraplus_lr_ratio`.
-
-    LoRA+, Hayou et al. 2024; what counts to B is PEFT's choice: every parameter of one dimension does.
-    """
-    if loraplus_lr_ratio == 1.0:
-        return [{"params": list(trainable_parameters(model).values()), "lr": lr}]
-    slow, fast = [], []
-    for name, parameter in trainable_parameters(model).items():
-        (fast if name.endswith(".lora_B") or parameter.dim() == 1 else slow).append(parameter)
-    groups = {"params": slow, "lr": lr}, {"params": fast, "lr": lr * loraplus_lr_ratio}
-    return [group for group in groups if group["params"]]

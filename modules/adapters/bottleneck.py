@@ -2,9 +2,9 @@
 
     h = base(x),   y = h + gelu(h·Dᵀ + b_D)·Uᵀ + b_U           D [r, d], U [d, r]; 2dr + r + d parameters
 
-Houlsby et al. 2019, https://arxiv.org/abs/1902.00751, §2.1: one behind the attention and one behind the MLP of each
-block, before the residual addition. The paper trains the LayerNorms too; the LoRA paper (§5.1, Adapter_H) counts
-adapters alone, and so it is here: `modules_to_save` names the norms if they are to train.
+Houlsby et al. 2019, https://arxiv.org/abs/1902.00751, §2.1: each block has one behind its attention and one behind its
+MLP, before the residual addition. The paper trains the LayerNorms too. Here, as in the LoRA paper (§5.1, Adapter_H),
+the adapters alone train. To train the norms too, name them in `modules_to_save`.
 
 state_dict keys: base.*, adapter_down [r, d], adapter_down_bias [r], adapter_up [d, r], adapter_up_bias [d].
 """
@@ -17,13 +17,14 @@ from modules.linear import weight_shape
 
 
 class BottleneckLinear(nn.Module):
-    """The adapter over `base`, an nn.Linear, Conv1D or NF4Linear with d outputs, which is frozen.
+    """Houlsby's adapter behind a frozen base with d outputs.
 
     Args:
-        rank: r, 1 or more: the width of the bottleneck.
+        base: nn.Linear, Conv1D or NF4Linear. It is frozen.
+        rank: r, the width of the bottleneck, 1 or more.
 
-    D starts as in the paper, normal with standard deviation 0.01 truncated at two of them. U and both biases start at
-    zero, so that the layer starts as its base, where the paper's is only near it. All are fp32.
+    D starts as in the paper: normal with standard deviation 0.01, truncated at ±0.02. U and both biases start at zero,
+    so the layer starts exactly as its base; the paper's starts near it. All four are fp32.
     """
 
     def __init__(self, base: nn.Module, rank: int):
@@ -42,7 +43,7 @@ class BottleneckLinear(nn.Module):
         return h + F.linear(F.gelu(F.linear(h, down, down_bias)), up, up_bias)
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Those beside the base's: what trains and what is saved."""
+        """The parameters that train and are saved, by name. The base's are not among them."""
         names = ("adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias")
         return {name: getattr(self, name) for name in names}
 

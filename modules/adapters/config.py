@@ -1,4 +1,4 @@
-"""What an adapter is made of: AdapterConfig, and how its patterns are read."""
+"""The settings of an adapter: AdapterConfig, and how its patterns are matched to names."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ _LORA = (
     *("modules_to_save", "bias", "rslora", "init", "freeze_A"),
 )
 _PREFIX = ("prefix_tokens", "infix_tokens")
-# The adapters, and of each the settings that it has.
+# Each adapter and the settings that it has.
 SETTINGS = {
     "lora": _LORA,
     "dora": _LORA,
@@ -20,38 +20,39 @@ SETTINGS = {
     "prefix_layer": _PREFIX,
 }
 ADAPTER_NAMES = tuple(SETTINGS)
-BASELINES = ("bitfit", "houlsby", "prefix_embed", "prefix_layer")  # that are no LoRA, in a file neither
+BASELINES = ("bitfit", "houlsby", "prefix_embed", "prefix_layer")  # not LoRA; their files are in files/baselines.py
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "qpissa", "eva")
 INITS_WITH_NUMBER = ("pissa_niter_N", "loftq_iter_N", "qpissa_iter_N")
 _WITH_NUMBER = re.compile(r"pissa_niter_\d+|(loftq|qpissa)_iter_[1-9]\d*")
-QPISSA_ITERATIONS = 5  # its authors' choice
+QPISSA_ITERATIONS = 5  # the paper's choice
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """The settings of one adapter, under the names of the field; each adapter has those that SETTINGS names.
+    """The settings of one adapter. SETTINGS lists which of them each adapter has.
 
     Attributes:
         adapter: "lora", "dora", or a baseline: "bitfit" (own.py), "houlsby" (bottleneck.py),
             "prefix_embed" or "prefix_layer" (prefix.py).
-        rank: of every layer that `rank_pattern` does not name.
-        lora_alpha: of every layer that `alpha_pattern` does not name; by default 2 · rank.
-        target_modules: "all-linear" (all but the output embeddings), a list of suffixes (`q_proj` means every
-            `….q_proj`), or a regular expression that must match the full name. To "houlsby" all-linear means the last
+        rank: of every layer that `rank_pattern` does not match.
+        lora_alpha: of every layer that `alpha_pattern` does not match. The default is 2 · rank.
+        target_modules: "all-linear" (all but the output embeddings), a list of suffixes (`q_proj` matches every
+            `….q_proj`), or a regular expression that must match the full name. For "houlsby", all-linear is the last
             linear of each attention and of each MLP.
-        dropout: on the adapters' input, in training mode.
-        exclude_modules: linears to leave out, a list of suffixes or a regular expression as above.
-        rank_pattern, alpha_pattern: the rank and lora_alpha of single layers, by the end of their names: a key is a
-            regular expression that must match the name or a part of it after a dot. The first that matches counts.
+        dropout: probability of dropping an element of the adapter's input, in training mode only.
+        exclude_modules: linears to leave out: a list of suffixes or a regular expression, as above.
+        rank_pattern, alpha_pattern: rank and lora_alpha of single layers. A key is a regular expression that must
+            match the full name, or the end of it after a dot. The first key that matches counts.
         modules_to_save: suffixes of modules that train whole, beside the adapters: `[lm_head]`.
         bias: "none", "lora_only" (the biases of the adapted linears train) or "all".
-        rslora: scale by lora_alpha / √rank.
-        init: what the adapters begin with, see `modules/adapters/init.py`: one of INITS or INITS_WITH_NUMBER.
-        freeze_A: only B (and the magnitude) train: LoRA-FA, Zhang et al. 2023.
-        prefix_tokens, infix_tokens: how many trainable tokens precede the text and the end of its prompt.
+        rslora: scale by lora_alpha / √rank instead of lora_alpha / rank.
+        init: how A and B start, see `modules/adapters/init.py`: one of INITS or INITS_WITH_NUMBER.
+        freeze_A: train only B, and DoRA's magnitude. LoRA-FA, Zhang et al. 2023.
+        prefix_tokens: how many trainable tokens precede the text.
+        infix_tokens: how many trainable tokens precede the last token of the prompt.
 
     Raises:
-        ValueError: a value that no adapter can have.
+        ValueError: a setting is out of range, has the wrong type, or the adapter does not have it.
     """
 
     adapter: str = "lora"
@@ -94,12 +95,12 @@ class AdapterConfig:
             raise ValueError(f"bias={self.bias!r} is not one of none, lora_only, all")
 
     def _check_used(self) -> None:
-        """What the adapter has no use for must be as it is by default; rank and lora_alpha always have a value."""
+        """A setting that the adapter does not have must keep its default. rank and lora_alpha always have a value."""
         for f in fields(self):
             value = getattr(self, f.name)
             unset = value == f.default or not value
             if f.name not in ("adapter", "rank", "lora_alpha", *SETTINGS[self.adapter]) and not unset:
-                raise ValueError(f"{f.name}={value!r} is no setting of adapter {self.adapter!r}")
+                raise ValueError(f"{f.name}={value!r} is not a setting of adapter {self.adapter!r}")
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -107,12 +108,12 @@ class AdapterConfig:
             if isinstance(value, str) and name != "modules_to_save":
                 compile_patterns(name, [] if value == ALL_LINEAR else [value])
             elif not isinstance(value, list | tuple | set) or not all(isinstance(suffix, str) for suffix in value):
-                regex = "" if name == "modules_to_save" else " and no regular expression"
-                raise ValueError(f"{name}={value!r} is no list of suffixes{regex}")
+                regex = "" if name == "modules_to_save" else " or a regular expression"
+                raise ValueError(f"{name}={value!r} is not a list of suffixes{regex}")
         for name in ("rank_pattern", "alpha_pattern"):
             value = getattr(self, name)
             if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-                raise ValueError(f"{name}={value!r} is no mapping of names: give it as {{q_proj: 8}}")
+                raise ValueError(f"{name}={value!r} is not a mapping of names: give it as {{q_proj: 8}}")
             compile_patterns(name, value)
 
     def _check_numbers(self) -> None:
@@ -120,9 +121,9 @@ class AdapterConfig:
             raise ValueError(f"dropout={self.dropout}: choose a number from 0 to below 1")
         for where, rank in _entries("rank", self.rank, self.rank_pattern):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"{where}={rank} is no rank: choose a whole number, 1 or more")
+                raise ValueError(f"{where}={rank} is not a rank: choose a whole number, 1 or more")
             if self.init == "orthogonal" and rank % 2:
-                raise ValueError(f"{where}={rank} is odd, and init=orthogonal splits the rank in two halves")
+                raise ValueError(f"{where}={rank} is odd: init=orthogonal needs an even rank")
         for where, alpha in _entries("lora_alpha", self.lora_alpha, self.alpha_pattern):
             if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
                 raise ValueError(f"{where}={alpha}: choose a number above 0")
@@ -131,7 +132,7 @@ class AdapterConfig:
             if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
                 raise ValueError(f"{name}={tokens}: choose a whole number, 0 or more")
         if "prefix_tokens" in SETTINGS[self.adapter] and not self.prefix_tokens + self.infix_tokens:
-            raise ValueError(f"{self.adapter} without tokens: set prefix_tokens or infix_tokens to 1 or more")
+            raise ValueError(f"{self.adapter} has no tokens: set prefix_tokens or infix_tokens to 1 or more")
 
     def rank_of(self, name: str) -> int:
         """The rank of the layer `name`."""
@@ -143,7 +144,10 @@ class AdapterConfig:
 
 
 def quantized_start(init: str) -> tuple[str, int] | None:
-    """(start, iterations) as `quantized_init` takes them, of an initialisation that makes up for packing; else None."""
+    """The arguments (start, iterations) of `quantized_init` for `init`.
+
+    None if `init` does not compensate for the error of packing.
+    """
     name, _, iterations = init.partition("_iter_")
     if name == "loftq":
         return "loftq", int(iterations or 1)
@@ -151,17 +155,21 @@ def quantized_start(init: str) -> tuple[str, int] | None:
 
 
 def changes_base(init: str) -> bool:
-    """Whether a packed base of an adapter with this initialisation is another than the packed model's."""
+    """True if `init` changes the codes of the packed base, so that they are not those of the plain packed model."""
     return quantized_start(init) not in (None, ("loftq", 1))
 
 
 def _entries(name: str, value, pattern: dict) -> list[tuple[str, object]]:
-    """A setting and the values its pattern has for single layers, each with words for where it stands."""
+    """(description, value) of a setting and of each value in its pattern. Messages use the description."""
     return [(name, value), *((f"{name} of {key}", number) for key, number in pattern.items())]
 
 
 def compile_patterns(what: str, patterns: Iterable[str]) -> None:
-    """Raise ValueError if one of `patterns`, the values of `what`, is no regular expression."""
+    """Raise ValueError if one of `patterns` is not a regular expression.
+
+    Args:
+        what: the setting that holds them, for the message.
+    """
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -170,5 +178,5 @@ def compile_patterns(what: str, patterns: Iterable[str]) -> None:
 
 
 def matching_key(patterns: Iterable[str], name: str) -> str | None:
-    """The first key of a rank or alpha pattern that means the layer `name`, as PEFT reads them."""
+    """The first key of a rank or alpha pattern that matches the layer `name`, by PEFT's rules; None if none does."""
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", name)), None)

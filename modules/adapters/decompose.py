@@ -1,23 +1,26 @@
-"""A matrix as a product of two thin ones: W [out, in] ≈ BA, B [out, rank], A [rank, in].
+"""Decompose a matrix into a product of two thin ones: W [out, in] ≈ BA, B [out, rank], A [rank, in].
 
-    svd         truncated singular value decomposition: the best there is, ‖W − BA‖² = Σ_{i>r} σ_i² (Eckart, Young 1936)
-    randomized  the same from a random projection and POWER_ITERATIONS subspace iterations (Halko et al. 2011): nearly
-                as good for a share of the work, the more so the faster singular values fall
-    als         alternating least squares: A the best for B, then B the best for A, until the error stops falling.
-                Reaches the same subspace as svd, slowly where σ_r and σ_{r+1} are close
-    nuclear     min_X ½‖W − X‖² + τ‖X‖_*: singular values soft-thresholded, max(σ_i − τ, 0) (Cai et al. 2010), with
-                τ = σ_{r+1}, the least that leaves rank r. Shrinks what it keeps: for denoising, not for the least error
+    svd         truncated singular value decomposition. The error is the least possible: ‖W − BA‖² = Σ_{i>r} σ_i²
+                (Eckart, Young 1936)
+    randomized  an approximate svd by a random projection and POWER_ITERATIONS subspace iterations (Halko et al. 2011).
+                It does a fraction of the work. The faster the singular values fall, the nearer it is to svd
+    als         alternating least squares: the best A for B, then the best B for A, until the error stops falling. It
+                reaches the same subspace as svd, but slowly if σ_r and σ_{r+1} are close
+    nuclear     min_X ½‖W − X‖² + τ‖X‖_*: singular values are soft-thresholded, max(σ_i − τ, 0) (Cai et al. 2010).
+                τ = σ_{r+1}, the smallest that leaves rank r. It shrinks the values that it keeps, so it suits
+                denoising, not the least error
 
-Each half of a product has half of its weight: B = U√Σ, A = √ΣVᵀ.
+Both factors get the same share of the singular values: B = U√Σ, A = √ΣVᵀ.
 """
 
 import torch
 from torch import Tensor
 
 METHODS = ("svd", "randomized", "als", "nuclear")
-OVERSAMPLING = 8  # directions beyond the rank that a random projection keeps until the end
+OVERSAMPLING = 8  # a random projection keeps so many directions more than the rank; the last step drops them
 POWER_ITERATIONS = 4
-ALS_TOLERANCE, ALS_SWEEPS = 1e-5, 100  # stop when a sweep lowers the error by less than this share, or after so many
+ALS_TOLERANCE = 1e-5  # stop when a sweep lowers the squared error by less than this share
+ALS_SWEEPS = 100  # and after so many sweeps at the latest
 
 
 @torch.no_grad()
@@ -27,20 +30,20 @@ def decompose(
     """A [rank, in] and B [out, rank] with BA ≈ `w`.
 
     Args:
-        w: [out, in], any float dtype; the work is done in fp64 for fp64, else in fp32, and the result has that dtype.
+        w: [out, in], any float dtype. fp64 is decomposed in fp64, other dtypes in fp32; the result has that dtype.
         rank: 1 … min(out, in).
         method: one of METHODS.
-        seed: of the random start of randomized and als; the same seed gives the same result.
-        niter: subspace iterations of randomized.
+        seed: of the random start of randomized and als. The same seed gives the same result.
+        niter: number of subspace iterations of randomized.
 
     Raises:
-        ValueError: not a matrix, values that are not finite, a rank it cannot have or an unknown method.
+        ValueError: `w` is not a finite float matrix, the rank is out of range, or the method is unknown.
     """
     if w.dim() != 2 or not w.is_floating_point():
         raise ValueError(f"w must be a matrix of floats, not {w.dtype} {list(w.shape)}")
     if not 1 <= rank <= min(w.shape):
         raise ValueError(
-            f"rank {rank} is out of range: a matrix of {w.shape[0]} × {w.shape[1]} takes 1 to {min(w.shape)}"
+            f"rank {rank} is out of range: a matrix of {w.shape[0]} × {w.shape[1]} can have 1 to {min(w.shape)}"
         )
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
@@ -63,7 +66,7 @@ def decompose(
 
 
 def _als(w: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(U, Σ, V) of the product. The factor that is held is orthonormal, so that the best other one is a product."""
+    """(U, Σ, V) of the product BA. The fixed factor is orthonormal, so the best other factor is one product."""
     generator = torch.Generator(w.device).manual_seed(seed)
     b = w @ torch.randn(w.shape[1], rank, generator=generator, device=w.device, dtype=w.dtype)
     total = left = w.square().sum()

@@ -1,25 +1,28 @@
-"""What A and B begin with. W [out, in] is the base weight, s the scaling, r the rank.
+"""How A and B are initialised. W [out, in] is the base weight, s the scaling, r the rank.
 
     default       A Kaiming-uniform(√5), B = 0. Hu et al. 2021
     gaussian      A ~ N(0, 1/r²), B = 0
-    orthogonal    A and B not zero, their product is: B takes the even rows of a random rotation, A the odd ones.
-                  https://datta0.github.io/posts/rethink-lora-init
-    pissa         s·BA = the r principal components of W. Meng et al. 2024; pissa_niter_N computes them by N subspace
-                  iterations from a random start, which is faster and nearly as exact
-    olora         B, A = the first columns of Q and rows of R, QR = W. Büyükakyüz 2024
-    loftq         s·BA = the r principal components of what `quantize` loses of W. Li et al. 2023 with one iteration,
-                  so that the base is the plain packed W. Attach first, then quantize
-    loftq_iter_N  the same with N iterations: the base is packed N times, each time of what BA leaves of W, and differs
-                  from the plain packed one (`modules/adapters/quantized_init.py`)
-    qpissa        quantized PiSSA: these iterations from BA = the r principal components of W. Meng et al. 2024, §4;
-                  five of them, or N of qpissa_iter_N
+    orthogonal    A and B are not zero, but BA is: B is made from the even rows of a random rotation, A from the odd
+                  ones. https://datta0.github.io/posts/rethink-lora-init
+    pissa         s·BA = the r principal components of W. Meng et al. 2024. pissa_niter_N computes them by N subspace
+                  iterations from a random start: faster and nearly as exact
+    olora         B = the first r columns of Q and A = the first r rows of R, QR = W. Büyükakyüz 2024
+    loftq         s·BA = the r principal components of the error of `quantize` on W. Li et al. 2023, one iteration: the
+                  base is the plain packed W. Attach first, then quantize
+    loftq_iter_N  the same with N iterations. Each iteration packs W − BA anew, so the base differs from the plain
+                  packed W (`modules/adapters/quantized_init.py`)
+    qpissa        quantized PiSSA: the same iterations, starting from the r principal components of W. Meng et al. 2024,
+                  §4. Five iterations; qpissa_iter_N has N
     eva           A = the r principal components of the layer's input on calibration batches, B = 0.
-                  Paischer et al. 2024, every layer at its own rank (ρ = 1)
+                  Paischer et al. 2024, with the same rank in every layer (ρ = 1)
 
-Those of PEFT's of the same name, but for three points. PiSSA and OLoRA take BA away from W there; here W stays and the
-layer keeps their start A₀, B₀ (see `LoRALinear`), so adapters can be switched and detached, and what they amount to, a
-LoRA of rank 2r, is exact over NF4 too. LoftQ counts s in. EVA does not move rank between layers. An adapter of
-qpissa or loftq_iter_N is a plain LoRA over its own base: keep the two together.
+They are PEFT's initialisations of the same names, with three differences:
+    PiSSA and OLoRA: PEFT subtracts BA from W. Here W stays and the layer keeps the start A₀, B₀ (see `LoRALinear`).
+        So adapters can be switched and detached, and an exact LoRA of rank 2r stands for them over NF4 too.
+    LoftQ: the scaling s is taken into account.
+    EVA: ranks are not moved between layers.
+
+An adapter of qpissa or loftq_iter_N is a plain LoRA over a base of its own: keep the two together.
 """
 
 from collections.abc import Iterable
@@ -35,7 +38,10 @@ from modules.linear import LoRALinear, NF4Linear, dense_weight, is_conv1d
 
 @torch.no_grad()
 def initialise(layer: LoRALinear, init: str) -> None:
-    """Set A and B of a new `layer` as `init` says; loftq, qpissa and eva, which need more, begin as default."""
+    """Initialise A and B of a new `layer`.
+
+    loftq, qpissa and eva start as default: `pack` sets A and B later for the first two, `attach` for eva.
+    """
     if init == "gaussian":
         nn.init.normal_(layer.lora_A, std=1 / layer.rank)
     elif init == "orthogonal":
@@ -43,10 +49,10 @@ def initialise(layer: LoRALinear, init: str) -> None:
     elif init.startswith("pissa"):
         _, _, niter = init.partition("_niter_")
         how = {"method": "randomized", "niter": int(niter)} if niter else {}
-        lora_A, lora_B = decompose(layer.base_weight(), layer.rank, **how)
+        lora_A, lora_B = decompose(dense_weight(layer.base), layer.rank, **how)
         layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5, part_of_weight=True)
     elif init == "olora":
-        q, r = torch.linalg.qr(layer.base_weight().float())
+        q, r = torch.linalg.qr(dense_weight(layer.base).float())
         layer.start_at(r[: layer.rank], q[:, : layer.rank], part_of_weight=True)
 
 
@@ -63,7 +69,7 @@ def _orthogonal(layer: LoRALinear) -> tuple[Tensor, Tensor]:
 def pack(
     layer: LoRALinear, init: str, linear: nn.Module, blocksize: int, double_quant: bool, quant_type: str
 ) -> NF4Linear:
-    """The packed base of a new `layer` over the dense `linear`; A and B make up for what it loses, as far as they can.
+    """Pack the dense `linear` as the base of a new `layer`, and set A and B to compensate for the error of packing.
 
     Args:
         init: loftq, qpissa, or one of them with _iter_N.
@@ -79,14 +85,14 @@ def pack(
 
 @torch.no_grad()
 def principal_inputs(model: nn.Module, ranks: dict[str, int], batches: Iterable[dict]) -> dict[str, Tensor]:
-    """The principal components [rank, in], fp32, of what the linears `ranks` of `model` get as their input.
+    """The principal components of the inputs of linears, fp32 [rank, in] each, by the linear's full name.
 
     Args:
-        ranks: how many components, by the linear's full name.
-        batches: keyword arguments of the model; tokens whose `attention_mask` is 0 do not count.
+        ranks: the number of components, by the linear's full name.
+        batches: dicts of keyword arguments of the model. Tokens whose `attention_mask` is 0 do not count.
 
     Raises:
-        ValueError: fewer tokens than components.
+        ValueError: there are fewer tokens than components.
     """
     inputs = {name: _Components(rank) for name, rank in ranks.items()}
     mask: Tensor | None = None
@@ -96,7 +102,7 @@ def principal_inputs(model: nn.Module, ranks: dict[str, int], batches: Iterable[
         def hook(_, args):
             nonlocal last
             x = args[0]
-            if last is not None and x is last[0] and ranks[name] == ranks[last[1]]:  # as k_proj's is q_proj's
+            if last is not None and x is last[0] and ranks[name] == ranks[last[1]]:  # k_proj reads q_proj's input
                 inputs[name] = inputs[last[1]]
                 return
             last = x, name
@@ -120,7 +126,7 @@ def principal_inputs(model: nn.Module, ranks: dict[str, int], batches: Iterable[
 
 
 class _Components:
-    """Incremental principal component analysis, Ross et al. 2008: of the rows seen, a few directions are kept."""
+    """Incremental principal component analysis (Ross et al. 2008), which keeps a few directions of all rows seen."""
 
     def __init__(self, rank: int):
         self.rank, self.rows = rank, 0
@@ -128,7 +134,7 @@ class _Components:
         self.scaled: Tensor | None = None  # [rank + OVERSAMPLING, in]: directions times singular values
 
     def add(self, x: Tensor) -> None:
-        """Count in x [rows, in]."""
+        """Update the components with the rows of x [rows, in]."""
         mean, rows = x.mean(dim=0), x.shape[0]
         x = x - mean
         if self.scaled is not None:
@@ -140,15 +146,16 @@ class _Components:
         self.mean, self.rows = mean, self.rows + rows
 
     def result(self, name: str) -> Tensor:
+        """The components [rank, in]; `name` is the linear's, for the message."""
         if self.scaled is None or self.scaled.shape[0] < self.rank:
             raise ValueError(f"init=eva needs {self.rank} calibration tokens or more; {name} saw {self.rows}")
         return nn.functional.normalize(self.scaled[: self.rank], dim=1)
 
 
 def check_init(init: str, bases: Iterable[nn.Module], calibration: Iterable[dict] | None) -> None:
-    """Raise ValueError where `init` asks for what is not there."""
+    """Raise ValueError if `init` needs dense bases or calibration batches, and they are not given."""
     if quantized_start(init) and any(isinstance(base, NF4Linear) for base in bases):
-        raise ValueError(f"init={init} needs the weights that packing loses: attach the adapter before quantize(model)")
+        raise ValueError(f"init={init} needs the dense weights: attach the adapter before quantize(model)")
     if init == "eva" and calibration is None:
         raise ValueError("init=eva needs calibration batches: attach(…, calibration=[{'input_ids': …}, …])")
     if init != "eva" and calibration is not None:

@@ -1,4 +1,4 @@
-"""Merge the adapter of a model into dense layers, take that back, add adapters up."""
+"""Merge the active adapter of a model into dense layers, undo it, and add adapters up."""
 
 import re
 from dataclasses import dataclass
@@ -6,19 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modules.adapters.attach import add_adapter, hide, named_adapter, replace_module, set_adapter, state_of
+from modules.adapters.attach import add_adapter, prepare_to_add
 from modules.adapters.config import AdapterConfig
-from modules.adapters.own import settled
+from modules.adapters.own import merged_copy
+from modules.adapters.state import named_adapter, replace_module, set_adapter, state_of
 from modules.linear import LoRALinear, NF4Linear, dense_weight
 
 
 @dataclass(frozen=True)
 class Requantized:
-    """What packing a merged layer again would do to it, as shares of ‖W′‖ (Frobenius), W′ the merged weight.
+    """The loss of packing a merged layer again, relative to ‖W′‖ (Frobenius norm), W′ the merged weight.
 
     Attributes:
-        error: ‖NF4(W′) − W′‖ / ‖W′‖, at the block size the layer had.
-        update: ‖W′ − W‖ / ‖W′‖, what the adapter had changed. Where `error` is larger, packing drowns the adapter.
+        error: ‖NF4(W′) − W′‖ / ‖W′‖, at the block size that the base had.
+        update: ‖W′ − W‖ / ‖W′‖, the adapter's change. If `error` is larger, packing hides the adapter.
     """
 
     error: float
@@ -26,30 +27,30 @@ class Requantized:
 
 
 def can_merge(config: AdapterConfig) -> bool:
-    """Whether dense layers compute what an adapter does: no network behind a layer and no tokens amount to any."""
+    """True if dense layers can compute the same as an adapter of `config`. Networks and tokens cannot be merged."""
     return config.adapter not in ("houlsby", "prefix_embed", "prefix_layer")
 
 
 @torch.no_grad()
 def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[str, Requantized]:
-    """Put dense layers that compute what the shown adapter does in its place; NF4 bases are merged in their dtype.
+    """Replace the active adapter by dense layers that compute the same. Over NF4 they have the dtype it computes in.
 
     Args:
-        unload: keep nothing: base and adapters are dropped layer by layer, and the model is a plain one afterwards.
-            Without it `unmerge` brings them back, and they stay in memory.
-        report: measure what the result says, which takes as long as packing the model.
+        unload: drop base and adapters layer by layer, which frees their memory. The model is then a plain one.
+            Without `unload` they stay in memory, and `unmerge` brings them back.
+        report: measure the loss of packing the layers again. This takes as long as packing the model.
 
     Returns:
-        Of every layer over NF4, by full name, what packing it again would lose; nothing without `report`.
+        The loss of packing each layer over NF4 again, by full name; empty without `report`.
 
     Raises:
-        ValueError: no adapter is shown, it is merged already, or no dense layer computes what it does.
+        ValueError: no adapter is active, it is merged already, or its kind cannot be merged.
     """
     adapter, state = named_adapter(model), state_of(model)
     if state.merged:
         raise ValueError(f"the adapter {state.active!r} is merged already")
     if not can_merge(adapter.config):
-        raise ValueError(f"the adapter {state.active!r} is {adapter.config.adapter}, which no dense layers amount to")
+        raise ValueError(f"the adapter {state.active!r} is {adapter.config.adapter}, which cannot be merged")
     if unload:
         state.named = {state.active: adapter}
     requantized = {}
@@ -60,7 +61,7 @@ def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[s
             if report and isinstance(module.base, NF4Linear):
                 requantized[path] = _requantized(module, dense)
         else:
-            dense = settled(state.base[path], module, adapter.own[path])
+            dense = merged_copy(state.base[path], module, adapter.own[path])
         replace_module(model, path, dense.train(module.training))
         if unload:
             del adapter.modules[path], state.base[path], module
@@ -75,12 +76,12 @@ def _requantized(layer: LoRALinear, dense: nn.Module) -> Requantized:
     packed = NF4Linear.from_linear(dense, state.blocksize, state.nested, state.quant_type)
     merged = dense_weight(dense).float()
     size = merged.norm().clamp(min=torch.finfo(torch.float32).tiny)
-    error = (packed.dense_weight().float() - merged).norm() / size
-    return Requantized(error.item(), ((merged - layer.base_weight().float()).norm() / size).item())
+    error = (dense_weight(packed).float() - merged).norm() / size
+    return Requantized(error.item(), ((merged - dense_weight(layer.base).float()).norm() / size).item())
 
 
 def _untie(model: nn.Module) -> bool:
-    """Let the config say so if input and output embeddings are no longer the same; True if it had to."""
+    """Set config.tie_word_embeddings to False if input and output embeddings differ now; True if it was changed."""
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     if not tied or not hasattr(model, "get_output_embeddings"):
         return False
@@ -92,7 +93,7 @@ def _untie(model: nn.Module) -> bool:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Bring back the adapter that `merge` put dense layers in the place of.
+    """Undo `merge`: bring back the adapter and its base.
 
     Raises:
         ValueError: nothing is merged.
@@ -105,15 +106,19 @@ def unmerge(model: nn.Module) -> None:
 
 @torch.no_grad()
 def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str) -> list[str]:
-    """Show a new adapter `name` whose update is Σ weight · update of the LoRA adapters `weights` names, exactly.
+    """Add and activate an adapter whose update is exactly the weighted sum of the updates of LoRA adapters.
 
-    Its rank in a layer is the sum of theirs.
+    Its rank in a layer is the sum of their ranks.
+
+    Args:
+        weights: the weight of each adapter, by the adapter's name.
+        name: of the new adapter.
 
     Returns:
         The full names of the adapted linears.
 
     Raises:
-        ValueError: one that is not there, or whose effect is no sum: another than LoRA, own biases or modules.
+        ValueError: an adapter does not exist, is not LoRA, or trains biases or whole modules; or `name` is taken.
     """
     parts = {part: named_adapter(model, part) for part in weights}
     if not parts:
@@ -125,7 +130,7 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str)
             ("bias", adapter.config.bias != "none"),
         ):
             if found:
-                raise ValueError(f"the adapter {part!r} has {what}, which has no weighted sum: only LoRA layers add up")
+                raise ValueError(f"the adapter {part!r} has {what}, which cannot be summed: only LoRA layers can")
     factors: dict[str, list[tuple]] = {}
     for part, adapter in parts.items():
         for path, layer in adapter.modules.items():
@@ -134,7 +139,7 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str)
     ranks = {path: sum(lora_A.shape[0] for lora_A, _ in pairs) for path, pairs in factors.items()}
     rank = max(ranks.values())
     patterns = {f"^{re.escape(path)}": smaller for path, smaller in ranks.items() if smaller != rank}
-    hide(model, name)
+    prepare_to_add(model, name)
     config = AdapterConfig("lora", rank, rank, list(ranks), rank_pattern=patterns, alpha_pattern=patterns)
     add_adapter(model, name, config, list(ranks), {})
     for path, pairs in factors.items():

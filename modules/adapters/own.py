@@ -1,11 +1,11 @@
-"""Modules with parameters of their own in place of the base's: what `modules_to_save`, `bias` and BitFit train.
+"""Own copies of modules: the parameters that `modules_to_save`, `bias` and BitFit train in place of the base's.
 
-BitFit (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199) trains the biases and nothing else, those of norms
-included. Of a model that has no biases, such as Llama, it cannot train any: there each decoder linear gets one that
-starts at zero, so that the method is what the paper's models would have learned, y = xWᵀ + b with b alone trained.
+An own copy shares everything with the base's module except the tensors named. Its own parameters are fp32, because
+small updates of bf16 weights round to zero. The module computes with them in the base's dtype.
 
-An own copy of a module shares everything with it but the parameters named. Those are fp32, because small updates of
-bf16 weights round to nothing; the module computes with them in the dtype its base has.
+BitFit (Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199) trains all biases, those of norms included, and nothing
+else. A model such as Llama has no biases. There each decoder linear gets a bias b that starts at zero: y = xWᵀ + b, as
+in the paper's models, and b alone trains.
 """
 
 import copy
@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from modules.linear import NF4Linear, weight_shape
+from modules.linear import weight_of, weight_shape
 
 
 class _InDtype(nn.Module):
+    """A parametrization: computes with an fp32 parameter in `dtype`."""
+
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
@@ -29,18 +31,21 @@ class _InDtype(nn.Module):
 
 
 def _shallow(module: nn.Module) -> nn.Module:
+    """A copy of `module` with the same tensors and children, in dicts of its own."""
     clone = copy.copy(module)
     for store in ("_parameters", "_buffers", "_modules"):
         clone.__dict__[store] = dict(module.__dict__[store])
-    if "forward" in vars(module):  # put on this one module, whose weights it would go on to use
+    if "forward" in vars(module):  # a forward set on the instance; it must use the copy's weights
         clone.forward = MethodType(module.forward.__func__, clone)
     return clone
 
 
 def own_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
-    """A copy of `module` whose tensors `names`, direct parameters or buffers, are its own; parameters train in fp32.
+    """A copy of `module` that has its own tensors `names` and shares the others. Its own parameters train in fp32.
 
-    A bias that a linear lacks starts at zero.
+    Args:
+        names: of parameters or buffers of the module itself, not of its children. `bias` may be None in a linear: the
+            copy's bias then starts at zero.
     """
     clone = _shallow(module)
     for name in names:
@@ -55,17 +60,20 @@ def own_copy(module: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def _zero_bias(linear: nn.Module) -> Tensor:
-    dtype = linear.dtype if isinstance(linear, NF4Linear) else linear.weight.dtype
-    return torch.zeros(weight_shape(linear)[0], dtype=dtype, device=linear.weight.device)
+    return torch.zeros(weight_shape(linear)[0], dtype=weight_of(linear).dtype, device=linear.weight.device)
 
 
 def own_tensor(clone: nn.Module, name: str) -> Tensor:
-    """The tensor `name` that an own copy has of its own: what trains and what is saved."""
+    """The tensor `name` of an own copy as it trains and is saved: a parameter is fp32."""
     return clone.parametrizations[name].original if parametrize.is_parametrized(clone, name) else getattr(clone, name)
 
 
-def settled(base: nn.Module, clone: nn.Module, names: Iterable[str]) -> nn.Module:
-    """A plain module that computes as `clone`, the own copy of `base`, does, frozen and in the base's dtype."""
+def merged_copy(base: nn.Module, clone: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A plain frozen module, in the base's dtype, that computes the same as `clone`, the own copy of `base`.
+
+    Args:
+        names: of the tensors that `clone` does not share with `base`.
+    """
     module = _shallow(base)
     for name in names:
         tensor = getattr(clone, name).detach().clone()

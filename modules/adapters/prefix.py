@@ -1,20 +1,20 @@
-"""Prefix tuning: trainable tokens among those of the text, in the embeddings or in every layer.
+"""Prefix tuning: trainable tokens between the tokens of the text, in the embeddings or in every layer.
 
     p_1 … p_lp   x_1 … x_(n−1)   i_1 … i_li   x_n   y_1 y_2 …      prompt x, answer y, l_p prefix and l_i infix tokens
 
-    prefix_embed   their embeddings train: l_p + l_i vectors [d]         Lester et al. 2021, "prompt tuning" in PEFT
-    prefix_layer   the activations that enter each of L layers there     Li and Liang 2021, §4
-                   train: L·(l_p + l_i) vectors [d]
+    prefix_embed   trains the embeddings of these tokens: l_p + l_i vectors [d].
+                   Lester et al. 2021; "prompt tuning" in PEFT
+    prefix_layer   trains the inputs of all L layers at these tokens: L·(l_p + l_i) vectors [d]. Li and Liang 2021, §4
 
-The formulas and the names are those of the LoRA paper (§5.1, PreEmbed and PreLayer). Its infix follows the prompt; here
-it precedes the prompt's last token, because that token's row predicts y_1, and a row whose activations are replaced
-would predict the same whatever the prompt was. PEFT's prefix tuning trains keys and values in place of activations;
-what a prefix_layer without infix has learned can be written as such (`modules/files/baselines.py`).
+Formulas and names are the LoRA paper's (§5.1, PreEmbed and PreLayer). The paper's infix follows the prompt. Here it
+precedes the prompt's last token, because the row of that token predicts y_1: if the activations of this row were
+replaced, it would predict the same for every prompt. PEFT's prefix tuning trains keys and values, not activations.
+`modules/files/baselines.py` converts a prefix_layer without infix to PEFT's form.
 
-The decoder that computes so takes the place of the model's own. It takes the tokens of the text and returns their rows
-alone, so that callers see the model they know; only a cache of keys and values is longer than the text. Its positions
-begin at l_p and are l_i more behind the infix. Padding on the left precedes the prefix and has no positions, so that a
-prompt in a batch gives what it gives alone, also where attention sees a window of the last rows only.
+A decoder with a prefix replaces the model's own. It takes the tokens of the text and returns only their rows, so
+callers see the usual model. Only the cache of keys and values is longer than the text. The positions of the text start
+at l_p, and those behind the infix are l_i higher. Padding on the left precedes the prefix and has no positions. So a
+prompt gives the same output in a batch as alone, also if attention sees only a window of the last rows.
 
 state_dict keys: `prefix` [l_p + l_i, d] of the decoder (prefix_embed) or of each block (prefix_layer), prefix first.
 """
@@ -34,15 +34,20 @@ from modules.adapters.targets import decoder_blocks
 
 
 class _Layout:
-    """Where the rows of the text and of the tokens that train are, in a batch that has both.
+    """The rows of the text's tokens and of the virtual (trainable) tokens in a batch that has both.
 
     Attributes:
         tokens: int64 [B, T], the rows of the text.
-        virtual: int64 [B, l_p + l_i], the others.
+        virtual: int64 [B, l_p + l_i], the rows of the virtual tokens.
     """
 
     def __init__(self, prefix_tokens: int, infix_tokens: int, starts: Tensor, prompt_lengths: Tensor, length: int):
-        """`starts` and `prompt_lengths`, int64 [B]: where each text begins and ends as a prompt, of its T columns."""
+        """
+        Args:
+            starts: int64 [B], the column where each text starts, behind its padding on the left.
+            prompt_lengths: int64 [B], the column behind the last token of each prompt.
+            length: T, the number of columns.
+        """
         device, starts = starts.device, starts[:, None]
         self.prefix, self.infix = (torch.arange(tokens, device=device) for tokens in (prefix_tokens, infix_tokens))
         self.last = torch.maximum(prompt_lengths[:, None] - 1, starts)  # the column that the infix precedes [B, 1]
@@ -52,29 +57,33 @@ class _Layout:
         self.virtual = torch.cat([starts + self.prefix, self.last + prefix_tokens + self.infix], 1)
 
     def both(self, of_tokens: Tensor, of_virtual: Tensor) -> Tensor:
-        """[B, T, …] and [B, l_p + l_i, …] as one [B, T + l_p + l_i, …]."""
+        """Combine values of the text [B, T, …] and of virtual tokens [B, l_p + l_i, …] to [B, T + l_p + l_i, …]."""
         batch, rows = len(self.tokens), self.tokens.shape[1] + self.virtual.shape[1]
         empty = of_tokens.new_zeros(batch, rows, *of_tokens.shape[2:])
         return put(put(empty, self.tokens, of_tokens), self.virtual, of_virtual)
 
     def positions(self, of_tokens: Tensor) -> Tensor:
-        """The positions of all rows, from those that the text's tokens would have without the others."""
+        """The positions of all rows, int64 [B, T + l_p + l_i].
+
+        Args:
+            of_tokens: int64 [B, T], the positions of the text without virtual tokens.
+        """
         infix = of_tokens.gather(1, self.last) + len(self.prefix) + self.infix
         prefix = self.prefix.expand(len(of_tokens), -1)
         return self.both(of_tokens + self.tokens - self.columns, torch.cat([prefix, infix], 1))
 
 
 def put(x: Tensor, rows: Tensor, values: Tensor) -> Tensor:
-    """`x` [B, N, …] with `values` [B, n, …] in its `rows` [B, n]."""
+    """A copy of `x` [B, N, …] in which `values` [B, n, …] replace the rows `rows` [B, n]."""
     return x.index_put((torch.arange(len(rows), device=rows.device)[:, None], rows), values)
 
 
 @dataclass
 class _Shared:
-    """What decoder and blocks share.
+    """State that the decoder passes to its blocks, and `prompt_lengths` to the decoder.
 
     Attributes:
-        virtual: the rows of the tokens that train [B, l_p + l_i]; None where the cache has them already.
+        virtual: int64 [B, l_p + l_i], the rows of the virtual tokens; None if the cache has them already.
         prompt_lengths: see the function of this name.
     """
 
@@ -83,12 +92,12 @@ class _Shared:
 
 
 class _PrefixDecoder:
-    """Mixed in before the class of the module that holds the blocks. `prefix` is None for prefix_layer."""
+    """A mixin for the class of the module that holds the blocks. `prefix` is None for prefix_layer."""
 
     prefix: nn.Parameter | None
     prefix_tokens: int
     infix_tokens: int
-    takes_positions: bool  # some models have no use for them
+    supports_positions: bool  # forward has the argument position_ids; some models' has not
     shared: _Shared
 
     def forward(
@@ -101,17 +110,17 @@ class _PrefixDecoder:
         inputs_embeds: Tensor | None = None,
         **more,
     ):
-        """As the decoder's own.
+        """The decoder's own forward, with the virtual tokens added.
 
         Args:
-            input_ids: int64 [B, T], without the tokens that train.
-            attention_mask: [B, T]; with a cache [B, what that has of the text + T], padded on the left.
+            input_ids: int64 [B, T], without virtual tokens.
+            attention_mask: [B, T], padded on the left or right. With a cache [B, cached tokens of the text + T].
 
         Raises:
-            ValueError: a mask of another kind.
+            ValueError: the mask does not have two dimensions.
         """
         if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions: a prefix takes [batch, tokens]")
+            raise ValueError(f"attention_mask has {attention_mask.dim()} dimensions: a prefix needs [batch, tokens]")
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         (batch, length), extra = x.shape[:2], self.prefix_tokens + self.infix_tokens
         cached = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -122,7 +131,7 @@ class _PrefixDecoder:
         position_ids = position_ids.expand(batch, -1)
         ones = None if attention_mask is None else attention_mask.new_ones(batch, extra)
         layout = None
-        if cached:  # what is to come follows prefix and infix, and those follow the padding
+        if cached:  # new tokens follow prefix and infix, which follow the padding
             position_ids = position_ids + extra
             attention_mask = None if ones is None else torch.cat([attention_mask, ones], 1)
         else:
@@ -138,7 +147,7 @@ class _PrefixDecoder:
             prefix = x.new_zeros(extra, x.shape[2]) if self.prefix is None else self.prefix.to(x.dtype)
             x = layout.both(x, prefix.expand(batch, -1, -1))
             self.shared.virtual = layout.virtual
-        if self.takes_positions:
+        if self.supports_positions:
             more["position_ids"] = position_ids
         try:
             output = super().forward(
@@ -152,7 +161,7 @@ class _PrefixDecoder:
 
 
 class _PrefixBlock:
-    """Mixed in before a block's class. Not its forward: gradient checkpointing calls that again, later."""
+    """A mixin for a block's class. It changes __call__, not forward, which gradient checkpointing calls again later."""
 
     prefix: nn.Parameter
     shared: _Shared
@@ -169,7 +178,7 @@ def _mixed(mixin: type, kind: type) -> type:
 
 
 def _with_prefix(module: nn.Module, mixin: type, prefix: Tensor | None, **more) -> nn.Module:
-    """`module` again, with a prefix. Parameters and children are shared, also those that are put in place later."""
+    """A copy of `module` with a prefix. It shares all parameters and children, also those that are replaced later."""
     clone = copy.copy(module)
     clone.__class__ = _mixed(mixin, type(module))
     clone._parameters = {**module._parameters, "prefix": None if prefix is None else nn.Parameter(prefix.float())}
@@ -178,13 +187,13 @@ def _with_prefix(module: nn.Module, mixin: type, prefix: Tensor | None, **more) 
 
 
 def prefix_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Module]:
-    """What takes the place of the decoder and its blocks, by full name.
+    """The modules that replace the decoder and, for prefix_layer, its blocks, by full name.
 
-    The tokens start as tokens drawn from the vocabulary (Lester et al. 2021, §3.2), in prefix_layer with the
-    activations that those have, one after another (Li and Liang 2021, §7.4).
+    prefix_embed starts with the embeddings of tokens drawn from the vocabulary (Lester et al. 2021, §3.2). prefix_layer
+    starts with the activations of such tokens, read as one text (Li and Liang 2021, §7.4).
 
     Raises:
-        ValueError: no such decoder, see `decoder_blocks`.
+        ValueError: the model has no decoder blocks, see `decoder_blocks`, or is a decoder without a head.
     """
     path, blocks = decoder_blocks(model)
     if not path:
@@ -206,7 +215,7 @@ def prefix_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modu
             embedded,
             prefix_tokens=config.prefix_tokens,
             infix_tokens=config.infix_tokens,
-            takes_positions="position_ids" in inspect.signature(decoder.forward).parameters,
+            supports_positions="position_ids" in inspect.signature(decoder.forward).parameters,
             shared=shared,
         )
     }
@@ -217,8 +226,8 @@ def prefix_modules(model: nn.Module, config: AdapterConfig) -> dict[str, nn.Modu
 
 
 def _block_inputs(decoder: nn.Module, blocks: list[nn.Module], ids: Tensor) -> list[Tensor]:
-    """The activations [T, d] that enter each block when the decoder reads `ids` [1, T]; on meta, their shapes."""
-    if ids.is_meta:  # transformers looks at values on the way
+    """The input [T, d] of each block when the decoder reads `ids` [1, T]; on the meta device, tensors of that shape."""
+    if ids.is_meta:  # transformers' decoders look at values, which meta tensors lack
         return [torch.empty(ids.shape[1], decoder.config.get_text_config().hidden_size, device="meta")] * len(blocks)
     kept: list[Tensor] = []
     hooks = [block.register_forward_pre_hook(lambda _, args: kept.append(args[0][0])) for block in blocks]
@@ -238,10 +247,10 @@ def _prefix_decoder(model: nn.Module) -> _PrefixDecoder | None:
 
 @contextlib.contextmanager
 def prompt_lengths(model: nn.Module, lengths: Tensor | None) -> Iterator[None]:
-    """Say how much of the text that `model` gets inside is the prompt, at whose end an infix is put.
+    """Inside this context, `model` reads texts whose prompts have these lengths. An infix is put at a prompt's end.
 
     Args:
-        lengths: int64 [B], in columns, padding on the left included; None, as outside: all of it.
+        lengths: int64 [B], in columns, with the padding on the left. None, as outside the context: the whole text.
     """
     decoder = _prefix_decoder(model)
     if decoder is None:
@@ -255,6 +264,6 @@ def prompt_lengths(model: nn.Module, lengths: Tensor | None) -> Iterator[None]:
 
 
 def virtual_tokens(model: nn.Module) -> tuple[int, int]:
-    """(l_p, l_i) of the adapter in the tree of `model`; (0, 0) without one."""
+    """(l_p, l_i) of the active adapter of `model`; (0, 0) if it has no virtual tokens."""
     decoder = _prefix_decoder(model)
     return (0, 0) if decoder is None else (decoder.prefix_tokens, decoder.infix_tokens)

@@ -1,12 +1,12 @@
-"""A packed weight and a low-rank start that make up for each other: Q + BA ≈ W.
+"""Pack a weight and find a low-rank start that compensates for the error: Q + BA ≈ W.
 
     loftq    BA = 0
     pissa    BA = the r principal components of W
     then, `iterations` times:  Q = quantize(W − BA),  BA = the r principal components of W − Q
 
-LoftQ, Li et al. 2023, algorithm 1; quantized PiSSA ("QPiSSA, T iterations"), Meng et al. 2024, §4. Two starts of one
-alternation: from PiSSA's Q holds what is left beside the principal components, which the adapter then trains.
-With one iteration of loftq Q is the plain quantized W. Either start's error is below that of quantizing alone.
+LoftQ: Li et al. 2023, algorithm 1. Quantized PiSSA ("QPiSSA, T iterations"): Meng et al. 2024, §4. Both are the same
+alternation with different starts. With the PiSSA start, Q holds the rest of W and the adapter trains the principal
+components. With one iteration of LoftQ, Q is the plain quantized W. Both have a smaller error than quantizing alone.
 """
 
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ STARTS = ("loftq", "pissa")
 
 @dataclass(frozen=True)
 class QuantizedInit:
-    """What `quantized_init` found.
+    """The result of `quantized_init`.
 
     Attributes:
-        packed: uint8 codes of Q, with its `quant_state`.
+        packed, quant_state: uint8 codes of Q and their state.
         lora_A: [rank, in] fp32.
         lora_B: [out, rank] fp32.
-        errors: ‖W − Q − BA‖ / ‖W‖ after each iteration, falling.
+        errors: ‖W − Q − BA‖ / ‖W‖ after each iteration. It falls.
     """
 
     packed: Tensor
@@ -56,12 +56,13 @@ def quantized_init(
         w: [out, in], fp32, fp16 or bf16.
         rank: 1 … min(out, in).
         start: one of STARTS.
-        iterations: 1 or more; fewer are done where one would raise the error, which is then not kept.
+        iterations: at most so many, 1 or more. An iteration that does not lower the error is the last, and is undone.
         blocksize, double_quant, quant_type: see `kernels.quantize_4bit`.
-        method: see `modules.adapters.decompose`; on real weights randomized ends at svd's error in a third of its time.
+        method: see `modules.adapters.decompose`. On real weights, randomized needs a third of svd's time for
+            the same error.
 
     Raises:
-        ValueError: what `quantize_4bit` or `decompose` refuse, an unknown start, no iteration.
+        ValueError: the start is unknown, iterations is below 1, or `quantize_4bit` or `decompose` refuses its input.
     """
     if start not in STARTS:
         raise ValueError(f"start {start!r} is not one of {', '.join(STARTS)}")

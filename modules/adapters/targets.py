@@ -1,4 +1,4 @@
-"""Find the linears of a model, and those of them that an adapter goes on."""
+"""Find the linears and blocks of a model, and select the linears that get an adapter."""
 
 import re
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from modules.linear import LoRALinear, NF4Linear, is_conv1d, weight_shape
 
 
 def all_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear, Conv1D and NF4Linear of `model` by its full name; of an adapted layer, its base."""
+    """Every nn.Linear, Conv1D and NF4Linear of `model`, by its full name. An adapted layer counts as its base."""
     wrapped = wrapped_linears(model)
     inner = {f"{name}.base" for name in wrapped} | _read_not_called(model)
     found = {}
@@ -24,38 +24,38 @@ def all_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _read_not_called(model: nn.Module) -> set[str]:
-    """Linears whose weight torch reads without calling them: an adapter there would change nothing."""
+    """The linears that torch never calls: it reads their weight only, so an adapter there would have no effect."""
     attentions = (name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
     return {f"{name}.out_proj" for name in attentions}
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear of `model` by its full name, but for the output embeddings (lm_head)."""
+    """Every linear of `model` except the output embeddings (lm_head), by its full name."""
     head = output_embeddings(model)
     return {name: linear for name, linear in all_linears(model).items() if linear is not head}
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The linear that gives the logits; of an adapted one, its base. None where the model does not say."""
+    """The linear that computes the logits, or its base if it is adapted. None if the model does not say which it is."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return head.base if isinstance(head, LoRALinear | BottleneckLinear) else head
 
 
 def adapted_linears(model: nn.Module) -> dict[str, LoRALinear]:
-    """The linears with a LoRA or DoRA adapter, by their full name."""
+    """The LoRA and DoRA layers in the tree of `model`, by full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def wrapped_linears(model: nn.Module) -> dict[str, LoRALinear | BottleneckLinear]:
-    """The linears that an adapter holds as its base, by their full name."""
+    """The LoRA, DoRA and bottleneck layers in the tree of `model`, by full name. Each holds a linear as its base."""
     return {n: module for n, module in model.named_modules() if isinstance(module, LoRALinear | BottleneckLinear)}
 
 
 def decoder_blocks(model: nn.Module) -> tuple[str, list[str]]:
-    """The full name of the module that holds the decoder's blocks, and those of the blocks, in their order.
+    """The full name of the module that holds the decoder's blocks, and the full names of the blocks, in order.
 
     Raises:
-        ValueError: `model` is no decoder of transformers' with as many blocks in one list as its config says.
+        ValueError: `model` is not a transformers decoder, or it has no list of `num_hidden_layers` blocks.
     """
     config = model.config.get_text_config() if hasattr(model, "config") else None
     layers = getattr(config, "num_hidden_layers", None)
@@ -72,14 +72,14 @@ def biased_modules(model: nn.Module) -> list[str]:
 
 
 def sublayer_ends(model: nn.Module) -> list[str]:
-    """The full names of the last linear of the attention and that of the MLP of each decoder block.
+    """The full names of the last linear of the attention and of the last linear of the MLP, for each decoder block.
 
     Raises:
-        ValueError: no decoder blocks, or other ones than of an attention and an MLP with linears.
+        ValueError: the model has no decoder blocks, or a block is not an attention and an MLP made of linears.
     """
     d, linears, found = model.config.get_text_config().hidden_size, all_linears(model), []
     for block in decoder_blocks(model)[1]:
-        parts: dict[str, str] = {}  # OPT's MLP is linears of the block itself
+        parts: dict[str, str] = {}  # OPT has no MLP module: its linears belong to the block itself
         for name in linears:
             if name.startswith(f"{block}."):
                 part, dot, _ = name.removeprefix(f"{block}.").partition(".")
@@ -87,39 +87,43 @@ def sublayer_ends(model: nn.Module) -> list[str]:
         if len(parts) != 2 or any(weight_shape(linears[name])[0] != d for name in parts.values()):
             ends = ", ".join(name.removeprefix(f"{block}.") for name in parts.values()) or "no linears"
             raise ValueError(
-                f"{block} is no attention and MLP that each end with a linear of width {d}, but has {ends}: "
+                f"{block} must have an attention and an MLP that each end with a linear of width {d}, but has {ends}: "
                 "name the linears with target_modules=[…]"
             )
         found += parts.values()
     return found
 
 
-def means(pattern: str | Iterable[str], name: str) -> bool:
-    """True if `pattern`, a regular expression or suffixes of whole parts, means `name`, as PEFT reads it."""
+def matches(pattern: str | Iterable[str], name: str) -> bool:
+    """True if `pattern` matches `name` by PEFT's rules.
+
+    Args:
+        pattern: a regular expression that must match the full name, or suffixes that consist of whole parts of names.
+    """
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(f".{name}".endswith(f".{suffix}") for suffix in pattern)
 
 
 def match_targets(names: Iterable[str], target_modules: str | list[str]) -> list[str]:
-    """Those of `names` that `target_modules` means, as PEFT reads it.
+    """The names that `target_modules` matches by PEFT's rules.
 
     Args:
-        target_modules: "all-linear", a list of suffixes (`q_proj` means every `….q_proj`), or a regular expression
+        target_modules: "all-linear", a list of suffixes (`q_proj` matches every `….q_proj`), or a regular expression
             that must match the full name.
 
     Raises:
-        ValueError: nothing matches, or a suffix of the list does not, or the regular expression is not one.
+        ValueError: no name matches, a suffix of the list matches no name, or the regular expression is invalid.
     """
     names = list(names)
     if target_modules == ALL_LINEAR:
         matched, idle = names, []
     elif isinstance(target_modules, str):
         compile_patterns("target_modules", [target_modules])
-        matched, idle = [name for name in names if means(target_modules, name)], []
+        matched, idle = [name for name in names if matches(target_modules, name)], []
     else:
-        matched = [name for name in names if means(target_modules, name)]
-        idle = [suffix for suffix in target_modules if not any(means([suffix], name) for name in names)]
+        matched = [name for name in names if matches(target_modules, name)]
+        idle = [suffix for suffix in target_modules if not any(matches([suffix], name) for name in names)]
     if idle or not matched:
         last_parts = sorted({name.rpartition(".")[2] for name in names})
         asked = f"target_modules={target_modules!r}" if not matched else f"{', '.join(idle)} of target_modules"
@@ -131,10 +135,10 @@ def match_targets(names: Iterable[str], target_modules: str | list[str]) -> list
 
 
 def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """The full names of the linears of `model` that `config` puts an adapter on.
+    """The full names of the linears of `model` that get an adapter of `config`.
 
     Raises:
-        ValueError: a setting that names nothing, or a rank that a layer cannot have.
+        ValueError: a setting matches nothing in the model, or a layer is too small for its rank.
     """
     saved = find_saved(model, config.modules_to_save)
     if "target_modules" not in SETTINGS[config.adapter]:
@@ -149,7 +153,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         if not any(f"{name}.".startswith(f"{module}.") for module in saved)
     ]
     if config.exclude_modules:
-        excluded = {name for name in names if means(config.exclude_modules, name)}
+        excluded = {name for name in names if matches(config.exclude_modules, name)}
         if not excluded:
             raise ValueError(f"exclude_modules={config.exclude_modules!r} matches none of the target modules")
         names = [name for name in names if name not in excluded]
@@ -158,21 +162,21 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     for what in ("rank_pattern", "alpha_pattern"):
         used = {matching_key(getattr(config, what), name) for name in names}
         if idle := [key for key in getattr(config, what) if key not in used]:
-            raise ValueError(f"{what}: {', '.join(idle)} names no adapted linear, or only such as an earlier key names")
+            raise ValueError(f"{what}: {', '.join(idle)} matches no adapted linear that an earlier key does not match")
     for name in names:
         largest = min(weight_shape(linears[name]))
         if config.rank_of(name) > largest:
-            raise ValueError(f"rank {config.rank_of(name)} is out of range: {name} takes 1 to {largest}")
+            raise ValueError(f"rank {config.rank_of(name)} is out of range: {name} can have 1 to {largest}")
     return names
 
 
 def find_saved(model: nn.Module, modules_to_save: list[str]) -> list[str]:
-    """The full names of the modules that `modules_to_save` means, the outermost only.
+    """The full names of the modules that `modules_to_save` matches. Modules inside another match are left out.
 
     Raises:
-        ValueError: a suffix that means no module.
+        ValueError: a suffix matches no module.
     """
-    found = [name for name, _ in model.named_modules() if name and means(modules_to_save, name)]
-    if idle := [suffix for suffix in modules_to_save if not any(means([suffix], name) for name in found)]:
+    found = [name for name, _ in model.named_modules() if name and matches(modules_to_save, name)]
+    if idle := [suffix for suffix in modules_to_save if not any(matches([suffix], name) for name in found)]:
         raise ValueError(f"modules_to_save: the model has no module {', '.join(idle)}")
     return [name for name in found if not any(name.startswith(f"{other}.") for other in found)]

@@ -1,15 +1,15 @@
-"""The baselines on disk, beside the adapters of PEFT's LoRA format (`modules/files/peft.py`).
+"""The baselines on disk: BitFit, Houlsby's adapter and prefixes. LoRA and DoRA are in `modules/files/peft.py`.
 
-PEFT has prefix_embed without infix as PROMPT_TUNING, and that is how it is written and read:
+prefix_embed without infix is PEFT's PROMPT_TUNING. It is written and read as
 
     adapter_config.json, adapter_model.safetensors with prompt_embeddings [l_p, d]
 
-It has nothing like the others. Their directory holds the same tensors' file, under names of ours, and
-qdora_config.json, whose content is the adapter's settings, so that PEFT finds nothing there to misread:
+PEFT lacks the other baselines. They are written as adapter_model.safetensors with names of this project, and
+qdora_config.json with the adapter's settings. There is no adapter_config.json, so PEFT cannot misread the directory.
 
-    <path>.<tensor>     bias of BitFit; adapter_down, … of Houlsby's; prefix of a decoder or block
+    <path>.<tensor>     bias of BitFit; adapter_down, … of Houlsby's adapter; prefix of a decoder or block
 
-PEFT's PREFIX_TUNING trains keys and values. A prefix_layer without infix amounts to such, which `prefix_tuning` gives.
+PEFT's PREFIX_TUNING trains keys and values. `prefix_tuning` converts a prefix_layer without infix to it.
 """
 
 from dataclasses import asdict
@@ -17,15 +17,15 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.attach import Adapter
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.config import SETTINGS, AdapterConfig
 from modules.adapters.own import own_tensor
 from modules.adapters.prefix import virtual_tokens
+from modules.adapters.state import Adapter
 
 OUR_CONFIG_FILE = "qdora_config.json"
 PROMPT = "prompt_embeddings"
-_HARMLESS = {  # keys of PROMPT_TUNING that say nothing about what it computes, or that read_prompt_tuning reads
+_HARMLESS = {  # keys of PROMPT_TUNING that do not change its output, and keys that read_prompt_tuning reads
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"),
     *("num_transformer_submodules", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"),
@@ -34,12 +34,12 @@ _HARMLESS = {  # keys of PROMPT_TUNING that say nothing about what it computes, 
 
 
 def is_prompt_tuning(config: AdapterConfig) -> bool:
-    """Whether PEFT's PROMPT_TUNING computes what the adapter does."""
+    """True if an adapter of `config` is PEFT's PROMPT_TUNING."""
     return config.adapter == "prefix_embed" and config.infix_tokens == 0
 
 
 def baseline_state(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of a baseline under the names they have in its file."""
+    """The tensors of a baseline under the names in its file."""
     state = {}
     for path, module in adapter.modules.items():
         if path in adapter.own:
@@ -65,12 +65,12 @@ def read_our_config(raw: dict) -> AdapterConfig:
     """The settings in `raw`, the content of a qdora_config.json.
 
     Raises:
-        ValueError: keys or values that no adapter can have.
+        ValueError: the adapter does not have a setting, or a value is out of range.
     """
     used = SETTINGS.get(raw.get("adapter"), ())
     values = {key: value for key, value in raw.items() if key not in ("adapter", "base_model_name_or_path")}
     if unknown := sorted(values.keys() - set(used)):
-        raise ValueError(f"{unknown[0]} is no setting of adapter {raw.get('adapter')!r}")
+        raise ValueError(f"{unknown[0]} is not a setting of adapter {raw.get('adapter')!r}")
     return AdapterConfig(raw.get("adapter"), **values)
 
 
@@ -78,7 +78,10 @@ def prompt_learning_config(model: nn.Module, kind: str, tokens: int, token_dim: 
     """The content of adapter_config.json for PEFT's PROMPT_TUNING or PREFIX_TUNING.
 
     Args:
-        token_dim, heads: of PREFIX_TUNING, width and number of the heads that have keys and values.
+        kind: "PROMPT_TUNING" or "PREFIX_TUNING".
+        tokens: the number of virtual tokens, l_p.
+        token_dim, heads: d and the number of attention heads; for PREFIX_TUNING, the width of all keys of a token and
+            the number of key heads.
     """
     return {
         "peft_type": kind,
@@ -96,33 +99,34 @@ def read_prompt_tuning(raw: dict) -> AdapterConfig:
     """The settings in `raw`, the content of an adapter_config.json of PROMPT_TUNING.
 
     Raises:
-        ValueError: a setting that cannot be represented, by name.
+        ValueError: a setting is not supported.
     """
     if unknown := [f"{key}={value!r}" for key, value in raw.items() if key not in _HARMLESS and value]:
-        raise ValueError(f"{unknown[0]} cannot be represented")
+        raise ValueError(f"{unknown[0]} is not supported")
     if raw.get("num_transformer_submodules") not in (None, 1):
-        raise ValueError("num_transformer_submodules other than 1, of an encoder and a decoder, cannot be represented")
+        raise ValueError("num_transformer_submodules must be 1: an encoder with a decoder is not supported")
     return AdapterConfig("prefix_embed", prefix_tokens=raw.get("num_virtual_tokens"))
 
 
 @torch.no_grad()
 def prefix_tuning(model: nn.Module) -> tuple[dict, dict[str, Tensor]]:
-    """PEFT's PREFIX_TUNING that computes what the prefix_layer on `model` does: adapter_config.json, and the tensors.
+    """The active prefix_layer of `model` as PEFT's PREFIX_TUNING, which computes the same.
 
     Returns:
-        The config, and prompt_embeddings [l_p, 2·L·heads·width]: of each layer the keys and the values of the prefix.
+        The content of adapter_config.json, and the tensors: prompt_embeddings [l_p, 2·L·heads·width] with the prefix's
+        keys and values of each layer.
 
     Raises:
-        ValueError: an infix, which PEFT has no place for, or layers of different shapes.
+        ValueError: the adapter has an infix, which PEFT cannot have, or layers have keys of different shapes.
     """
-    from transformers import DynamicCache  # here, because importing it takes seconds and whoever has a prefix has it
+    from transformers import DynamicCache  # this import takes seconds; a model with a prefix has done it already
 
     tokens, infix = virtual_tokens(model)
     if infix:
-        raise ValueError("PEFT's prefix tuning has no infix tokens: infix_tokens=0 can be written so")
+        raise ValueError("PEFT's prefix tuning has no infix tokens: only infix_tokens=0 can be converted")
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-    cache = DynamicCache()  # one that keeps all, whatever window a layer has
-    model.eval()(input_ids=ids, use_cache=True, past_key_values=cache)  # the prefix does not depend on what follows
+    cache = DynamicCache()  # it keeps all rows, also of a layer that attends to a window
+    model.eval()(input_ids=ids, use_cache=True, past_key_values=cache)  # the prefix does not depend on later tokens
     states = [state[0, :, :tokens].float() for layer in cache.layers for state in (layer.keys, layer.values)]
     if len({state.shape for state in states}) > 1:
         raise ValueError("the model's layers have keys of different shapes, which PEFT's prefix tuning cannot hold")

@@ -32,7 +32,7 @@ from kernels import QuantState
 from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.double_quant import nested_blocks
 from kernels.quant_state import FLOATS, packed_sizes
-from modules.adapters.attach import replace_module, state_of
+from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import wrapped_linears
 from modules.files.tensors import TensorFiles, describe
 from modules.linear import NF4Linear

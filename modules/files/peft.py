@@ -6,8 +6,8 @@
     base_model.model.<path>.base_layer.bias         [out], an adapted linear's bias that trained
     base_model.model.<path>.<tensor>                a tensor of another module that trained whole
 
-The baselines' files: baselines.py. Files are written under a temporary name and renamed, so that no half
-file is ever left.
+The files of the baselines: baselines.py. A file is written under a temporary name and then renamed, so an interrupted
+write leaves no partial file.
 """
 
 import json
@@ -22,21 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules.adapters.attach import (
-    DEFAULT,
-    Adapter,
-    adapters,
-    add_adapter,
-    detach,
-    hide,
-    named_adapter,
-    own_tensors,
-    set_adapter,
-)
+from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
 from modules.adapters.config import BASELINES, AdapterConfig
 from modules.adapters.init import initialise
 from modules.adapters.own import own_tensor
-from modules.adapters.targets import find_targets, means
+from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, set_adapter
+from modules.adapters.targets import find_targets, matches
 from modules.files.baselines import (
     OUR_CONFIG_FILE,
     baseline_state,
@@ -56,9 +47,12 @@ _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 
 
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The tensors of the adapter `name` (None: of the shown one) under the names in its file: PEFT's, if it has any.
+    """The tensors of an adapter under the names in its file, which are PEFT's if PEFT has this kind of adapter.
 
-    PiSSA and OLoRA appear as the plain LoRA of twice the rank that they amount to.
+    PiSSA and OLoRA become a plain LoRA of twice the rank, which computes the same.
+
+    Args:
+        name: of the adapter; None: the active adapter.
     """
     adapter = named_adapter(model, name)
     if adapter.config.adapter in BASELINES:
@@ -83,11 +77,11 @@ def save_adapter(
     """Write an adapter of `model` so that `peft.PeftModel.from_pretrained(base_model, directory)` reads it.
 
     Args:
-        base_model_name: what the config names as the base model (PEFT's `base_model_name_or_path`).
-        name: which adapter; None: the shown one.
+        base_model_name: the base model's name in the config (PEFT's `base_model_name_or_path`).
+        name: of the adapter; None: the active adapter.
 
     Raises:
-        ValueError: the model has no adapter, or none of this name.
+        ValueError: the model has no adapter, or no adapter of this name.
     """
     if not adapters(model):
         raise ValueError("the model has no adapter to save")
@@ -106,7 +100,7 @@ def save_adapter(
 def _config_file(
     model: nn.Module, adapter: Adapter, state: dict[str, Tensor], base_model_name: str | None
 ) -> tuple[str, dict]:
-    """The name and the content of the file that describes `adapter`, whose tensors are `state`."""
+    """The name and the content of the config file of `adapter`, whose tensors are `state`."""
     config = adapter.config
     if config.adapter not in BASELINES:
         adapted = [path for path, module in adapter.modules.items() if isinstance(module, LoRALinear)]
@@ -121,33 +115,34 @@ def _config_file(
 
 @torch.no_grad()
 def load_adapter(model: nn.Module, directory: str | Path, name: str | None = None) -> list[str]:
-    """Put on `model` the adapter that `save_adapter` or PEFT wrote to `directory`, and show it.
+    """Attach the adapter that `save_adapter` or PEFT wrote to `directory`, and activate it.
 
     Args:
-        directory: of the adapter, or one with several in folders of their names.
-        name: of the adapter on the model, "default" unless given; and which one, if the directory has several.
+        directory: of the adapter, or a directory with several adapters in folders of their names.
+        name: of the adapter on the model, "default" if not given. If the directory has several adapters, it also
+            selects one.
 
     Returns:
         The full names of the adapted linears.
 
     Raises:
-        ValueError: no adapter there, several and no name, an unreadable one, one that cannot be represented, or that
-            does not fit the model; the model is unchanged.
+        ValueError: the directory has no adapter, or several and `name` selects none; or the adapter is unreadable, has
+            a setting that is not supported, or does not fit the model. The model is then unchanged.
     """
     directory = _find(Path(directory), name)
     name = name or DEFAULT
     raw, tensors = _read(directory)
-    shown = hide(model, name)
+    active = prepare_to_add(model, name)
     try:
         config, names, own, unknown = _contents(model, raw, tensors)
         add_adapter(model, name, config, names, own)
     except ValueError as error:
-        set_adapter(model, shown)
+        set_adapter(model, active)
         raise ValueError(f"{directory}: {error}") from error
     state = adapter_state(model, name)
     if wrong := _differences(state, tensors) | unknown:
         detach(model, name)
-        set_adapter(model, shown)
+        set_adapter(model, active)
         if ranks := _other_ranks(state, tensors, wrong):
             raise ValueError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree: {_first_three(ranks)}")
         raise ValueError(f"{directory} is an adapter for another model: {_first_three(wrong)}")
@@ -156,7 +151,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     for key, tensor in state.items():
         tensor.copy_(tensors[key])
     trained = config.adapter == "bitfit" or config.modules_to_save or config.bias == "all"
-    if not trained:  # PEFT saves embeddings that were resized, not trained
+    if not trained:  # PEFT also saves embeddings that were resized and not trained
         for path in own:
             model.get_submodule(path).requires_grad_(False)
     return names
@@ -165,11 +160,14 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
 def _contents(
     model: nn.Module, raw: dict, tensors: dict[str, Tensor]
 ) -> tuple[AdapterConfig, list[str], dict[str, list[str]], dict[str, str]]:
-    """What a file has for `model`: its settings, the linears they mean, the base's tensors that it has of its own, and
-    what is wrong with tensors that are in the file.
+    """Read a file for `model`.
+
+    Returns:
+        The settings, the full names of the adapted linears, the base's tensors that the file replaces (by module), and
+        the errors of the file's tensors, by key.
 
     Raises:
-        ValueError: settings that cannot be represented, or do not fit the model.
+        ValueError: a setting is not supported or does not fit the model.
     """
     if "adapter" in raw:
         config = read_our_config(raw)
@@ -181,12 +179,13 @@ def _contents(
     names = targets_in_file(model, raw, config)
     own, unknown = _own_tensors(model, names, tensors)
     modules = [name for name, _ in model.named_modules()]
-    there = [suffix for suffix in config.modules_to_save if any(means([suffix], name) for name in modules)]
-    return replace(config, modules_to_save=there), names, own, unknown  # PEFT's may name what some classifiers have
+    there = [suffix for suffix in config.modules_to_save if any(matches([suffix], name) for name in modules)]
+    # PEFT lists modules that only some classifiers have, such as `score`. Those that the model lacks are dropped.
+    return replace(config, modules_to_save=there), names, own, unknown
 
 
 def _find(directory: Path, name: str | None) -> Path:
-    """The directory of the adapter `name` in `directory`: itself, or a folder in it."""
+    """The directory of the adapter `name`: `directory` itself, or a folder in it."""
     folders = sorted({path.parent.name for file in CONFIG_FILES for path in directory.glob(f"*/{file}")})
     if name in folders:
         return directory / name
@@ -200,6 +199,7 @@ def _find(directory: Path, name: str | None) -> Path:
 
 
 def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The content of the config file, and the tensors of the weights file."""
     config_file = OUR_CONFIG_FILE if (directory / OUR_CONFIG_FILE).is_file() else CONFIG_FILE
     for name in (config_file, WEIGHTS_FILE):
         if not (directory / name).is_file():
@@ -212,7 +212,7 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         name = WEIGHTS_FILE
         return raw, load_file(directory / name)
     except SafetensorError as error:
-        what = f"{name} is damaged or no safetensors file: {error}"
+        what = f"{name} is damaged or not a safetensors file: {error}"
         raise ValueError(f"{directory} holds no readable adapter: {what}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
@@ -221,21 +221,21 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
 def _own_tensors(
     model: nn.Module, adapted: list[str], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Of the tensors in a file that are no adapter's: where they belong, by module, and those that belong nowhere.
+    """The tensors of a file that replace the base's own: their names by module, and the errors of others, by key.
 
-    Weights of adapted linears, which PEFT saves of the embeddings' kin, are dropped if they are the model's.
+    PEFT also saves the base weight of an adapted output embedding. It is dropped from `tensors` if it is the model's.
     """
     own, unknown = {}, {}
     modules = dict(model.named_modules())
     for key, value in list(tensors.items()):
         if "lora_embedding" in key:
-            raise ValueError(f"LoRA on an embedding cannot be represented: {key}")
+            raise ValueError(f"LoRA on an embedding is not supported: {key}")
         if key.endswith(".base_layer.weight"):
             weight = getattr(modules.get(key.removeprefix(PREFIX).removesuffix(".base_layer.weight")), "weight", None)
             if weight is not None and _same(weight.cpu(), value):
                 del tensors[key]
             else:
-                unknown[key] = "is another weight than the model's"
+                unknown[key] = "differs from the model's weight"
             continue
         if layer := _LAYER.match(key):
             if layer[1] not in modules:
@@ -251,12 +251,12 @@ def _own_tensors(
 
 
 def _same(weight: Tensor, value: Tensor) -> bool:
-    """True if one is the other, perhaps rounded to its dtype."""
+    """True if the tensors are equal, or one is the other rounded to a lower precision."""
     return torch.equal(weight.to(value.dtype), value) or torch.equal(weight, value.to(weight.dtype))
 
 
 def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """What keeps the file's `tensors` from being the adapter's `state`, by key."""
+    """The differences in keys and shapes between the file's `tensors` and the adapter's `state`, by key."""
     wrong = {}
     for key in [*state, *(key for key in tensors if key not in state)]:
         if key not in tensors:
@@ -269,7 +269,7 @@ def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[s
 
 
 def _other_ranks(state: dict[str, Tensor], tensors: dict[str, Tensor], wrong: Iterable[str]) -> dict[str, str]:
-    """What to say of each layer whose rank is another in the file than in the config; nothing if more is wrong."""
+    """An error for each layer whose rank in the weights differs from the config; empty if anything else is wrong."""
     found = {}
     for key in wrong:
         layer, _, factor = key.partition(".lora_")
@@ -279,7 +279,7 @@ def _other_ranks(state: dict[str, Tensor], tensors: dict[str, Tensor], wrong: It
         ours, theirs = state[key].shape, tensors[key].shape
         if ours[1 - axis] != theirs[1 - axis]:
             return {}
-        found[layer] = f"has rank {ours[axis]} in the one and {theirs[axis]} in the other"
+        found[layer] = f"has rank {ours[axis]} in the first and {theirs[axis]} in the second"
     return found
 
 

@@ -1,14 +1,14 @@
-"""PEFT's adapter_config.json: read, and written. What has no counterpart here is refused by its name."""
+"""Read and write PEFT's adapter_config.json. A setting that is not supported here is refused by name."""
 
 import re
 
 from torch import nn
 
 from modules.adapters.config import ALL_LINEAR, AdapterConfig
-from modules.adapters.targets import adapted_linears, all_linears, decoder_linears, find_saved, means
+from modules.adapters.targets import adapted_linears, all_linears, decoder_linears, find_saved, matches
 from modules.linear import NF4Linear, is_conv1d
 
-# Keys that say nothing about what the adapter computes, or that read_config reads.
+# Keys that do not change the adapter's output, and keys that read_config reads.
 _HARMLESS = {
     *("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
     *("peft_version", "runtime_config", "megatron_core", "qalora_group_size", "fan_in_fan_out"),
@@ -16,7 +16,7 @@ _HARMLESS = {
     *("bias", "use_dora", "use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern"),
     *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
 }
-# Initialisations that PEFT repeats on the base when it loads the file; the other ones leave the base as it is.
+# Initialisations that change the base. PEFT applies them again when it loads the file.
 _CHANGE_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
 
 
@@ -24,17 +24,17 @@ def read_config(raw: dict) -> AdapterConfig:
     """The settings in `raw`, the content of an adapter_config.json.
 
     Raises:
-        ValueError: a setting that cannot be represented, by name, or a value that no adapter can have.
+        ValueError: a setting is not supported, or its value is out of range.
     """
     if raw.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type {raw.get('peft_type')!r} cannot be represented, only LORA and PROMPT_TUNING")
+        raise ValueError(f"peft_type {raw.get('peft_type')!r} is not supported, only LORA and PROMPT_TUNING are")
     if unknown := [f"{key}={value!r}" for key, value in raw.items() if key not in _HARMLESS and value]:
-        raise ValueError(f"{unknown[0]} cannot be represented")
+        raise ValueError(f"{unknown[0]} is not supported")
     init = raw.get("init_lora_weights")
     init = init if isinstance(init, str) and init.startswith(_CHANGE_THE_BASE) else "default"
     if not init.startswith(("pissa", "olora", "default")):
         raise ValueError(
-            f"init_lora_weights={init!r} cannot be represented: it changes the base model by what the file lacks"
+            f"init_lora_weights={init!r} is not supported: it changes the base model, and the file does not say how"
         )
     if missing := [key for key in ("r", "lora_alpha", "target_modules") if key not in raw]:
         raise ValueError(f"{missing[0]} is missing")
@@ -55,23 +55,23 @@ def read_config(raw: dict) -> AdapterConfig:
 
 
 def targets_in_file(model: nn.Module, raw: dict, config: AdapterConfig) -> list[str]:
-    """The linears of `model` that PEFT would adapt as `raw` says; unlike `find_targets` it may find none.
+    """The full names of the linears of `model` that PEFT would adapt for `raw`; unlike `find_targets`, maybe none.
 
     Raises:
-        ValueError: PEFT would change the base in a way that cannot be represented.
+        ValueError: PEFT would change the base in a way that is not supported here.
     """
     linears = decoder_linears(model) if config.target_modules == ALL_LINEAR else all_linears(model)
     names = [
         name
         for name in linears
-        if (config.target_modules == ALL_LINEAR or means(config.target_modules, name))
-        and not (config.exclude_modules and means(config.exclude_modules, name))
+        if (config.target_modules == ALL_LINEAR or matches(config.target_modules, name))
+        and not (config.exclude_modules and matches(config.exclude_modules, name))
         and not any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save)
     ]
     for name in names if config.init != "default" else []:
         if isinstance(linears[name], NF4Linear) or (config.init == "olora" and is_conv1d(linears[name])):
             kind = type(linears[name]).__name__
-            raise ValueError(f"init_lora_weights={config.init!r} cannot be represented over {kind}, which {name} is")
+            raise ValueError(f"init_lora_weights={config.init!r} is not supported over {kind}: {name} is one")
     layers = raw.get("layers_to_transform")
     if layers is None or layers == []:
         return names
@@ -86,7 +86,7 @@ def targets_in_file(model: nn.Module, raw: dict, config: AdapterConfig) -> list[
 def write_config(model: nn.Module, config: AdapterConfig, adapted: list[str], base_model_name: str | None) -> dict:
     """The content of adapter_config.json for the adapter of `config` on the linears `adapted` of `model`.
 
-    PiSSA and OLoRA become plain LoRA of twice the rank at the same scaling.
+    PiSSA and OLoRA become a plain LoRA of twice the rank with the same scaling.
     """
     ranks = 2 if config.init.startswith(("pissa", "olora")) else 1
     alphas = ranks**0.5 if config.rslora else ranks
@@ -116,10 +116,10 @@ def _number(value: float) -> int | float:
 
 
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str] | str:
-    """What means exactly the adapted linears to PEFT: suffixes, or full names, or a regular expression."""
+    """A `target_modules` by which PEFT matches exactly `adapted`: suffixes, full names or a regular expression."""
     bases = {f"{name}.base" for name in adapted_linears(model)}
     modules = [name for name, _ in model.named_modules() if name not in bases]
     for suffixes in (sorted({name.rpartition(".")[2] for name in adapted}), adapted):
-        if {name for name in modules if means(suffixes, name)} == set(adapted):
+        if {name for name in modules if matches(suffixes, name)} == set(adapted):
             return suffixes
     return "|".join(re.escape(name) for name in adapted)

@@ -12,10 +12,10 @@ WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 
 class TensorFiles:
-    """All tensors of the directory by name; each is read from its memory-mapped file when it is asked for.
+    """The tensors of a directory by name. Each is read from its memory-mapped file on demand.
 
     Raises:
-        ValueError: a file that is missing or damaged, or does not hold what the index says.
+        ValueError: a file is missing or damaged, or does not hold the tensors that the index lists.
     """
 
     def __init__(self, directory: Path):
@@ -45,7 +45,7 @@ class TensorFiles:
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
         self._where |= dict.fromkeys(file.keys(), (path, file))
 
     def __contains__(self, name: str) -> bool:
@@ -59,27 +59,27 @@ class TensorFiles:
         return iter(self._where)
 
     def unread(self) -> set[str]:
-        """Names of the tensors that nobody has read."""
+        """The names of the tensors that `read` has not returned yet."""
         return self._where.keys() - self._read
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as it lies in its file, not copied.
+        """The tensor in the memory of its file, not copied.
 
         Raises:
-            ValueError: it is missing.
+            ValueError: the tensor is missing.
         """
         if name not in self:
             raise ValueError(f"{self.directory}: {name} is missing")
         return self._where[name][1].get_tensor(name)
 
     def read(self, name: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
-        """The tensor, copied out of the file, where it need not be aligned as kernels want it.
+        """A copy of the tensor. In the file it may lack the alignment that kernels need.
 
         Args:
-            dtype, shape: what it must have; None: anything.
+            dtype, shape: the required dtype and shape; None: any.
 
         Raises:
-            ValueError: it is missing, or not of that dtype and shape.
+            ValueError: the tensor is missing, or has another dtype or shape.
         """
         tensor = self.tensor(name)
         dtype, shape = dtype or tensor.dtype, tensor.shape if shape is None else torch.Size(shape)
@@ -91,5 +91,5 @@ class TensorFiles:
 
 
 def describe(dtype: torch.dtype, shape: torch.Size) -> str:
-    """As messages name a tensor: `float32 [96, 64]`."""
+    """A tensor in messages: `float32 [96, 64]`."""
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"

@@ -95,7 +95,7 @@ BAD = {
     ),
     "adapter": (["tuned=tiny", "adapter=ia3"], "adapter=ia3: choose lora or dora"),
     "decomposition": (["tuned=tiny", "decomposition=qr"], "decomposition=qr: choose svd, randomized, als, nuclear"),
-    "rank": (["tuned=tiny", "rank=0"], "rank=0 is no rank: choose a whole number, 1 or more"),
+    "rank": (["tuned=tiny", "rank=0"], "rank=0 is not a rank: choose a whole number, 1 or more"),
     "batch": (["tuned=tiny", "batch_size=0"], "batch_size=0: choose 1 or more"),
     "misspelt": (["tuned=tiny", "rnk=2"], "Key 'rnk' not in 'ExtractConfig'"),
     "targets": (["tuned=tiny", "target_modules=[nope]"], "matches no linear of the model"),

@@ -8,6 +8,7 @@ from torch import nn
 
 import kernels
 from modules import DoRALinear, LoRALinear, NF4Linear
+from modules.linear import dense_weight, weight_of
 
 CLASSES = {"lora": LoRALinear, "dora": DoRALinear}
 
@@ -28,7 +29,7 @@ def make_adapted(kind: str, base, rank=5, dropout=0.0) -> LoRALinear:
 
 def expected(layer: LoRALinear, x: torch.Tensor) -> torch.Tensor:
     """The formula, in float64."""
-    w = layer.base_weight().double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    w = dense_weight(layer.base).double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
     if isinstance(layer, DoRALinear):
         w = layer.magnitude.double()[:, None] * w / w.norm(dim=1, keepdim=True)
     return x.double() @ w.T + (0 if layer.base.bias is None else layer.base.bias.double())
@@ -92,7 +93,7 @@ def test_nf4_linear_is_the_dequantized_linear():
     packed = NF4Linear.from_linear(linear, blocksize=64, double_quant=True)
     x = torch.randn(3, 70, requires_grad=True)
     packed(x).sum().backward()
-    w = packed.dense_weight()
+    w = dense_weight(packed)
     torch.testing.assert_close(packed(x), x @ w.T + linear.bias)
     torch.testing.assert_close(x.grad, w.sum(0).expand(3, 70))
 
@@ -101,7 +102,7 @@ def test_nf4_linear_casts_its_computation_but_not_its_constants():
     packed = NF4Linear.from_linear(nn.Linear(70, 52))
     before = copy.deepcopy(packed.state_dict())
     packed.to(torch.float16)
-    assert packed.dense_weight().dtype == torch.float16
+    assert dense_weight(packed).dtype == torch.float16
     after = packed.state_dict()
     for name in ("weight", "absmax", "nested_absmax", "nested_offset"):
         assert torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype, name
@@ -113,7 +114,7 @@ def test_nf4_linear_state_dict_round_trip(double_quant):
     one = NF4Linear.from_linear(nn.Linear(64, 32), 64, double_quant)
     other = NF4Linear.from_linear(nn.Linear(64, 32), 64, double_quant)
     other.load_state_dict(one.state_dict())
-    assert torch.equal(one.dense_weight(), other.dense_weight())
+    assert torch.equal(dense_weight(one), dense_weight(other))
 
 
 def test_storage_is_4_127_bits_a_weight():
@@ -169,8 +170,9 @@ def test_dora_norm_is_cached_in_evaluation_mode_for_each_version_of_its_inputs(m
 
 def test_dora_norm_of_a_module_matches_its_merged_weight():
     layer = make_adapted("dora", make_base(quantized=True, bias=False))
+    weight = weight_of(layer.base)
     norm = kernels.dora_norm(
-        layer.base.weight, layer.norm_sq, layer.lora_A, layer.lora_B, layer.scaling, layer.quant_state
+        weight.values, layer.norm_sq, layer.lora_A, layer.lora_B, layer.scaling, weight.quant_state
     )
-    w = layer.base_weight().double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    w = dense_weight(layer.base).double() + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
     torch.testing.assert_close(norm.double(), w.norm(dim=1), rtol=1e-6, atol=1e-6)

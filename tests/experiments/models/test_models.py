@@ -69,7 +69,7 @@ def test_damaged_weights_are_one_line(tmp_path):
 
 def test_a_damaged_packed_directory_is_one_line(packed_tiny):
     (packed_tiny / "model.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=r"model.safetensors is damaged or no safetensors file"):
+    with pytest.raises(UserError, match=r"model.safetensors is damaged or not a safetensors file"):
         load(source="hf", path=str(packed_tiny))
     (packed_tiny / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):

@@ -22,7 +22,7 @@ def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp
     assert f"4 runs in {tmp_path / 'out'}: 2 done, 1 done before, 1 failed" in text  # full has no rank
     failed = [line for line in text.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 1 and " rank=650 " in failed[0] and " +method=lora " in failed[0]
-    assert failed[0].endswith("rank 650 is out of range: model.layers.0.self_attn.q_proj takes 1 to 64")
+    assert failed[0].endswith("rank 650 is out of range: model.layers.0.self_attn.q_proj can have 1 to 64")
 
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("method=*/*")}
     methods = sorted(json.loads(path.read_text())["method"] for path in written if path.name == "result.json")

@@ -6,6 +6,7 @@ from torch import nn
 
 from modules import NF4Linear, adapted_linears, attach, decoder_linears, quantize
 from modules.adapters.targets import match_targets
+from modules.linear import dense_weight
 
 
 def test_decoder_linears_leave_out_the_head(llama):
@@ -21,7 +22,7 @@ def test_quantize_packs_every_decoder_linear_and_nothing_else(llama):
     assert type(llama.lm_head) is nn.Linear and type(llama.model.embed_tokens) is nn.Embedding
     for name, linear in packed.items():
         # half the widest gap between NF4 levels, 0.152, times the block's absmax, bounds the error
-        assert (linear.dense_weight() - dense[name]).abs().max() <= 0.16 * dense[name].abs().max()
+        assert (dense_weight(linear) - dense[name]).abs().max() <= 0.16 * dense[name].abs().max()
     assert llama(torch.arange(5)[None]).logits.isfinite().all()
 
 
@@ -72,10 +73,10 @@ def test_not_a_regular_expression(llama):
 @pytest.mark.parametrize(
     "rank, message",
     [
-        (0, "rank=0 is no rank: choose a whole number, 1 or more"),
-        (-4, "rank=-4 is no rank"),
-        (2.5, "rank=2.5 is no rank"),
-        (33, r"rank 33 is out of range: model.layers.0.self_attn.k_proj takes 1 to 32"),
+        (0, "rank=0 is not a rank: choose a whole number, 1 or more"),
+        (-4, "rank=-4 is not a rank"),
+        (2.5, "rank=2.5 is not a rank"),
+        (33, r"rank 33 is out of range: model.layers.0.self_attn.k_proj can have 1 to 32"),
     ],
 )
 def test_a_rank_one_layer_cannot_have(llama, rank, message):

@@ -21,6 +21,7 @@ from modules import (
 from modules.adapters.targets import all_linears, decoder_blocks, sublayer_ends
 from modules.files.baselines import OUR_CONFIG_FILE
 from modules.files.bitsandbytes import save_bnb4
+from modules.linear import dense_weight
 from tests.modules.architectures import ARCHITECTURES, IDS, dense_model, logits, scramble
 
 SETTINGS = {
@@ -72,7 +73,7 @@ def test_bitfit_gives_a_linear_a_bias(packed):
     if packed:
         quantize(model)
     base = model.model.layers[0].mlp.up_proj
-    weight = base.dense_weight() if packed else base.weight
+    weight = dense_weight(base) if packed else base.weight
     attach(model, "bitfit")
     ours = model.model.layers[0].mlp.up_proj
     [bias] = [p for p in ours.parameters() if p.dim() == 1]
@@ -127,7 +128,9 @@ def test_houlsby_sits_where_the_residual_is_added():
     ]
     detach(model)
     del model.model.layers[1].mlp
-    with pytest.raises(ValueError, match=r"model.layers.1 is no attention and MLP .* has self_attn.o_proj: name"):
+    with pytest.raises(
+        ValueError, match=r"model.layers.1 must have an attention and an MLP .* has self_attn.o_proj: name"
+    ):
         attach(model, "houlsby", rank=2)
 
 
@@ -146,7 +149,7 @@ def test_on_disk_and_back(adapter, packed, tmp_path):
     mine, theirs = trainable_parameters(model), trainable_parameters(again)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     other = dense_model("opt")
-    with pytest.raises(ValueError, match=r"adapter for another model|names no adapted linear"):
+    with pytest.raises(ValueError, match=r"adapter for another model|matches no adapted linear"):
         load_adapter(other, tmp_path)
     assert not trainable_parameters(other).keys() ^ dict(other.named_parameters()).keys()
 
@@ -186,12 +189,12 @@ def test_packing_after_attaching(architecture):
 @pytest.mark.parametrize(
     "adapter, settings, message",
     [
-        ("bitfit", {"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\] is no setting of adapter 'bitfit'"),
-        ("houlsby", {"dropout": 0.1}, "dropout=0.1 is no setting of adapter 'houlsby'"),
-        ("lora", {"prefix_tokens": 2}, "prefix_tokens=2 is no setting of adapter 'lora'"),
-        ("prefix_embed", {}, "prefix_embed without tokens: set prefix_tokens or infix_tokens to 1 or more"),
+        ("bitfit", {"target_modules": ["q_proj"]}, r"target_modules=\['q_proj'\] is not a setting of adapter 'bitfit'"),
+        ("houlsby", {"dropout": 0.1}, "dropout=0.1 is not a setting of adapter 'houlsby'"),
+        ("lora", {"prefix_tokens": 2}, "prefix_tokens=2 is not a setting of adapter 'lora'"),
+        ("prefix_embed", {}, "prefix_embed has no tokens: set prefix_tokens or infix_tokens to 1 or more"),
         ("prefix_layer", {"prefix_tokens": -1}, "prefix_tokens=-1: choose a whole number, 0 or more"),
-        ("houlsby", {"rank": 0}, "rank=0 is no rank"),
+        ("houlsby", {"rank": 0}, "rank=0 is not a rank"),
     ],
 )
 def test_bad_settings(adapter, settings, message):
@@ -202,15 +205,15 @@ def test_bad_settings(adapter, settings, message):
 def test_what_cannot_be_done_with_them(tmp_path):
     for adapter in ("houlsby", "prefix_layer"):
         model = adapted("llama", adapter, packed=True, **({"prefix_tokens": 1} if "prefix" in adapter else {"rank": 2}))
-        with pytest.raises(ValueError, match=f"is {adapter}, which no dense layers amount to"):
+        with pytest.raises(ValueError, match=f"is {adapter}, which cannot be merged"):
             merge(model)
         with pytest.raises(ValueError, match="the model has adapters, which a bitsandbytes directory cannot hold"):
             save_bnb4(model, tmp_path / "out")
     save_adapter(model, tmp_path)
     raw = json.loads((tmp_path / OUR_CONFIG_FILE).read_text())
     for change, message in (
-        ({"rank": 4}, "rank is no setting of adapter 'prefix_layer'"),
-        ({"adapter": "ia3"}, "is no setting of adapter 'ia3'"),
+        ({"rank": 4}, "rank is not a setting of adapter 'prefix_layer'"),
+        ({"adapter": "ia3"}, "is not a setting of adapter 'ia3'"),
     ):
         (tmp_path / OUR_CONFIG_FILE).write_text(json.dumps(raw | change))
         with pytest.raises(ValueError, match=message):

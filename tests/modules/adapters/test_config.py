@@ -7,18 +7,18 @@ from modules import AdapterConfig, attach
 from tests.modules.architectures import dense_model
 
 REFUSED = {
-    "rank=3 is odd, and init=orthogonal splits the rank in two halves": {"rank": 3, "init": "orthogonal"},
-    "rank of q_proj=0 is no rank: choose a whole number, 1 or more": {"rank_pattern": {"q_proj": 0}},
-    "rank of q_proj=True is no rank": {"rank_pattern": {"q_proj": True}},
-    "rank_pattern=8 is no mapping of names: give it as {q_proj: 8}": {"rank_pattern": 8},
+    "rank=3 is odd: init=orthogonal needs an even rank": {"rank": 3, "init": "orthogonal"},
+    "rank of q_proj=0 is not a rank: choose a whole number, 1 or more": {"rank_pattern": {"q_proj": 0}},
+    "rank of q_proj=True is not a rank": {"rank_pattern": {"q_proj": True}},
+    "rank_pattern=8 is not a mapping of names: give it as {q_proj: 8}": {"rank_pattern": 8},
     "rank_pattern='(' is not a regular expression: missing )": {"rank_pattern": {"(": 8}},
     "lora_alpha=0: choose a number above 0": {"lora_alpha": 0},
     "lora_alpha of q_proj=x: choose a number above 0": {"alpha_pattern": {"q_proj": "x"}},
     "dropout=1: choose a number from 0 to below 1": {"dropout": 1},
     "bias='some' is not one of none, lora_only, all": {"bias": "some"},
-    "target_modules=3 is no list of suffixes and no regular expression": {"target_modules": 3},
+    "target_modules=3 is not a list of suffixes or a regular expression": {"target_modules": 3},
     "exclude_modules='[' is not a regular expression: unterminated": {"exclude_modules": "["},
-    "modules_to_save='lm_head' is no list of suffixes": {"modules_to_save": "lm_head"},
+    "modules_to_save='lm_head' is not a list of suffixes": {"modules_to_save": "lm_head"},
 }
 
 
@@ -31,11 +31,11 @@ def test_what_no_adapter_can_have(message, settings):
 
 UNFIT = {
     "v_prj of target_modules matches no linear of the model": {"target_modules": ["q_proj", "v_prj"]},
-    "rank_pattern: qproj names no adapted linear": {"rank_pattern": {"qproj": 2}},
-    "alpha_pattern: q_proj names no adapted linear, or only such as an earlier key names": {
+    "rank_pattern: qproj matches no adapted linear": {"rank_pattern": {"qproj": 2}},
+    "alpha_pattern: q_proj matches no adapted linear that an earlier key does not match": {
         "alpha_pattern": {".*": 2, "q_proj": 3}
     },
-    "rank 65 is out of range: model.layers.0.self_attn.q_proj takes 1 to 64": {"rank_pattern": {"q_proj": 65}},
+    "rank 65 is out of range: model.layers.0.self_attn.q_proj can have 1 to 64": {"rank_pattern": {"q_proj": 65}},
     "exclude_modules=['qproj'] matches none of the target modules": {"exclude_modules": ["qproj"]},
     "exclude_modules and modules_to_save leave no linear to put an adapter on": {"exclude_modules": ".*"},
     "modules_to_save: the model has no module head": {"modules_to_save": ["head"]},

@@ -86,7 +86,7 @@ def test_half_precision_is_decomposed_in_fp32_and_the_generator_is_left_alone(me
 
 def test_bad_input():
     w = torch.ones(4, 6)
-    with pytest.raises(ValueError, match="rank 5 is out of range: a matrix of 4 × 6 takes 1 to 4"):
+    with pytest.raises(ValueError, match="rank 5 is out of range: a matrix of 4 × 6 can have 1 to 4"):
         decompose(w, 5)
     with pytest.raises(ValueError, match="rank 0 is out of range"):
         decompose(w, 0)

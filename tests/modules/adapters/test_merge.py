@@ -19,7 +19,7 @@ from modules import (
     set_adapter,
     unmerge,
 )
-from modules.linear import is_conv1d
+from modules.linear import dense_weight, is_conv1d
 from tests.modules.architectures import ARCHITECTURES, dense_model, logits, scramble
 
 
@@ -60,13 +60,13 @@ def test_a_merged_model_is_a_plain_one(architecture, method, tmp_path):
 
 def test_requantizing_is_measured():
     model = adapted("llama", "qdora")
-    base = {name: layer.base_weight().double() for name, layer in adapted_linears(model).items()}
+    base = {name: dense_weight(layer.base).double() for name, layer in adapted_linears(model).items()}
     requantized = merge(model, unload=True)
     merged = {name: linear.weight.double() for name, linear in decoder_linears(model).items()}
     quantize(model)
     for name, linear in decoder_linears(model).items():
         size, found = merged[name].norm(), requantized[name]
-        error = (linear.dense_weight().double() - merged[name]).norm() / size
+        error = (dense_weight(linear).double() - merged[name]).norm() / size
         assert found.error == pytest.approx(error.item(), rel=1e-4)
         assert found.update == pytest.approx(((merged[name] - base[name]).norm() / size).item(), rel=1e-4)
 
@@ -136,7 +136,7 @@ def test_quantize_reaches_the_base_under_adapters():
     layers = adapted_linears(model)
     for name, layer in layers.items():
         assert torch.equal(layer.base.weight, packed.get_submodule(name).weight)
-        torch.testing.assert_close(layer.norm_sq, layer.base_weight().square().sum(1))
+        torch.testing.assert_close(layer.norm_sq, dense_weight(layer.base).square().sum(1))
     merged = logits(model)
     merge(model)
     torch.testing.assert_close(logits(model), merged, rtol=1e-4, atol=1e-5)
@@ -148,10 +148,7 @@ def test_quantize_reaches_the_base_under_adapters():
 def test_weighted_sum(architecture):
     """W + Σ w·sBA, in float64."""
     model = dense_model(architecture)
-    dense = {
-        name: (linear.weight.t() if is_conv1d(linear) else linear.weight).detach().double()
-        for name, linear in decoder_linears(model).items()
-    }
+    dense = {name: dense_weight(linear).detach().double() for name, linear in decoder_linears(model).items()}
     attach(model, "lora", 4, 6, name="a", rslora=True)
     scramble(model, 1)
     suffix = "c_attn" if architecture == "gpt2" else "q_proj"
@@ -177,9 +174,9 @@ def test_weighted_sum(architecture):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"adapter": "dora"}, "the adapter 'a' has dora, which has no weighted sum: only LoRA layers add up"),
-        ({"modules_to_save": ["lm_head"]}, "the adapter 'a' has modules_to_save, which has no weighted sum"),
-        ({"bias": "lora_only"}, "the adapter 'a' has bias, which has no weighted sum"),
+        ({"adapter": "dora"}, "the adapter 'a' has dora, which cannot be summed: only LoRA layers can"),
+        ({"modules_to_save": ["lm_head"]}, "the adapter 'a' has modules_to_save, which cannot be summed"),
+        ({"bias": "lora_only"}, "the adapter 'a' has bias, which cannot be summed"),
     ],
     ids=str,
 )

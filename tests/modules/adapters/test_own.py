@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modules import NF4Linear, attach, detach, quantize, set_adapter, trainable_parameters
-from modules.adapters.own import own_copy, own_tensor, settled
+from modules.adapters.own import merged_copy, own_copy, own_tensor
 from tests.modules.architectures import dense_model, logits, scramble
 
 
@@ -33,8 +33,8 @@ def test_an_own_weight_trains_in_fp32_and_computes_in_the_base_s_dtype(module, x
     with torch.no_grad():
         own.add_(1e-4)  # less than bf16 can add to 1
     assert torch.equal(base(x), before)
-    assert torch.equal(settled(base, clone, ["weight"])(x), clone(x))
-    assert settled(base, clone, ["weight"]).weight.dtype == dtype
+    assert torch.equal(merged_copy(base, clone, ["weight"])(x), clone(x))
+    assert merged_copy(base, clone, ["weight"]).weight.dtype == dtype
 
 
 def test_a_forward_of_the_module_s_own_uses_the_own_weight():
@@ -46,7 +46,7 @@ def test_a_forward_of_the_module_s_own_uses_the_own_weight():
         clone.weight.add_(1)
     assert torch.equal(base(x), before)
     torch.testing.assert_close(clone(x), before + 2 * x.sum(1, keepdim=True))
-    torch.testing.assert_close(settled(base, clone, ["weight"])(x), clone(x))
+    torch.testing.assert_close(merged_copy(base, clone, ["weight"])(x), clone(x))
 
 
 def test_buffers_are_copied_too():

@@ -242,7 +242,7 @@ def test_a_damaged_tensor_is_named(llama_copy, change, message):
 def test_a_truncated_file_is_named(llama_copy):
     path = llama_copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or not a safetensors file"):
         load_bnb4(llama_copy)
 
 

@@ -94,14 +94,17 @@ def _damage(directory, how):
 @pytest.mark.parametrize(
     "how, message",
     [
-        ("truncated", "holds no readable adapter: adapter_model.safetensors is damaged or no safetensors file: Error"),
+        (
+            "truncated",
+            "holds no readable adapter: adapter_model.safetensors is damaged or not a safetensors file: Error",
+        ),
         ("no weights", "adapter_model.safetensors is missing"),
         ("no config", "adapter_config.json is missing"),
         ("not JSON", "holds no readable adapter"),
         (
             "another rank",
             r"adapter_config.json and adapter_model.safetensors disagree: model.layers.0.self_attn.q_proj has rank 3 "
-            r"in the one and 4 in the other; \S+k_proj has .*; \S+v_proj has .*; … 14 in all",
+            r"in the first and 4 in the second; \S+k_proj has .*; \S+v_proj has .*; … 14 in all",
         ),
         (
             "other layers",

@@ -149,17 +149,19 @@ def test_half_precision_files_are_read_to_fp32(tmp_path):
 # ------------------------------------------------------------------------------------ refused
 
 REFUSED = {
-    "peft_type 'IA3' cannot be represented, only LORA and PROMPT_TUNING": {"peft_type": "IA3"},
-    "lora_bias=True cannot be represented": {"lora_bias": True},
-    "target_parameters=['mlp.experts.gate_up_proj'] cannot": {"target_parameters": ["mlp.experts.gate_up_proj"]},
-    "layer_replication=[[0, 2]] cannot be represented": {"layer_replication": [[0, 2]]},
-    "trainable_token_indices=[1, 2] cannot be represented": {"trainable_token_indices": [1, 2]},
-    "use_qalora=True cannot be represented": {"use_qalora": True},
-    "a_key_of_tomorrow=1 cannot be represented": {"a_key_of_tomorrow": 1},
-    "init_lora_weights='corda' cannot be represented": {"init_lora_weights": "corda"},
-    "init_lora_weights='loftq' cannot be represented": {"init_lora_weights": "loftq"},
-    "rank=0 is no rank": {"r": 0},
-    "target_modules=None is no list of suffixes": {"target_modules": None},
+    "peft_type 'IA3' is not supported, only LORA and PROMPT_TUNING are": {"peft_type": "IA3"},
+    "lora_bias=True is not supported": {"lora_bias": True},
+    "target_parameters=['mlp.experts.gate_up_proj'] is not supported": {
+        "target_parameters": ["mlp.experts.gate_up_proj"]
+    },
+    "layer_replication=[[0, 2]] is not supported": {"layer_replication": [[0, 2]]},
+    "trainable_token_indices=[1, 2] is not supported": {"trainable_token_indices": [1, 2]},
+    "use_qalora=True is not supported": {"use_qalora": True},
+    "a_key_of_tomorrow=1 is not supported": {"a_key_of_tomorrow": 1},
+    "init_lora_weights='corda' is not supported": {"init_lora_weights": "corda"},
+    "init_lora_weights='loftq' is not supported": {"init_lora_weights": "loftq"},
+    "rank=0 is not a rank": {"r": 0},
+    "target_modules=None is not a list of suffixes": {"target_modules": None},
     "lora_alpha=x: choose a number above 0": {"lora_alpha": "x"},
 }
 
@@ -195,14 +197,14 @@ def test_a_missing_setting(tmp_path):
 def test_lora_on_an_embedding(tmp_path):
     saved(tmp_path, target_modules=["q_proj", "embed_tokens"])
     message = refusal(dense_model("qwen3"), tmp_path)
-    assert "LoRA on an embedding cannot be represented: base_model.model.model.embed_tokens.lora_embedding_A" in message
+    assert "LoRA on an embedding is not supported: base_model.model.model.embed_tokens.lora_embedding_A" in message
 
 
 def test_an_initialisation_that_packs_the_base_again(tmp_path):
     theirs(bnb4_model("llama"), init_lora_weights="olora").save_pretrained(tmp_path)
     model = dense_model("llama")
     quantize(model)
-    assert "init_lora_weights='olora' cannot be represented over NF4Linear" in refusal(model, tmp_path)
+    assert "init_lora_weights='olora' is not supported over NF4Linear" in refusal(model, tmp_path)
 
 
 def test_an_adapter_for_another_architecture(tmp_path):
@@ -231,7 +233,7 @@ def test_an_embedding_that_is_not_the_models(tmp_path):
     model = dense_model("llama")
     with torch.no_grad():
         model.lm_head.weight.add_(1)
-    assert "another model: lm_head.base_layer.weight is another weight than the model's" in refusal(model, tmp_path)
+    assert "another model: lm_head.base_layer.weight differs from the model's weight" in refusal(model, tmp_path)
 
 
 def test_what_was_shown_stays_shown_after_a_refusal(tmp_path):
@@ -268,7 +270,7 @@ def test_pickles_are_not_read(tmp_path):
     assert "adapter_model.safetensors is missing: adapter_model.bin is a pickle, which can run code" in message
     (tmp_path / "adapter_model.bin").rename(tmp_path / "adapter_model.safetensors")
     message = refusal(dense_model("llama"), tmp_path)
-    assert "holds no readable adapter: adapter_model.safetensors is damaged or no safetensors file: Error" in message
+    assert "holds no readable adapter: adapter_model.safetensors is damaged or not a safetensors file: Error" in message
     (tmp_path / "adapter_config.json").write_text("[1]")
     assert "holds no readable adapter: adapter_config.json: " in refusal(dense_model("llama"), tmp_path)
 

@@ -1,9 +1,10 @@
-"""The adapter that comes nearest to what full fine-tuning made of a weight, W → W′, both [out, in].
+"""The adapter that brings a weight W nearest to W′, the weight after full fine-tuning; both are [out, in].
 
-LoRA   s·BA = the r principal components of W′ − W: nothing of rank r is nearer
-DoRA   m/‖V‖ ⊙ V with V = W + s·BA, the norm taken per row. Rows c ⊙ W′ have the same direction whatever their
-       scales c, so those are sought for which c ⊙ W′ − W is best cut to rank r: from c = 1, which is LoRA's BA, and
-       from the c that brings each row nearest to W's; then in turns BA for c, and m and c for BA
+LoRA   s·BA = the r principal components of W′ − W. No matrix of rank r is nearer
+DoRA   m/‖V‖ ⊙ V with V = W + s·BA, the norm taken per row. m sets the length of each row, so BA may aim at c ⊙ W′ for
+       any scales c of the rows. Two steps alternate: BA = the r principal components of c ⊙ W′ − W; then the best m
+       for this BA, and c from m. The better result of two starts is kept: c = 1, which gives LoRA's BA, and the c that
+       brings each row of W′ nearest to W's
 """
 
 import torch
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from modules.adapters.decompose import decompose
 
-DORA_TURNS, DORA_TOLERANCE = 8, 1e-2  # stop when a turn lowers the squared error by less than this share
+DORA_TURNS = 8  # at most so many turns from each start
+DORA_TOLERANCE = 1e-2  # stop when a turn lowers the squared error by less than this share
 TINY = torch.finfo(torch.float32).tiny
 
 
 @torch.no_grad()
-def extract_lora(w: Tensor, tuned: Tensor, rank: int, method: str = "svd") -> tuple[Tensor, Tensor]:
+def nearest_lora(w: Tensor, tuned: Tensor, rank: int, method: str = "svd") -> tuple[Tensor, Tensor]:
     """(A [rank, in], B [out, rank]) with BA ≈ `tuned` − `w`, in fp32.
 
     Args:
@@ -24,17 +26,17 @@ def extract_lora(w: Tensor, tuned: Tensor, rank: int, method: str = "svd") -> tu
         rank, method: see `modules.adapters.decompose`.
 
     Raises:
-        ValueError: shapes that differ, and what `decompose` refuses.
+        ValueError: the shapes differ, or `decompose` refuses the difference.
     """
     _check(w, tuned)
     return decompose(tuned.float() - w.float(), rank, method)
 
 
 @torch.no_grad()
-def extract_dora(w: Tensor, tuned: Tensor, rank: int, method: str = "svd") -> tuple[Tensor, Tensor, Tensor]:
+def nearest_dora(w: Tensor, tuned: Tensor, rank: int, method: str = "svd") -> tuple[Tensor, Tensor, Tensor]:
     """(A [rank, in], B [out, rank], m [out]) with m/‖V‖ ⊙ V ≈ `tuned`, V = `w` + BA, in fp32.
 
-    Never further from `tuned` than `extract_lora`'s W + BA. Arguments and errors as there.
+    It is never further from `tuned` than W + BA of `nearest_lora`, which has the same arguments and errors.
     """
     _check(w, tuned)
     w, tuned = w.float(), tuned.float()
@@ -58,4 +60,4 @@ def extract_dora(w: Tensor, tuned: Tensor, rank: int, method: str = "svd") -> tu
 
 def _check(w: Tensor, tuned: Tensor) -> None:
     if w.shape != tuned.shape:
-        raise ValueError(f"the weight is {list(w.shape)} but the tuned one {list(tuned.shape)}")
+        raise ValueError(f"the weight is {list(w.shape)}, but the tuned weight is {list(tuned.shape)}")
