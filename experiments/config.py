@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from experiments.errors import UserError
 from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, CODEBOOKS
 from modules import AdapterConfig
-from modules.adapters.config import BASELINES, changes_base, quantized_start
+from modules.adapters.config import BASELINES, AdapterSettings, changes_base, quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -103,7 +103,9 @@ class TrackingConfig:
 
 
 @dataclass
-class Config:
+class Config(AdapterSettings):
+    """A run: the adapter's settings, whose meaning modules/adapters/config.py gives, and these keys."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     method: MethodConfig = MISSING
@@ -114,20 +116,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    rank: int = 16
-    lora_alpha: float | None = None  # 2 · rank
-    dropout: float = 0.0  # on the adapter's input
-    target_modules: Any = "all-linear"  # all-linear | list of suffixes | regex
-    exclude_modules: Any = None  # list of suffixes | regex
-    rank_pattern: Any = None  # {end of a layer's name, or a regex for it: its rank}
-    alpha_pattern: Any = None  # the same for lora_alpha
-    modules_to_save: list[str] = field(default_factory=list)  # suffixes of modules that train whole
-    bias: str = "none"  # none | lora_only | all: which biases train
-    rslora: bool = False  # scale by lora_alpha / √rank
-    init: str = "default"  # what adapters begin with: see modules/adapters/init.py
-    freeze_A: bool = False  # only B trains (LoRA-FA)
-    prefix_tokens: int = 0  # l_p, trainable tokens before the text (prefix_embed, prefix_layer)
-    infix_tokens: int = 0  # l_i, trainable tokens at the end of the prompt
     lr: float = MISSING
     seed: int = 0
     output_dir: str = MISSING
@@ -166,32 +154,25 @@ def flat(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in walk(asdict(cfg), "") if not key.startswith(BOOKKEEPING)}
 
 
-# Of Config and of AdapterConfig alike, beside rank, lora_alpha, dropout and target_modules, which always have a value.
-ADAPTER_KEYS = (
-    *("exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "rslora", "init", "freeze_A"),
-    *("prefix_tokens", "infix_tokens"),
-)
+ADAPTER_KEYS = tuple(f.name for f in fields(AdapterSettings))
+ALWAYS_SET = ("rank", "lora_alpha", "dropout", "target_modules")  # they have a value even where no adapter is
 
 
-def adapter_config(cfg: Config) -> AdapterConfig:
-    """What `cfg` says about the adapter.
-
-    Raises:
-        UserError: a value that no adapter can have.
-    """
-    more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
-    try:
-        return AdapterConfig(cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def adapter_settings(cfg: Config) -> dict[str, Any]:
+    """The settings of the adapter, by name."""
+    return {key: getattr(cfg, key) for key in ADAPTER_KEYS}
 
 
 def _check_adapter(cfg: Config) -> None:
     if cfg.method.adapter == "none":
-        if given := [key for key in ADAPTER_KEYS if getattr(cfg, key) != getattr(Config(), key)]:
-            raise UserError(f"{given[0]} is about adapters, and method={cfg.method.name} has none")
+        given, default = adapter_settings(cfg), adapter_settings(Config())
+        if wrong := [key for key in given if key not in ALWAYS_SET and given[key] != default[key]]:
+            raise UserError(f"{wrong[0]} is about adapters, and method={cfg.method.name} has none")
         return
-    adapter_config(cfg)
+    try:
+        AdapterConfig(cfg.method.adapter, **adapter_settings(cfg))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if quantized_start(cfg.init) and cfg.quant.name == "none":
         raise UserError(f"init={cfg.init} makes up for what quantizing loses: choose +method=qlora or +method=qdora")
     if changes_base(cfg.init) and cfg.quant.name != "none" and cfg.quant.type not in BITSANDBYTES_TYPES:

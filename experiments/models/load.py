@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from experiments.blocks.quant_map import blocksizes
-from experiments.config import ADAPTER_KEYS, Config, ModelConfig
+from experiments.config import Config, ModelConfig, adapter_settings
 from experiments.data.samples import batches, collate, load_data
 from experiments.errors import UserError
 from experiments.models import lean, mapped, siblings
@@ -151,7 +151,7 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
+    more = {}
     if cfg.init == "eva":
         more["calibration"] = _calibration(cfg, model, tokenizer)
     if cfg.init.startswith(("pissa", "olora")):
@@ -166,7 +166,7 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             f"{cfg.data.max_length} are more than the {positions} positions of {cfg.model.name}"
         )
     try:
-        attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
+        attach(model, cfg.method.adapter, **adapter_settings(cfg), **more)
     except ValueError as error:
         raise UserError(str(error)) from error
     siblings.join(model)

@@ -14,8 +14,7 @@ def identity(cfg: Config) -> dict[str, Any]:
     """The values that decide what a run computes, by their full keys: of a method without rank no rank, of a dense
     base no blocksize."""
     used = SETTINGS.get(cfg.method.adapter, ())
-    about_adapters = ("rank", "lora_alpha", "dropout", "target_modules", *ADAPTER_KEYS)
-    unused = tuple(key for key in about_adapters if key not in used)
+    unused = tuple(key for key in ADAPTER_KEYS if key not in used)
     if cfg.quant.name == "none":
         unused += ("quant.type", "quant.blocksize", "quant.double")
     return {key: value for key, value in flat(cfg).items() if key not in unused}

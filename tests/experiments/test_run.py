@@ -131,7 +131,10 @@ BAD = {
     "unknown method": (["+method=vera"], "Could not find 'method/vera' Available options in 'method': adapter bitfit"),
     "rank 0": (["+method=lora", "rank=0"], "rank=0: choose 1 or more"),
     "negative rank": (["+method=lora", "rank=-3"], "rank=-3: choose 1 or more"),
-    "rank too large": (["+method=lora", "rank=65"], "rank 65 is out of range: model.layers.0.self_attn.q_proj takes"),
+    "rank too large": (
+        ["+method=lora", "rank=65"],
+        "rank 65 is out of range: model.layers.0.self_attn.q_proj can",
+    ),
     "rank not a number": (["+method=lora", "rank=ten"], "Value 'ten' of type 'str' could not be converted to Integer"),
     "unquoted regex": (
         ["+method=lora", "target_modules=.*[01].*"],
@@ -139,7 +142,7 @@ BAD = {
     ),
     "no value": (["+method=lora", "rank"], "rank cannot be read: give it as key=value"),
     "misspelt key": (["+method=lora", "rnk=3"], "Key 'rnk' not in 'Config'"),
-    "added key": (["+method=lora", "+rnk=3"], "no such key: rnk; there are model, quant"),
+    "added key": (["+method=lora", "+rnk=3"], "no such key: rnk; there are rank, lora_alpha"),
     "added nested key": (["+method=lora", "+trainer.stepz=3"], "no such key: stepz; there are name, steps"),
     "blocksize": (["+method=qlora", "quant.blocksize=48"], "quant.blocksize=48: choose one of 32, 64, 128"),
     "small blocksize": (["+method=qlora", "quant.blocksize=16"], "quant.blocksize=16: choose one of 32, 64, 128"),
