@@ -136,6 +136,9 @@ for group, schema in {
     store.store(group=group, name="schema", node=schema)
 
 
+# Methods that were renamed: the old name, which configurations and results of old runs have, and the new one.
+RENAMED_METHODS = {"adapter": "houlsby"}
+
 # Where a run writes, who watches it and how processes share it; everything else says what it computes.
 BOOKKEEPING = ("output_dir", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
 BOOKKEEPING += ("trainer.parallel",)
@@ -195,6 +198,7 @@ def resolve(cfg: DictConfig) -> Config:
         if unknown := sorted(node.keys() - {f.name for f in fields(schema)}):  # +key=… adds what the schema lacks
             raise UserError(f"no such key: {', '.join(unknown)}; there are {', '.join(f.name for f in fields(schema))}")
     config: Config = OmegaConf.to_object(cfg)
+    config.method.name = RENAMED_METHODS.get(config.method.name, config.method.name)
     if config.rank < 1:
         raise UserError(f"rank={config.rank}: choose 1 or more")
     if config.lora_alpha is None:

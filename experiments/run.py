@@ -2,8 +2,8 @@
 
     python -m experiments.run +method=qdora rank=16
 
-Methods: full, lora, qlora, dora, qdora; of the LoRA paper's baselines bitfit, adapter (Houlsby's), prefix_embed and
-prefix_layer. Every key of conf/ can be set on the command line; `-m` runs a sweep:
+Methods: full, lora, qlora, dora, qdora; of the LoRA paper's baselines bitfit, houlsby, prefix_embed and prefix_layer.
+Every key of conf/ can be set on the command line; `-m` runs a sweep:
 
     python -m experiments.run -m +method=lora,dora rank=4,16 seed=0,1,2
     python -m experiments.run sweep=rank                                 ready ones are in conf/sweep/

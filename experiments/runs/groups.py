@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RENAMED_METHODS
 from experiments.errors import UserError
 from experiments.system.files import METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
 
@@ -171,7 +172,8 @@ def _read(path: Path, folder: Path) -> Run:
     wrong += [f"config: {key}" for key in ("method.name", "model.name", "data.name") if key not in result["config"]]
     if wrong:
         raise ValueError(f"missing or not a finite number: {', '.join(wrong)}")
-    versions = result.get("versions")
+    config, versions = result["config"], result.get("versions")
+    method = RENAMED_METHODS.get(config["method.name"], config["method.name"])
     measures = {name: value for name, value in _numbers(result) if name not in NO_MEASURE}
     if "second_loss_after" in measures:
         measures["second_loss_rise"] = measures["second_loss_after"] - measures["second_loss_before"]
@@ -180,7 +182,7 @@ def _read(path: Path, folder: Path) -> Run:
         identity=result["config_hash"],
         version=result["results_version"],
         seed=result["seed"],
-        config=result["config"],
+        config=config | {"method.name": method},
         measures=measures,
         about={"commit": result.get("commit") or "unknown", **(versions if isinstance(versions, dict) else {})},
         shared_base=result.get("shared_base"),

@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Any
 
-from experiments.config import ADAPTER_KEYS, Config, flat
+from experiments.config import ADAPTER_KEYS, RENAMED_METHODS, Config, flat
 from modules.adapters.config import SETTINGS
 
 VERSION = 1  # of the numbers in result.json: raise it when earlier ones can no longer be compared with new ones
@@ -25,6 +25,8 @@ def config_hash(cfg: Config) -> str:
     them. A key that has the schema's default does not count, so a key that is added later changes no hash."""
     defaults = flat(Config())
     told = {key: value for key, value in identity(cfg).items() if key not in defaults or value != defaults[key]}
+    old_names = {new: old for old, new in RENAMED_METHODS.items()}  # a new name changes no hash either
+    told["method.name"] = old_names.get(cfg.method.name, cfg.method.name)
     return hashlib.sha256(json.dumps([VERSION, told], sort_keys=True).encode()).hexdigest()[:12]
 
 

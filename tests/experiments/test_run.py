@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from experiments.config import resolve
+from experiments.config import RENAMED_METHODS, resolve
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.load import load_model
@@ -111,13 +111,15 @@ def test_a_sweep_runs_every_combination(command, tmp_path):
 
 @pytest.mark.parametrize("group", ["model", "quant", "data", "trainer", "tracking", "method"])
 def test_every_config_composes(group):
-    names = [path.stem for path in (PROJECT_ROOT / "conf" / group).glob("*.yaml")]
+    names = {path.stem: path.stem for path in (PROJECT_ROOT / "conf" / group).glob("*.yaml")}
     assert names
-    for name in names:
+    if group == "method":
+        names |= RENAMED_METHODS
+    for name, resolved in names.items():
         overrides = [f"+method={name}"] if group == "method" else ["+method=lora", f"{group}={name}"]
         overrides += ["quant.map=unused"] if name == "tuned" else []
         cfg = resolve(composed(*overrides, "output_dir=unused"))
-        assert getattr(cfg, group).name == name
+        assert getattr(cfg, group).name == resolved
         assert cfg.lora_alpha == 2 * cfg.rank
 
 

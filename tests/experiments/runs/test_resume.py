@@ -15,7 +15,7 @@ from experiments.training.evaluation import evaluate
 from tests.experiments.conftest import CHECKPOINTS, SMALL, TINY
 from tests.experiments.killed import kill
 
-METHODS = ["full", "lora", "qlora", "dora", "qdora", "bitfit", "adapter", "prefix_embed", "prefix_layer"]
+METHODS = ["full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby", "prefix_embed", "prefix_layer"]
 
 
 def records(directory: Path) -> list[dict]:
@@ -171,6 +171,18 @@ def test_checkpoints_are_not_overwritten(finished, command):
     code, text = command("+method=qdora")
     assert code == 1 and "step-00000006 is there: go on from it with resume=latest, or choose another" in text
     assert tensors(finished) == before
+
+
+def test_a_run_under_a_methods_old_name_goes_on(command, tmp_path):
+    """`adapter` was the name of `houlsby`: in the configuration of old runs, and still on the command line."""
+    out = tmp_path / "out"
+    assert command("+method=adapter", *CHECKPOINTS, *SMALL)[0] == 0
+    assert result(out)["method"] == result(out)["config"]["method.name"] == "houlsby"
+    for path in out.rglob("config.yaml"):
+        path.write_text(path.read_text().replace("name: houlsby", "name: adapter"))
+    code, text = command("+method=houlsby", *CHECKPOINTS, *SMALL, "resume=latest", "trainer.steps=7")
+    assert code == 0 and "going on after step 6" in text, text
+    assert load_run(out).cfg.method.name == "houlsby"
 
 
 @pytest.mark.parametrize("method", ["full", "dora"])

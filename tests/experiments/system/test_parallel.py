@@ -26,7 +26,7 @@ from tests.experiments.conftest import TINY, composed, write_chats
 from tests.experiments.many import failures, processes, run_until, runs
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
-BASELINES = ["adapter", "prefix_layer"]  # for DDP alone
+BASELINES = ["houlsby", "prefix_layer"]  # for DDP alone
 # 19 samples in batches of 6: the fourth of each epoch has one sample, which leaves all processes but one without any
 SETTINGS = ["trainer.device=cpu", "trainer.dtype=float32", "trainer.batch_size=6", "trainer.grad_accum=2", "lr=3e-3"]
 SETTINGS += ["data.max_train=19", "data.max_heldout=5", "trainer.eval_batch_size=2"]
