@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models.load import load_model
+from experiments.models.named import model_names, named_model
 from experiments.runs.model_files import MODEL
-from experiments.system.files import PROJECT_ROOT
 
 
 def model_config(where: str) -> ModelConfig:
@@ -19,12 +18,11 @@ def model_config(where: str) -> ModelConfig:
     Raises:
         UserError: nothing of that name.
     """
-    named = {file.stem: file for file in (PROJECT_ROOT / "conf" / "model").glob("*.yaml")}
-    if where in named:
-        return ModelConfig(**{key: value for key, value in OmegaConf.load(named[where]).items() if key != "defaults"})
+    if where in model_names():
+        return named_model(where)
     path = Path(where).expanduser()
     if not path.exists():
-        names = ", ".join(sorted(named))
+        names = ", ".join(model_names())
         raise UserError(f"{where}: no such directory or file, and no model of that name; there are {names}")
     if path.is_dir() and (path / MODEL).is_dir():  # a run's directory
         path = path / MODEL

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -21,16 +22,23 @@ def write_config(cfg: Config, directory: Path) -> None:
 
 
 def read_config(directory: Path, changes: list[str] = ()) -> Config:
-    """What config.yaml says, with `changes` ("key=value") made; keys that it lacks have the schema's defaults.
+    """The configuration in config.yaml; keys that it lacks have the schema's defaults.
+
+    Args:
+        changes: overrides of single keys in Hydra's grammar, "trainer.steps=40".
 
     Raises:
-        UserError: no such file, or not one that this program can have written.
+        UserError: no such file, or not one that this program can have written; a change that is not of one key.
+        OverrideParseException: a change that Hydra cannot read.
     """
     path = directory / CONFIG
     try:
-        values = OmegaConf.load(path)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), values, OmegaConf.from_dotlist(list(changes)))
-        return resolve(merged)
+        values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        for change in OverridesParser.create().parse_overrides(list(changes)):
+            if change.is_add() or change.is_delete() or change.is_sweep_override():
+                raise UserError(f"{change.input_line}: give one value for a key of the run, as key=value")
+            OmegaConf.update(values, change.key_or_group, change.value())
+        return resolve(values)
     except FileNotFoundError as error:
         what = "no config.yaml there, so this is no run's directory" if directory.is_dir() else "no such directory"
         raise UserError(f"{directory}: {what}") from error
