@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +16,10 @@ from experiments.config import RENAMED_METHODS, resolve
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.load import load_model
+from experiments.system.cli import composed
 from experiments.system.files import PROJECT_ROOT
 from experiments.training.evaluation import evaluate
-from tests.experiments.conftest import composed
+from tests.experiments.helpers import records
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
 RESULT_KEYS = {
@@ -31,10 +31,6 @@ RESULT_KEYS = {
     *("tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds", "cpu_energy_joules", "effective_rank"),
     *("processes", "shared_base"),
 }
-
-
-def records(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,8 +11,9 @@ from experiments import run
 from experiments.config import resolve
 from experiments.runs import identity, sweep
 from experiments.runs.shared_base import SharedBase
+from experiments.system.cli import composed
 from experiments.system.files import PROJECT_ROOT
-from tests.experiments.conftest import TINY, composed
+from tests.experiments.helpers import TINY
 
 
 def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp_path):

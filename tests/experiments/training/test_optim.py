@@ -10,10 +10,11 @@ import torch
 from experiments.config import resolve
 from experiments.data.chat import Example
 from experiments.models.load import load_model
+from experiments.system.cli import composed
 from experiments.training.loop import Trainer
 from experiments.training.optim import make_optimizer, with_room
 from modules import attach
-from tests.experiments.test_run import composed, records
+from tests.experiments.helpers import records
 
 
 def losses(directory: Path) -> list[float]:

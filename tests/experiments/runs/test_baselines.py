@@ -18,8 +18,8 @@ from experiments.training.evaluation import evaluate as measure
 from experiments.training.evaluation import label_logits
 from experiments.training.loss import LabelLoss
 from modules.files.baselines import OUR_CONFIG_FILE
-from tests.experiments.conftest import SMALL
-from tests.modules.adapters.test_prefix import TEXTS, batch_of, reference, with_prefix
+from tests.experiments.helpers import SMALL
+from tests.modules.prefix_cases import TEXTS, batch_of, reference, with_prefix
 
 # Of the tiny model: 2 layers of width 64 with 14 linears, whose outputs are 64, 32, 32, 64, 128, 128 and 64 wide.
 PARAMETERS = {
