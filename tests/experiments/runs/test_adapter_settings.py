@@ -166,7 +166,7 @@ def test_a_run_goes_on_from_its_checkpoint(command, tmp_path):
     assert code == 1 and "another configuration: rank_pattern.q_proj (2 there, 3 here)" in text
 
 
-BAD = {  # and in tests/modules/test_config.py
+BAD = {  # and in tests/modules/adapters/test_config.py
     "init": (["init=svd"], "init='svd' is not one of default, gaussian"),
     "loftq without packing": (["init=loftq"], "init=loftq makes up for what quantizing loses: choose +method=qlora"),
     "qpissa without packing": (["init=qpissa"], "init=qpissa makes up for what quantizing loses: choose +method=qlora"),
