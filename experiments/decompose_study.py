@@ -1,4 +1,4 @@
-"""What a low rank keeps of a matrix, by which decomposition and in what time; where adapters over packed weights begin.
+"""Compare decompositions of a matrix at low rank by error and time, and the starts of adapters over packed weights.
 
     python -m experiments.decompose_study
     python -m experiments.run +method=full output_dir=outputs/full
@@ -40,7 +40,7 @@ from modules.adapters.decompose import METHODS, decompose
 from modules.adapters.quantized_init import quantized_init
 
 WEIGHTS, CHANGES = "W", "ΔW"
-STARTS = {  # what each is called as init=, and what quantized_init takes for it
+STARTS = {  # by their names as init=: the arguments of quantized_init
     "default": None,
     "loftq": ("loftq", 1),
     "loftq_iter_5": ("loftq", 5),
@@ -144,7 +144,7 @@ def pooled(rows: list[dict], **chosen) -> tuple[float, float]:
 
 
 def tables(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[dict]) -> str:
-    """What the terminal shows."""
+    """The tables for the terminal."""
     lines = []
     heads = "".join(f"{f'rank {rank}':>18}" for rank in cfg.ranks)
     for kind, rows in decomposed.items():

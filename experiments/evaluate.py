@@ -1,11 +1,11 @@
 """Measure the model of a finished run: held-out loss, perplexity and token accuracy, or benchmarks.
 
-    python -m experiments.evaluate run=outputs/mine                                 on what the run held out
+    python -m experiments.evaluate run=outputs/mine                                 on the samples that the run held out
     python -m experiments.evaluate run=outputs/mine data=jsonl data.path=FILE       on every sample of a file
     python -m experiments.evaluate run=outputs/mine tasks=arc_easy,hellaswag        with lm-evaluation-harness
 
 run=DIR               a run's directory, or one of its checkpoints'
-data=… data.…=…       as in a run: docstrings, arithmetic, jsonl, text; data.max_heldout=N takes so many samples
+data=… data.…=…       as in a run: docstrings, arithmetic, jsonl, text; data.max_heldout=N uses so many samples
 tasks=A,B             of lm-evaluation-harness; include_path=DIR has tasks of your own; limit=N samples of each
 merge=true            make dense weights of NF4 codes and adapters first: more memory, faster
 trainer.…             device, dtype, threads and eval_batch_size, as in a run
@@ -38,7 +38,7 @@ class Options:
 
 
 def _data(run: FinishedRun, changes: list[str]) -> DataConfig:
-    """What to measure on: the run's data or what the arguments choose; of a file that they name, every sample."""
+    """The data to measure on: the run's, or as the arguments choose; every sample of a file that they name."""
     data = run.cfg.data
     if _chooses(changes):
         data = resolve(composed("+method=lora", "output_dir=unused", *changes)).data
@@ -75,7 +75,7 @@ def _measure(run: FinishedRun, data: DataConfig) -> str:
 def main() -> None:
     options, changes = read_options(Options, __doc__, changes=("trainer.", "data.", "data="))
     if (options.limit or options.include_path) and not options.tasks:
-        raise UserError("limit=… and include_path=… are for tasks=…; data.max_heldout=N takes so many samples")
+        raise UserError("limit=… and include_path=… are for tasks=…; data.max_heldout=N uses so many samples")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"limit={options.limit}: choose 1 or more")
     if options.tasks:

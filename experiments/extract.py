@@ -1,11 +1,11 @@
-"""Turn a fully fine-tuned model into a LoRA or DoRA adapter, and say what was lost.
+"""Turn a fully fine-tuned model into a LoRA or DoRA adapter, and report the loss of doing so.
 
     python -m experiments.run +method=full output_dir=outputs/full
     python -m experiments.extract base=smollm2 tuned=outputs/full rank=16
     python -m experiments.extract base=DIR tuned=DIR rank=16 adapter=dora
 
-Each target linear's change W′ − W is cut to rank r (modules/adapters/nearest.py). What changed elsewhere, in norms,
-embeddings or other linears, cannot be in such an adapter and is listed. Written to output_dir: adapter/ in PEFT's
+Each target linear's change W′ − W is cut to rank r (modules/adapters/nearest.py). Changes elsewhere, in norms,
+embeddings or other linears, cannot be in such an adapter: they are listed. Written to output_dir: adapter/ in PEFT's
 format, and extract.json with every layer's error and the held-out loss of base, tuned and extracted model.
 """
 
@@ -55,10 +55,10 @@ ConfigStore.instance().store(name="extract_schema", node=ExtractConfig)
 
 @torch.no_grad()
 def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
-    """Set a new adapter of `layer` to what comes nearest to the weight `tuned` [out, in].
+    """Set a new adapter of `layer` to the values that bring it nearest to the weight `tuned` [out, in].
 
     Returns:
-        What it lacks as a share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
+        The missing share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
     """
     w = dense_weight(layer.base).float()
     if isinstance(layer, DoRALinear):
@@ -73,10 +73,10 @@ def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
 
 
 def extract(cfg: ExtractConfig) -> dict:
-    """Do as `cfg` says, write everything to `cfg.output_dir`, return what extract.json holds.
+    """Do as `cfg` says, write everything to `cfg.output_dir`, return the content of extract.json.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     if cfg.adapter not in ("lora", "dora"):
         raise UserError(f"adapter={cfg.adapter}: choose lora or dora")

@@ -93,7 +93,7 @@ class Writer:
         if longest and len(ids) + self.sampling.max_new_tokens > longest:
             raise UserError(
                 f"{len(ids)} tokens of prompt and max_new_tokens={self.sampling.max_new_tokens} are more than the "
-                f"{longest} that the model takes"
+                f"{longest} that the model can have"
             )
         return ids
 
@@ -132,7 +132,7 @@ def answer_all(writer: Writer, prompts: list[str], batch_size: int) -> None:
 
 
 def converse(writer: Writer) -> None:
-    """Answer what is typed, turn by turn. Keys and values of the turns so far are kept, unless there is a prefix."""
+    """Answer each message that is typed. Keys and values of the turns so far are kept, unless there is a prefix."""
     if not writer.chat:
         raise UserError("a conversation needs the chat template: give prompt=… to continue a text")
     interactive = sys.stdin.isatty()

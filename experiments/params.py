@@ -28,7 +28,7 @@ from modules.linear import weight_shape
 PAPERS_MODEL = "gpt3-175b"
 PROJECTIONS = {"q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "o": ["o_proj", "out_proj"]}  # as models name them
 
-# What the paper printed, in millions, by what it was printed for.
+# The paper's printed numbers, in millions, by the setting.
 LORA = {  # (adapted projections, rank)
     ("v", 2): "4.7",
     ("qv", 1): "4.7",
@@ -47,7 +47,7 @@ PREFIX_EMBED = {(32, 8): "0.4", (64, 8): "0.9", (128, 8): "1.7", (256, 8): "3.2"
 PREFIX_LAYER = {(2, 2): "5.1", (8, 0): "10.1", (8, 8): "20.2", (32, 4): "44.1", (64, 0): "76.1"}  # (l_p, l_i)
 
 
-# Why a printed number that differs may do so, where it was not merely cut: what was checked by hand.
+# Why a printed number differs from the count, where it was not merely cut off. Checked by hand.
 NOT_THE_FORMULA = {
     ("LoRA", "r_q = r_k = r_v = r_o = 64"): "twice the 301.9 above, which was cut",
     (
@@ -88,7 +88,7 @@ class Row:
 
     @property
     def why(self) -> str:
-        """What is known of why the paper's number is another."""
+        """The known reason why the paper has another number."""
         if f"{self.parameters // 10**5 / 10:.1f}" == self.published:
             return "the formula's number cut off after one decimal, not rounded"
         return NOT_THE_FORMULA.get((self.method, self.setting)) or NOT_THE_FORMULA[self.method, None]
@@ -177,7 +177,7 @@ def table(name: str, rows: list[Row]) -> str:
         lines.append(line)
     if beside:
         different = sum(not row.agrees for row in rows)
-        lines += ["", f"≠  {different} of {len(rows)} were printed otherwise than what trains, counted, rounds to:"]
+        lines += ["", f"≠  {different} of {len(rows)} were printed otherwise than the count rounds to:"]
         lines += [f"   {number}  {reason}" for number, reason in enumerate(reasons, start=1)]
     lines += ["", "LoRA on one matrix: (in + out) r"]
     for out_features, in_features, rank in ((512, 512, 2), (8000, 2000, 10)):

@@ -1,10 +1,10 @@
-"""Which 4-bit data type, at which block size: what it loses and what it costs.
+"""Compare 4-bit data types and block sizes: error, held-out loss and bits a weight.
 
     python -m experiments.quant_study
     python -m experiments.quant_study quant_types=[nf4,fp4] blocksizes=[64] double=[true] loss=false
 
 Every data type × block size × double quantization: the error on a model's linears and on random weights (Gaussian,
-Laplace, heavy-tailed), and the held-out loss of the model with what all its decoder's linears become in their place.
+Laplace, heavy-tailed), and the held-out loss of the model with all linears of its decoder packed and unpacked.
 Printed as a table; written to output_dir: study.csv with a row for every setting and every linear or kind of weights,
 errors.png and loss.png.
 """
@@ -150,7 +150,7 @@ class HeldoutLoss:
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured.
+    """The measurements.
 
     Attributes:
         model: name of the model, whose linears together are the rows with these `weights`.
@@ -164,10 +164,10 @@ class Study:
 
 
 def study(cfg: StudyConfig) -> Study:
-    """Measure what `cfg` asks for.
+    """Measure every setting of `cfg`.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     check(cfg)
     device, dtype = machine.set_up(TrainerConfig())

@@ -1,4 +1,4 @@
-"""Fine-tune a language model and say what it learned.
+"""Fine-tune a language model, and measure it before and after.
 
     python -m experiments.run +method=qdora rank=16
 

@@ -41,13 +41,13 @@ REASON = "reason"  # why a trial failed; one that was cut off has none
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
-    """What to search, what is fixed, and the number of trials.
+    """Read the command line: the search space, the fixed overrides and the number of trials.
 
     Returns:
         By key a function that draws a value from an Optuna trial; the other overrides; trials.
 
     Raises:
-        UserError: bounds that are none, no key to search, no method, or trials= not a number.
+        UserError: bounds that are not numbers, no key to search, no method, or trials= not a number.
     """
     space, fixed, trials = {}, [], 20
     for argument in arguments:
@@ -95,7 +95,7 @@ def open_study(folder: Path, arguments: list[str]) -> "optuna.Study":
     """The study in `folder`, a new one if there is none; trials that were cut off wait to be done again.
 
     Raises:
-        UserError: it is of other arguments, or no file of Optuna's.
+        UserError: it is of other arguments, or not a file of Optuna's.
     """
     path = folder / STUDY
     try:
@@ -142,12 +142,16 @@ def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str]
 
 
 def search(arguments: list[str]) -> None:
-    """Do what the module says. UserError: no Optuna, wrong arguments, or no trial that succeeded."""
+    """Search as `arguments` say.
+
+    Raises:
+        UserError: Optuna is missing, an argument is wrong, or no trial succeeded.
+    """
     if optuna is None:
         raise UserError("a search needs Optuna: pip install optuna==5.0.0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space, fixed, trials = parse(arguments)
-    # the first thing that is wrong with what is fixed is said before anything is written
+    # a mistake in the fixed overrides shows here, before anything is written
     folder = Path(resolve(composed(*fixed, *_any_values(space))).output_dir)
     fixed = [argument for argument in fixed if not argument.startswith("output_dir=")]
     writable_dir(folder, "set output_dir to a folder")
@@ -173,7 +177,7 @@ def _counts(trial: "optuna.trial.FrozenTrial") -> bool:
 
 
 def _summarize(study: "optuna.Study", folder: Path) -> None:
-    """Print every trial, best first, and what to do with the best."""
+    """Print every trial, best first, and how to confirm the best."""
     states = optuna.trial.TrialState
     complete = sorted(study.get_trials(states=(states.COMPLETE,)), key=lambda trial: trial.value)
     pruned = study.get_trials(states=(states.PRUNED,))

@@ -1,4 +1,4 @@
-"""Measure what tuned block sizes are worth: held-out loss beside uniform ones at the same bits.
+"""Compare tuned block sizes with uniform ones at the same bits, by held-out loss.
 
     python -m experiments.tune_blocks output_dir=outputs/tuned
     python -m experiments.try_maps profile=outputs/tuned/profile.csv
@@ -52,7 +52,7 @@ ConfigStore.instance().store(name="try_maps_schema", node=TrialConfig)
 
 
 def plan(cfg: TrialConfig, profile: Profile) -> list[Trial]:
-    """What is tried, the dense model first."""
+    """Every choice to try, the dense model first."""
     shapes, double = profile.shapes, cfg.quant.double
 
     def constants(choice: Mapping[str, int]) -> int:
@@ -85,7 +85,7 @@ def plan(cfg: TrialConfig, profile: Profile) -> list[Trial]:
 def _alone(cfg: TrialConfig, profile: Profile) -> Iterator[Trial]:
     for size in cfg.alone:
         if size not in BLOCKSIZES:
-            raise UserError(f"alone: {size} is no block size; choose from {', '.join(map(str, BLOCKSIZES))}")
+            raise UserError(f"alone: {size} is not a block size; choose from {', '.join(map(str, BLOCKSIZES))}")
         for kind, names in by_kind(profile.layers).items():
             fitting = {name: size for name in names if size in profile.layers[name].sizes}
             if fitting:
@@ -125,10 +125,10 @@ def run_trials(cfg: TrialConfig, shapes: Shapes, trials: list[Trial]) -> None:
 
 
 def try_maps(cfg: TrialConfig) -> str:
-    """Do as `cfg` says, write everything to `cfg.output_dir`, return what the terminal shows.
+    """Do as `cfg` says, write everything to `cfg.output_dir`, return the text for the terminal.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     check(cfg)
     if cfg.batch_size < 1:
@@ -136,7 +136,9 @@ def try_maps(cfg: TrialConfig) -> str:
     if not cfg.profile:
         raise UserError("no profile: python -m experiments.tune_blocks writes one: add profile=FILE")
     if cfg.second.name == cfg.data.name:
-        raise UserError(f"data@second={cfg.second.name} is what data={cfg.data.name} already measures on")
+        raise UserError(
+            f"data@second={cfg.second.name} is the same data as data={cfg.data.name}: choose another, or leave it out"
+        )
     profile = load_profile(cfg)
     trials = plan(cfg, profile)
     run_trials(cfg, profile.shapes, trials)

@@ -51,7 +51,7 @@ def measure_profile(cfg: TuneConfig) -> Profile:
     model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
     shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
     architecture = architecture_for_heads(cfg.model, cfg.quant.align)
-    options(cfg, shapes, budget_of(cfg, shapes), architecture)  # minutes before it would be found that there are none
+    options(cfg, shapes, budget_of(cfg, shapes), architecture)  # finds minutes earlier that there are none
     examples = load_data(cfg.data, tokenizer).train[: cfg.samples]
     calibration = Calibration(model.to(device))
     calibration.see(examples, torch.Generator().manual_seed(cfg.seed), bar("calibrating"))
@@ -69,10 +69,10 @@ def measure_profile(cfg: TuneConfig) -> Profile:
 
 
 def tune(cfg: TuneConfig) -> str:
-    """Do as `cfg` says, write everything to `cfg.output_dir`, return what the terminal shows.
+    """Do as `cfg` says, write everything to `cfg.output_dir`, return the text for the terminal.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     check(cfg)
     profile = load_profile(cfg) if cfg.profile else measure_profile(cfg)

@@ -25,7 +25,7 @@ from experiments.system import machine
 from kernels.bench.nf4 import BENCHES as NF4
 from kernels.bench.timing import times
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative: what rounding may make of the same training
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative: the same training may differ so much by rounding
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
 REPETITIONS = 5  # of generation, and of the products
 PACKED = 2**22  # weights to quantize and dequantize: more than caches hold

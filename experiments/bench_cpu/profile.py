@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     print(f"{'its products with frozen weights, timed alone':<64} {floor:6.2f} s {floor / seconds:6.1%}")
     few = [batch[0][:FEW]]
     fixed = min(worker.step(few)[1] for _ in range(5))
-    print(f"{f'a step over {FEW} tokens, not profiled: what does not grow with them':<64} {fixed:6.2f} s")
+    print(f"{f'a step over {FEW} tokens, not profiled: the cost that does not grow with them':<64} {fixed:6.2f} s")
     return 0
 
 

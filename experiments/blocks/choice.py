@@ -59,12 +59,12 @@ def allowed_sizes(
             one attention head from the next head's.
 
     Raises:
-        UserError: a candidate that is no block size; a linear that no candidate fits; no linear with heads.
+        UserError: a candidate is not a block size, no candidate fits a linear, or no linear has heads.
     """
     if align not in ALIGNMENTS:
         raise UserError(f"quant.align={align}: choose {', '.join(ALIGNMENTS)}")
     if wrong := [size for size in candidates if size not in BLOCKSIZES]:
-        raise UserError(f"candidates: {wrong[0]} is no block size; choose from {', '.join(map(str, BLOCKSIZES))}")
+        raise UserError(f"candidates: {wrong[0]} is not a block size; choose from {', '.join(map(str, BLOCKSIZES))}")
     if not candidates:
         raise UserError(f"candidates is empty; choose from {', '.join(map(str, BLOCKSIZES))}")
     if align == "head" and not any(name.endswith(PER_HEAD) for name in shapes):
@@ -114,7 +114,7 @@ def budget_bits(shapes: Shapes, share: float | None, bits: float | None) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is chosen from.
+    """The options of the choice, and its budget.
 
     Attributes:
         rises: the predicted rise by linear and by each block size it may have.
@@ -164,7 +164,7 @@ def solve(problem: Problem) -> dict[str, int]:
     """The block size of each linear that gives the least predicted rise, by integer programming."""
     options = [(name, size) for name, rises in problem.rises.items() for size in rises]
     rise = numpy.array([problem.rises[name][size] for name, size in options])
-    # What exceeds a linear's cheapest option: small numbers, of which the solver's tolerance is a small part.
+    # Bits above a linear's cheapest option: small numbers, of which the solver's tolerance is a small part.
     floor = {name: min(bits.values()) for name, bits in problem.bits.items()}
     excess = numpy.array([problem.bits[name][size] - floor[name] for name, size in options], dtype=float)
     row = {name: number for number, name in enumerate(problem.rises)}
@@ -182,7 +182,7 @@ def solve(problem: Problem) -> dict[str, int]:
         raise RuntimeError(f"the solver gave up: {found.message}")
     choice = {name: size for (name, size), chosen in zip(options, found.x) if chosen > 0.5}
     if len(choice) < len(row) or problem.spent(choice) > problem.budget:
-        raise RuntimeError("the solver's choice is none: it breaks the budget or leaves a linear out")
+        raise RuntimeError("the solver's choice breaks the budget or leaves a linear out")
     return choice
 
 

@@ -20,7 +20,7 @@ DEFAULT_BUDGET = 0.05
 class Packing:
     type: str = "nf4"  # nf4 | fp4 | int4
     double: bool = True  # absmax in 8 bits
-    align: str = "none"  # none | row | head: what blocks must not run across
+    align: str = "none"  # none | row | head: blocks must not run across it
 
 
 @dataclass
@@ -31,7 +31,7 @@ class TuneConfig:
     candidates: list[int] = field(default_factory=list)  # block sizes to choose from
     budget: float | None = None  # for all constants: a share of the bytes of the codes
     bits: float | None = None  # or bits a weight, codes included
-    sensitivity: str = "fisher"  # fisher | output: what predicts the rise of the loss
+    sensitivity: str = "fisher"  # fisher | output: predicts the rise of the loss
     samples: int = 128  # calibration samples
     profile: str | None = None  # a profile.csv of an earlier call, instead of measuring
     dtype: str = "auto"  # that the model computes in, and is packed from
@@ -67,7 +67,7 @@ def options(
         architecture: the model's config.json, for quant.align=head alone.
 
     Raises:
-        UserError: there are none, or none that meet the budget.
+        UserError: a linear has no size, or no choice meets the budget.
     """
     allowed = allowed_sizes(shapes, cfg.candidates, cfg.quant.align, architecture)
     return option_bits(shapes, allowed, cfg.quant.double, budget)

@@ -41,7 +41,7 @@ class Example:
     Attributes:
         input_ids: token ids.
         labels: as many: a token's own id where it counts in the loss (models shift labels themselves), else IGNORED.
-        prompt_ids: what to generate from: the conversation up to its last assistant turn. None for plain text.
+        prompt_ids: the conversation up to its last assistant turn, to generate from. None for plain text.
         reference: text of that assistant turn. None for plain text.
         level: the conversation's.
     """
@@ -84,10 +84,10 @@ def encode(
     """Tokenise a conversation and label its assistant turns.
 
     Args:
-        conversation: what to tokenise.
+        conversation: the messages to tokenise.
         tokenizer: one that `check_tokenizer` accepts.
         max_length: tokens the conversation may have.
-        too_long: error | drop | truncate: what to do with a longer one.
+        too_long: error | drop | truncate: for a longer one.
 
     Returns:
         The example; None if it is dropped as too long.
@@ -125,7 +125,7 @@ def encode(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs):
-    """Token ids of text as it is: nothing is added, and a length beyond the model's is no reason to warn."""
+    """Token ids of text as it is: no special tokens are added, and no length is warned of."""
     return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **kwargs)
 
 

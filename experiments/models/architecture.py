@@ -22,7 +22,7 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
             return AutoConfig.for_model(**cfg.architecture)
         path = model_directory(cfg)
         if path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
+            raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"model={cfg.name}: {' '.join(str(error).split())}") from error
@@ -47,4 +47,4 @@ def meta_model(cfg: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
-            raise UserError(f"model={cfg.name} is no causal language model: {str(error).splitlines()[0]}") from error
+            raise UserError(f"model={cfg.name} is not a causal language model: {str(error).splitlines()[0]}") from error

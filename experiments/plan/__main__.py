@@ -1,4 +1,4 @@
-"""What a run needs before anybody runs it: memory to the byte, FLOPs, hours, on one GPU and on many.
+"""Plan a run before anybody runs it: memory to the byte, FLOPs, hours, on one GPU and on many.
 
     python -m experiments.plan model=llama-65b +method=qlora rank=64 batch=1 seq=512
     python -m experiments.plan model=hf model.path=config.json +method=dora optim=adamw8bit gpu=a100 tokens=1e8
@@ -57,7 +57,7 @@ def _check(cfg: PlanConfig) -> None:
 
 
 def plan(cfg: PlanConfig) -> str:
-    """What the command prints."""
+    """The text that the command prints."""
     _check(cfg)
     if cfg.measure:
         return _beside_a_run(cfg)

@@ -26,13 +26,13 @@ PAGED_MB = 64  # that pages may occupy, in a plan without them
 
 @dataclass(frozen=True)
 class Stored:
-    """A model's tensors by what they are.
+    """A model's tensors by their kind.
 
     Attributes:
         packed: codes of linears in 4 bits.
-        constants: what turns codes into weights: absmax, and with double quantization its own absmax and offset.
+        constants: turn codes into weights: absmax, and with double quantization its own absmax and offset.
         dense: weights that are not packed, and buffers.
-        adapters: what a method adds or trains beside the base.
+        adapters: tensors that a method adds or trains beside the base.
     """
 
     packed: list[Tensor]
@@ -86,23 +86,23 @@ def _shard_bytes(tensor: Tensor, gpus: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run needs, in bytes where nothing else is said.
+    """The needs of a run, in bytes unless it says otherwise.
 
     Attributes:
-        longest: tokens of a sequence that the model takes.
+        longest: the most tokens that a sequence can have.
         widest: the highest rank that each of its linears can have.
         parameters, trained: their numbers.
         bits: a weight of the decoder's linears occupies.
         tokens: of a forward pass on one GPU.
         logits: fp32 [tokens, vocabulary], which the loss does not make.
         packed, constants, dense, adapters: see Stored.
-        gradients: of what trains.
+        gradients: of the trained parameters.
         states: of each optimizer, by its name; without pages.
         paged: on the device, of the configured one with pages, within PAGED_MB unless optim.budget_mb says otherwise.
         state: on the device, of the configured one as it is configured.
         checkpoints: whether blocks of the model can be checkpointed.
         step: simulates one, with checkpointing or without.
-        gathered: what sharded GPUs bring together for a while; None: they cannot.
+        gathered: tensors that sharded GPUs gather for a while; None: the model cannot be sharded.
     """
 
     longest: int
@@ -174,7 +174,7 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0, on_cpu: bool = 
     """
     model = meta_model(cfg.model, weights_dtype(cfg, dtype))
     if seq > _longest(model):
-        raise UserError(f"seq={seq} is longer than model={cfg.model.name} takes: {_longest(model)} tokens")
+        raise UserError(f"seq={seq} is longer than the {_longest(model)} tokens that model={cfg.model.name} can have")
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
     if on_cpu:
@@ -193,7 +193,7 @@ def most_gpus(model: PreTrainedModel) -> tuple[int, str]:
 
 
 def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, on_cpu: bool = False) -> Budget:
-    """What `cfg` needs to compute in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs.
+    """The budget of `cfg` computing in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs.
 
     Args:
         on_cpu: as the code for a CPU does it.

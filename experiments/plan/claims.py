@@ -1,4 +1,4 @@
-"""What the papers say about memory, and what is counted here.
+"""Hold the memory that papers state against the memory that is counted here.
 
     python -m experiments.plan.claims
 

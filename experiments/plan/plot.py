@@ -25,7 +25,7 @@ LINES = ("rtx4090", "a6000", "h100", "h200")  # whose memory is drawn
 
 
 def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -> Path:
-    """Draw and write the picture to cfg.output_dir; return where it is. `needs` is what `cfg` itself does."""
+    """Draw and write the picture to cfg.output_dir; return where it is. `needs` is the budget of `cfg` itself."""
     directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
     panels: list[tuple[str, list, Callable[..., Budget]]] = []
     if "rank" in identity(cfg):

@@ -4,7 +4,7 @@
 
 Reads every result.json under DIR (outputs/ unless given) and writes to DIR/report/
 
-    report.html     all of it in one file: what follows from the runs, tables, pictures
+    report.html     all of it in one file: conclusions, tables, pictures
     report.md       the same, with the pictures beside it as PNG
     runs.csv        a row a run: its configuration and every number that it measured
 

@@ -1,4 +1,4 @@
-"""What the report's pictures share: colours, a figure with its title, error bars, the order of settings."""
+"""Shared parts of the report's pictures: a figure with its title, error bars, the order of settings."""
 
 import math
 from collections import defaultdict
@@ -18,7 +18,7 @@ MAX_LABELS = 8  # curves that one panel can hold
 
 @dataclass
 class Picture:
-    """A figure, what it shows, and the runs behind it."""
+    """A figure, its caption, and the runs behind it."""
 
     name: str
     caption: str

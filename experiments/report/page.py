@@ -55,7 +55,7 @@ class Section:
 
 
 def as_csv(groups: list[Group]) -> str:
-    """A row a run, all groups together: what it is, every value of its configuration, every number it measured."""
+    """A row a run, all groups together: its name, every value of its configuration, every number it measured."""
     runs = [(number, run) for number, group in enumerate(groups, start=1) for run in group.runs]
     configured = sorted({key for _, run in runs for key in run.config} - {"seed"})
     others = sorted({name for _, run in runs for name in run.measures} - MEASURES.keys())

@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences with a confidence interval, and what costs least."""
+"""Means over seeds, paired differences with a confidence interval, and the cheapest settings."""
 
 import itertools
 import math
@@ -97,7 +97,7 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
 
 @dataclass
 class Verdict:
-    """What a group's runs say.
+    """The conclusion from a group's runs.
 
     Attributes:
         best: the setting with the lowest mean held-out loss.

@@ -41,7 +41,7 @@ def load_pair(base: str, tuned: str) -> tuple[PreTrainedModel, PreTrainedModel, 
     if wrong := sorted(dict(shapes[0].items() ^ shapes[1].items())):
         name = wrong[0]
         raise UserError(
-            f"{tuned} is no fine-tuned {base}: {name} is {shapes[1].get(name, 'missing')} there, "
+            f"{tuned} is not a fine-tuned {base}: {name} is {shapes[1].get(name, 'missing')} there, "
             f"not {shapes[0].get(name, 'missing')}"
         )
     return first, second, tokenizer

@@ -113,7 +113,7 @@ class Checkpoints:
         return self.folder / f"best-{step:08}"
 
     def _prune(self, best_step: int) -> None:
-        """Delete old checkpoints, best weights that no remaining one refers to, and what a killed process left."""
+        """Delete old checkpoints, best weights that no remaining one refers to, and files of a killed process."""
         checkpoints = of_run(self.folder.parent)
         kept = checkpoints[-self.cfg.trainer.keep_checkpoints :]
         best = {self._best(step) for step in [best_step, *(read_state(path)["trained"].best_step for path in kept)]}
@@ -158,7 +158,7 @@ def find(resume: str, output_dir: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What training.json holds; "trained" is a `Trained`."""
+    """The content of training.json; "trained" is a `Trained`."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError) as error:  # ValueError: not JSON, not text
@@ -171,7 +171,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def _training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, the rest) of what training.* hold, in process 0; every process must call it."""
+    """The content of training.safetensors and of training.json, in process 0; every process must call it."""
     optimizer = trainer.optimizer.state_dict()
     numbers: dict[str, dict] = {}
     own: dict[str, Tensor] = {}

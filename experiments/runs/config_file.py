@@ -15,7 +15,7 @@ CONFIG = "config.yaml"
 
 
 def write_config(cfg: Config, directory: Path) -> None:
-    """Write config.yaml. `resume` is left out: it is how a run was started, not what it is."""
+    """Write config.yaml. `resume` is left out: it says how a run was started, not which run it is."""
     values = OmegaConf.structured(cfg)
     values.resume = None
     write_atomically(directory / CONFIG, OmegaConf.to_yaml(values))
@@ -40,7 +40,7 @@ def read_config(directory: Path, changes: list[str] = ()) -> Config:
             OmegaConf.update(values, change.key_or_group, change.value())
         return resolve(values)
     except FileNotFoundError as error:
-        what = "no config.yaml there, so this is no run's directory" if directory.is_dir() else "no such directory"
+        what = "no config.yaml there, so this is not a run's directory" if directory.is_dir() else "no such directory"
         raise UserError(f"{directory}: {what}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error

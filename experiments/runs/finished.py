@@ -20,7 +20,7 @@ from modules.adapters.state import named_adapter
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a run or a checkpoint of it comes back as: the model has what it learned and is in evaluation mode."""
+    """The model of a run or of a checkpoint, trained weights included, in evaluation mode."""
 
     cfg: Config
     model: PreTrainedModel

@@ -1,6 +1,6 @@
 """Read the results in a folder, and sort them into groups that can be compared.
 
-A result.json says itself what it is of (its "config"), so the file alone is enough; the training curves come from the
+A result.json holds the configuration of its run, so the file alone is enough; the training curves come from the
 metrics.jsonl and the layers' ranks from the spectrum.csv beside it, where there are such.
 """
 
@@ -78,14 +78,14 @@ class Group:
     varied: list[str]
 
     def settings(self) -> dict[str, list[Run]]:
-        """The runs that differ in the seed only, by what sets them apart from the others; numbers in their order."""
+        """The runs that differ in the seed only, by their label; numbers in their order."""
         settings = defaultdict(list)
         for run in sorted(self.runs, key=lambda run: [_order(run.config.get(key)) for key in self.varied]):
             settings[self.label(run)].append(run)
         return {label: sorted(runs, key=lambda run: run.seed) for label, runs in settings.items()}
 
     def label(self, run: Run, without: tuple[str, ...] = ()) -> str:
-        """What sets a run apart: its method, then each varied key that it has, as on the command line."""
+        """A run's name within the group: its method, then each varied key that it has, as on the command line."""
         keys = [key for key in self.varied if key in run.config and key not in without and key != "method.name"]
         method = [run.method] if "method.name" not in without else []
         return " ".join([*method, *(f"{key.removeprefix('trainer.')}={shown(run.config[key])}" for key in keys)])
@@ -127,15 +127,15 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
-    """Copy what a report reads of the runs from `folder` to `copy`, in place of an earlier copy. There a run's
-    directory, and `run.name`, are what it varies and its hash.
+    """Copy the files that a report reads from `folder` to `copy`, in place of an earlier copy. There a run's
+    directory, and `run.name`, are named by its varied keys and its hash.
 
     Raises:
-        UserError: `copy` has something in it that is no part of a copy.
+        UserError: `copy` has a file in it that does not belong to a copy.
     """
     for path in [copy, *copy.rglob("*")] if copy.exists() else []:
         if not (path.is_dir() or path.name in (RESULT, METRICS, SPECTRUM) or path.parent == copy / "report"):
-            raise UserError(f"{path} is no part of a copy of results: choose another folder than {copy}")
+            raise UserError(f"{path} does not belong to a copy of results: choose another folder than {copy}")
     with directory_atomically(copy) as directory:
         for among in groups:
             for run in among.runs:
@@ -204,7 +204,7 @@ def _numbers(values: dict, prefix: str = ""):
 
 
 def _curve(path: Path) -> list[dict]:
-    """The records of metrics.jsonl; a run that was killed may have left a half line, which is no record."""
+    """The records of metrics.jsonl; a run that was killed may have left a half line, which does not count."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):

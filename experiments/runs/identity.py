@@ -1,4 +1,4 @@
-"""What makes two runs the same run: the values that decide what it computes, and a hash of them."""
+"""The identity of a run: the values that decide its numbers, and a hash of them."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ VERSION = 1  # of the numbers in result.json: raise it when earlier ones can no 
 
 
 def identity(cfg: Config) -> dict[str, Any]:
-    """The values that decide what a run computes, by their full keys: of a method without rank no rank, of a dense
+    """The values that decide the numbers of a run, by their full keys. A method without rank has no rank there, a dense
     base no blocksize."""
     used = SETTINGS.get(cfg.method.adapter, ())
     unused = tuple(key for key in ADAPTER_KEYS if key not in used)
@@ -31,7 +31,7 @@ def config_hash(cfg: Config) -> str:
 
 
 def title(cfg: Config) -> str:
-    """The method, what sizes it, and the model: "lora, rank 16, smollm2"."""
+    """The method, its size, and the model: "lora, rank 16, smollm2"."""
     sizes = [key for key in ("rank", "prefix_tokens", "infix_tokens") if key in SETTINGS.get(cfg.method.adapter, ())]
     named = [f"{key.replace('_', ' ')} {getattr(cfg, key)}" for key in sizes if getattr(cfg, key)]
     return ", ".join([cfg.method.name, *named, cfg.model.name])

@@ -30,7 +30,7 @@ ADAPTER, MODEL, BASE, WEIGHTS = "adapter", "model", "base", "weights.safetensors
 
 
 def save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """Write the adapter, or, where every weight trained, the whole model, in place of what was there."""
+    """Write the adapter, or the whole model where every weight trained, in place of an earlier one."""
     if cfg.method.adapter == "none":
         with directory_atomically(run / MODEL) as directory, quiet():
             model.save_pretrained(directory)
@@ -53,7 +53,7 @@ def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenize
 
 
 def base_name(cfg: Config, run: Path) -> str:
-    """What the adapter of the run in `run` is over, for its adapter_config.json."""
+    """The base model's name or directory for adapter_config.json of the run in `run`."""
     return str((run / BASE).absolute()) if changes_base(cfg.init) else cfg.model.path or cfg.model.name
 
 
@@ -76,7 +76,7 @@ def over_own_base(cfg: Config, run: Path) -> Config:
 
 
 def save_trained(model: nn.Module, directory: Path) -> None:
-    """Write the parameters that train, and what else of an adapter they depend on, to weights.safetensors, by name."""
+    """Write the parameters that train, and tensors of the adapter that they depend on, to weights.safetensors."""
     save_file({name: p.detach().contiguous() for name, p in _trained(model).items()}, directory / WEIGHTS)
 
 
@@ -85,7 +85,7 @@ def load_trained(model: nn.Module, directory: Path, engine: Engine | None = None
     """Give `model` the values in weights.safetensors.
 
     Args:
-        engine: what has placed the model; None: nothing has.
+        engine: the engine that has placed the model; None: none has.
 
     Raises:
         UserError: the file is missing or damaged, or has other names or shapes.

@@ -43,7 +43,7 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
         watch: gets every record of metrics.jsonl when it is written. An exception that it raises stops the run.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     parallel.check(cfg)
     checkpoint = checkpoint_of(cfg) if cfg.resume else None

@@ -25,7 +25,7 @@ class OutputFiles:
         self.metrics.unlink(missing_ok=True)
 
     def rewind(self, cfg: Config, step: int) -> None:
-        """Go on after `step`: keep what metrics.jsonl has up to there. What a killed run logged later comes again."""
+        """Go on after `step`: keep the records up to there. Later records of a killed run come again."""
         write_config(cfg, self.path)
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):

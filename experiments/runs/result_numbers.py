@@ -10,7 +10,7 @@ from modules.linear import weight_shape
 
 
 def storage(model: nn.Module) -> dict[str, float | int]:
-    """What the model occupies: parameters, bytes of base and adapter, bits a weight of the decoder's linears."""
+    """The size of the model: parameters, bytes of base and adapter, bits a weight of the decoder's linears."""
     parameters = dict(model.named_parameters())  # a tied weight counts once
     names = _adapter_names(parameters) if adapters(model) else set()
     base = [p for name, p in parameters.items() if name not in names]
@@ -37,7 +37,7 @@ def _weights(linears) -> int:
 
 
 def _adapter_names(parameters: dict[str, nn.Parameter]) -> set[str]:
-    """Those of a model with adapters that are not the base's: what trains, and an A that is frozen."""
+    """The names of parameters that are not the base's: those that train, and a frozen A."""
     return {name for name, p in parameters.items() if p.requires_grad or name.endswith(".lora_A")}
 
 
@@ -50,7 +50,7 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, float]:
 
 
 def before_and_after(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """What experiments/runs/measures.py measured, as result.json names it."""
+    """The measures of experiments/runs/measures.py under their names in result.json."""
     return {
         f"{name}_{when}": found[name]
         for name in after

@@ -52,8 +52,8 @@ class SharedBase:
 
 
 def _pack(cfg: Config, directory: Path) -> None:
-    """Write `packed` into `directory`; nothing where the base is packed already, or where the job itself will say what
-    is wrong with it."""
+    """Write `packed` into `directory`. Write nothing where the base is packed already, or is wrong: the job itself will
+    say so."""
     with contextlib.suppress(UserError, OSError, ValueError):
         if cfg.model.source == "hf" and cfg.model.path is not None and is_packed(Path(cfg.model.path).expanduser()):
             return

@@ -12,8 +12,8 @@ from experiments.runs import checkpoints
 from experiments.runs.config_file import read_config
 from experiments.system.files import RESULT
 
-# Keys that may change when a run is resumed: when it ends, what changes the use of memory but no result, and what the
-# restored state is compared with anyway.
+# Keys that may change when a run is resumed: those of its end, those of its memory, and the dtype, which the restored
+# state is compared with anyway.
 MAY_CHANGE = {"trainer.steps", "trainer.early_stopping_patience", "trainer.dtype"}
 MAY_CHANGE |= {"trainer.gradient_checkpointing", "optim.paged", "optim.budget_mb", "optim.host_mb"}
 
@@ -43,7 +43,11 @@ def configured(cfg: DictConfig) -> Config:
 
 
 def checkpoint_of(cfg: Config) -> Path:
-    """The checkpoint to go on from. UserError: there is none, nothing is left to do, or it is of another `cfg`."""
+    """The checkpoint to go on from.
+
+    Raises:
+        UserError: there is none, it is of another configuration, or its run is finished.
+    """
     checkpoint = checkpoints.find(cfg.resume, Path(cfg.output_dir))
     was, now = flat(read_config(checkpoint)), flat(cfg)
     different = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}

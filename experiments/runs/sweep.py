@@ -1,14 +1,13 @@
-"""Sweeps: what `-m` does with each job.
+"""Sweeps: the jobs of `-m`.
 
 A run is known by `config_hash`: its resolved configuration and the version of the results. In the sweep's
-folder its directory ends with that hash; where a result is there already nothing is done, and where checkpoints are
-there it goes on from the newest. So a sweep that is started again in the same folder does only what is missing.
+folder its directory ends with that hash; a job with a result there is not done again, and one with checkpoints goes
+on from the newest. So a sweep that is started again in the same folder does only the missing jobs.
 
 Each job has a process of its own, forked from a server that has imported everything and computed nothing: its peak
-memory is its own, and one that dies does not stop the others. What they can share is the packed base
-(experiments/runs/shared_base.py). While it works it holds a lock, which the kernel takes
-back from a process that dies: several sweeps, also of different machines that share a file system with locks, may
-write to one folder.
+memory is its own, and one that dies does not stop the others. They can share the packed base
+(experiments/runs/shared_base.py). A process holds a lock while it works, and the kernel releases it when the process
+dies: several sweeps, also of different machines that share a file system with locks, may write to one folder.
 """
 
 import atexit
@@ -64,8 +63,8 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     """Do the run `cfg` in a directory of its own inside `cfg.output_dir`, unless that has its result.
 
     Args:
-        name: what the job varies; the directory's name starts with it.
-        watch: takes the record of each evaluation in training, and says whether to stop the run.
+        name: the varied keys; the directory's name starts with it.
+        watch: gets the record of each evaluation in training; returns True to stop the run.
     """
     if cfg.resume:
         return Outcome(FAILED, "a sweep resumes by itself: leave resume out and name its folder with output_dir=…")
@@ -202,4 +201,4 @@ class Summary(Callback):
         if len(failed) < len(outcomes):
             print(f"compare them: python -m experiments.report {config.output_dir}")
         if failed:
-            sys.exit("error: start the sweep again with the same output_dir, and it does only what is missing")
+            sys.exit("error: start the sweep again with the same output_dir, and it does only the missing jobs")

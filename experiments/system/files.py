@@ -9,12 +9,12 @@ from pathlib import Path
 from experiments.errors import UserError
 
 RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
-NAME_LENGTH = 120  # of what a run varies, in its directory's name; a file name may have 255 bytes
+NAME_LENGTH = 120  # of the varied keys in the name of a run's directory; a file name may have 255 bytes
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: `$QDORA_CACHE`, or `.cache/` in the project. Created if missing."""
+    """The folder for files that can be made again: `$QDORA_CACHE`, or `.cache/` in the project. Created if missing."""
     return writable_dir(Path(os.environ.get("QDORA_CACHE") or PROJECT_ROOT / ".cache"), "set QDORA_CACHE to a folder")
 
 
@@ -43,7 +43,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def directory_atomically(path: Path) -> Iterator[Path]:
-    """An empty directory to fill. When the block ends well it gets the name `path` and replaces what was there."""
+    """An empty directory to fill. When the block ends well it gets the name `path` and replaces a directory there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -57,7 +57,7 @@ def directory_atomically(path: Path) -> Iterator[Path]:
 
 
 def delete_directory(path: Path) -> None:
-    """Delete a directory; its name is gone first, so that nobody takes what is left of it for the whole."""
+    """Delete a directory. It is renamed first, so that nobody takes the rest of it for the whole."""
     gone = path.with_name(f".{path.name}.{os.getpid()}.deleted.partial")
     os.rename(path, gone)
     shutil.rmtree(gone)

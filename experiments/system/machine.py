@@ -1,4 +1,4 @@
-"""What the machine can do: device, compute dtype, peak memory, versions."""
+"""The machine: device, compute dtype, memory, threads, versions."""
 
 import ctypes
 import importlib.metadata
@@ -19,7 +19,7 @@ from experiments.errors import UserError
 from experiments.system import parallel
 from kernels import cpu
 
-HEAP_BLOCKS = 8  # of 512 MB: what a step of a model that trains on a CPU may need
+HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -130,7 +130,7 @@ def _huge_pages() -> None:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line for the terminal: where the run computes, and in what."""
+    """One line for the terminal: device and dtype of the run."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

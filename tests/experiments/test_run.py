@@ -190,7 +190,7 @@ def test_a_packed_directory_is_trained_over_as_it_is(command, tmp_path, packed_t
     [
         (
             ["+method=dora"],
-            "is packed in four bits, and method=dora takes a dense model: choose +method=qlora",
+            "is packed in four bits, and method=dora needs a dense model: choose +method=qlora",
         ),
         (["+method=qlora", "quant.blocksize=128"], "set quant.blocksize=64 quant.double=true"),
         (["+method=qlora", "quant.double=false"], "is packed with blocksize 64 and double quantization: set quant."),

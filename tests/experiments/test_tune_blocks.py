@@ -63,7 +63,7 @@ BAD = {
     "bits": (["bits=3.9"], "the budget is 0: the smallest possible is budget="),
     "share": (["budget=1.5"], "budget=1.5 is a share of the codes' bytes: choose one between 0 and 1"),
     "both": (["budget=0.05", "bits=4.2"], "budget=0.05 and bits=4.2 are two budgets: choose one"),
-    "candidate": (["candidates=[64,100]"], "candidates: 100 is no block size; choose from 32, 64, 128"),
+    "candidate": (["candidates=[64,100]"], "candidates: 100 is not a block size; choose from 32, 64, 128"),
     "too small": (["candidates=[4096]"], "k_proj has 2048 weights, less than a block of any of candidates=[4096]: add"),
     "sensitivity": (["sensitivity=hessian"], "sensitivity=hessian: choose fisher or output"),
     "align": (["quant.align=rows"], "quant.align=rows: choose none, row, head"),
@@ -79,7 +79,7 @@ BAD = {
     ),
     "another type": (["quant.type=fp4", "profile={profile}"], "is of quant.type=nf4, not fp4: set it so"),
     "no type": (["quant.type=nf3"], "quant.type=nf3: choose nf4, fp4, int4"),
-    "no CSV": (["profile={map}"], "is no profile that tune_blocks wrote: "),
+    "no CSV": (["profile={map}"], "is not a profile that tune_blocks wrote: "),
     "misspelt": (["budgett=0.05"], "Key 'budgett' not in 'TuneConfig'"),
     "preset": (["model=gpt3-175b"], "model=gpt3-175b has shapes for experiments.plan but no weights"),
 }

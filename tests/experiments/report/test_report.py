@@ -175,7 +175,7 @@ def test_a_copy_holds_what_a_report_reads_and_replaces_a_copy_only(terminal, res
     assert runs == {identity: replace(run, name=runs[identity].name) for identity, run in originals.items()}
     assert terminal(command, str(copy))[0] == 0
     code, text = terminal(command, str(copy), "--to", str(results))
-    assert code == 1 and f"is no part of a copy of results: choose another folder than {results}" in text
+    assert code == 1 and f"does not belong to a copy of results: choose another folder than {results}" in text
 
 
 @pytest.mark.parametrize("content", [None, "{"])

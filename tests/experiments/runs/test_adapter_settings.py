@@ -168,8 +168,11 @@ def test_a_run_goes_on_from_its_checkpoint(command, tmp_path):
 
 BAD = {  # and in tests/modules/adapters/test_config.py
     "init": (["init=svd"], "init='svd' is not one of default, gaussian"),
-    "loftq without packing": (["init=loftq"], "init=loftq makes up for what quantizing loses: choose +method=qlora"),
-    "qpissa without packing": (["init=qpissa"], "init=qpissa makes up for what quantizing loses: choose +method=qlora"),
+    "loftq without packing": (["init=loftq"], "init=loftq makes up for the error of quantizing: choose +method=qlora"),
+    "qpissa without packing": (
+        ["init=qpissa"],
+        "init=qpissa makes up for the error of quantizing: choose +method=qlora",
+    ),
     "base without a format": (
         ["init=qpissa", "quant=int4"],
         "init=qpissa keeps its base as bitsandbytes does, which has no int4: choose quant=nf4 or quant=fp4",
