@@ -2,11 +2,12 @@
 
     python -m experiments.params model=gpt3-175b
 
-Hu et al. 2021 (https://arxiv.org/abs/2106.09685), tables 4 and 15 and section 5.1, whose formulas the headings give: L
-is the number of layers, d the width of the model, r the rank, l_p and l_i the numbers of prefix and infix tokens. No
-LayerNorm trains in Adapter-H (of the paper's 2 L_LN d, L_LN = 0): so its five numbers agree. Every row is a count on
-the model itself with the modules of +method=lora, bitfit, houlsby, prefix_embed and prefix_layer attached, on the meta
-device, so without weights. The paper's figures are for GPT-3 175B; of another model= there are ours alone.
+Hu et al. 2021 (https://arxiv.org/abs/2106.09685), tables 4 and 15 and section 5.1, which have the formulas in the
+headings: L is the number of layers, d the width of the model, r the rank, l_p and l_i the numbers of prefix and infix
+tokens. No LayerNorm trains in Adapter-H (of the paper's 2 L_LN d, L_LN = 0): so its five numbers agree. Every row is a
+count on the model itself with the modules of +method=lora, bitfit, houlsby, prefix_embed and prefix_layer attached, on
+the meta device, so without weights. The paper's figures are for GPT-3 175B; for another model= there are our counts
+alone.
 """
 
 from collections.abc import Iterator

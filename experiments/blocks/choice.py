@@ -2,10 +2,10 @@
 
     minimise Σ_l rise(l, b_l)   subject to   Σ_l bits(l, b_l) ≤ budget,   b_l one of the sizes that linear l may have
 
-bits(l, b) is what kernels.quantize_4bit stores beside the codes: 32 a block, or with double quantization 8 a block, 32
-for every 256 blocks and 32 for their mean; a partial block, or a partial 256, counts whole. This is a multiple-choice
-knapsack. `solve` finds the best choice with SciPy's MILP solver (HiGHS); `solve_greedily` buys, as long as something
-fits, the smaller block that lowers the rise the most for its bits.
+bits(l, b) counts the constants that kernels.quantize_4bit stores beside the codes: 32 a block, or with double
+quantization 8 a block, 32 for every 256 blocks and 32 for their mean; a partial block, or a partial 256, counts whole.
+This is a multiple-choice knapsack. `solve` finds the best choice with SciPy's MILP solver (HiGHS); `solve_greedily`
+buys, as long as something fits, the smaller block that lowers the rise the most for its bits.
 """
 
 import contextlib
@@ -137,7 +137,7 @@ def option_bits(shapes: Shapes, allowed: Mapping[str, list[int]], double: bool, 
     """Bits of the constants by linear and by each block size in `allowed`.
 
     Raises:
-        UserError: no choice meets the budget; the message has the smallest possible one.
+        UserError: no choice meets the budget; the message names the smallest possible budget.
     """
     bits = {
         name: {size: constant_bits(math.prod(shapes[name]), size, double) for size in sizes}
@@ -154,7 +154,7 @@ def option_bits(shapes: Shapes, allowed: Mapping[str, list[int]], double: bool, 
 
 
 def pose(bits: Mapping[str, Mapping[int, int]], rises: Mapping[str, Mapping[int, float]], budget: int) -> Problem:
-    """The problem of choosing among the options of `bits`, of which `rises` has the predicted rises."""
+    """The problem of choosing among the options in `bits`; `rises` has the predicted rise of each."""
     return Problem(
         {name: {size: rises[name][size] for size in options} for name, options in bits.items()}, bits, budget
     )
@@ -202,7 +202,8 @@ def _nothing_printed() -> Iterator[None]:
 
 
 def solve_greedily(problem: Problem) -> dict[str, int]:
-    """From the fewest bits on: again and again the smaller block that saves most of the rise a bit, while it fits."""
+    """Start with the fewest bits. Buy the smaller block that lowers the rise the most a bit, again and again, while it
+    fits."""
     choice = {name: min(bits, key=bits.get) for name, bits in problem.bits.items()}
     left = problem.budget - problem.spent(choice)
     while True:

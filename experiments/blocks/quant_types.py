@@ -4,7 +4,8 @@
     nf2 nf3 … nf8     the NormalFloat of so many bits, by QLoRA's recipe; nf4 is the kernels'
 
 A value x in a block becomes absmax · q, q the level nearest to x / absmax. With double quantization absmax is stored in
-8 bits. Those of other widths than four are computed as the kernels would, but stay dense: they are here to be compared.
+8 bits. Types of other widths than four bits are computed as the kernels would do it, but stay dense: they serve
+comparisons.
 """
 
 import re

@@ -1,9 +1,9 @@
 """Conversations to token ids and labels.
 
 A conversation is rendered with the tokenizer's own chat template and tokenised once, as a whole, so that training sees
-what use will see. Which characters an assistant turn covers is found by rendering the conversation's beginnings;
-tokens inside those characters carry labels, all others IGNORED. A turn ends with the template's end-of-turn token,
-which is labelled (the model must learn to stop), but not with the newline after it.
+the same tokens as use. The characters of an assistant turn are found by rendering the conversation's beginnings. Tokens
+inside them carry labels, all others IGNORED. A turn ends with the template's end-of-turn token, which is labelled (the
+model must learn to stop), but not with the newline after it.
 """
 
 from dataclasses import dataclass, replace
@@ -53,7 +53,7 @@ class Example:
     level: int | None = None
 
     def unlabelled(self) -> "Example":
-        """The same with no token that counts: for a process that a small batch leaves nothing else."""
+        """The same without labels: for a process that gets no sample of a small batch."""
         return replace(self, labels=[IGNORED] * len(self.labels))
 
 
@@ -66,7 +66,7 @@ class _Turn:
     content: str
 
     def holds(self, offset: tuple[int, int]) -> bool:
-        """Whether a token is inside. A token of spaces may have an empty offset, which then is where it ends."""
+        """True if the token is inside. A token of spaces may have an empty offset, at its end."""
         return self.start <= offset[0] and self.start < offset[1] <= self.end
 
 

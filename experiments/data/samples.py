@@ -1,8 +1,8 @@
 """Samples for training and evaluation, and the batches they are served in.
 
 `load_data` turns a data config into token ids with labels. Four sources: docstrings (the default, see
-docstrings.py), arithmetic (arithmetic.py), jsonl and text (the user's files, see user_files.py). What is held
-out is chosen by hash, so it is the same in every run and on every machine, whatever the order of the lines.
+docstrings.py), arithmetic (arithmetic.py), jsonl and text (the user's files, see user_files.py). A hash chooses the
+held-out samples, so they are the same in every run and on every machine, whatever the order of the lines.
 
 `batches` serves training samples for ever. The order of an epoch is a pure function of the seed and the epoch's
 number: a run can continue from (epoch, batch) without replaying the batches before.
@@ -266,7 +266,7 @@ def batches(examples: list[Example], batch_size: int, seed: int, start: int = 0)
 
 
 def eval_batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
-    """Every example once, sorted by length, the longest first: if memory does not suffice, it shows at once."""
+    """Every example once, sorted by length, the longest first: a lack of memory shows at once."""
     return _by_length(examples, batch_size)[::-1]
 
 

@@ -13,7 +13,7 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
     """The configured model's config.json: its shapes, without weights. `model.path` may also be that file itself.
 
     Raises:
-        UserError: nothing there to read, or of no kind that transformers has.
+        UserError: there is nothing to read, or transformers does not have the architecture.
     """
     if cfg.source == "tiny":
         return tiny_model(torch.float32, 0)[0].config
@@ -40,7 +40,7 @@ def meta_model(cfg: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The configured model on the meta device: every module and shape, no weights.
 
     Raises:
-        UserError: nothing there to read, or no causal language model.
+        UserError: there is nothing to read, or it is not a causal language model.
     """
     config = load_architecture(cfg)
     with torch.device("meta"), quiet():

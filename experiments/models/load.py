@@ -48,7 +48,7 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
     """The model on the CPU in `dtype`, in evaluation mode, and its tokenizer, which has a pad token.
 
     Raises:
-        UserError: nothing there to load.
+        UserError: there is nothing to load.
     """
     sources = {"wheel": _load_wheel, "gguf": _load_gguf, "hf": _load_directory}
     if cfg.source == "tiny":

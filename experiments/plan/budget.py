@@ -67,8 +67,8 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def shard_bytes(parts: Stored, gpus: int) -> int:
-    """What the first GPU holds of a model that FSDP2 shards (experiments/training/engines.py): of parameters, codes and
-    constants its part, rows along the first dimension, rounded up; buffers and numbers whole."""
+    """Bytes on the first GPU of a model that FSDP2 shards (experiments/training/engines.py): its part of parameters,
+    codes and constants, cut along the first dimension and rounded up; buffers and numbers whole."""
     cut = [
         *parts.packed,
         *parts.constants,
@@ -153,8 +153,8 @@ class Budget:
 
 
 def _gathered(cfg: Config, model: PreTrainedModel, parts: Stored) -> int | None:
-    """What FSDP2 brings together for a while: a block, the next one, and what is in none; None: it cannot train this
-    (experiments/system/parallel.py)."""
+    """Bytes that FSDP2 gathers for a while: a block, the next one, and all outside of blocks; None: it cannot train
+    this (experiments/system/parallel.py)."""
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not blocks or cfg.optim.name == "adamw8bit" or cfg.method.adapter not in ("none", "lora", "dora"):
         return None
@@ -170,7 +170,8 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0, on_cpu: bool = 
     """The configured model on the meta device, packed and with its adapters; `on_cpu`: as a CPU computes it.
 
     Raises:
-        UserError: no such model, or one without linears, or that cannot take `seq` tokens; settings that do not fit it.
+        UserError: no such model, or one without linears, or with fewer positions than `seq`; settings that do not fit
+        it.
     """
     model = meta_model(cfg.model, weights_dtype(cfg, dtype))
     if seq > _longest(model):

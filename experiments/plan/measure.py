@@ -1,4 +1,4 @@
-"""The same step for real, on this machine: bytes that are allocated, and seconds.
+"""A real training step on this machine: allocated bytes, and seconds.
 
 On a GPU the peak is torch.cuda.max_memory_allocated. On a CPU it is the highest sum of what torch's allocator gave out
 and took back, as torch.profiler records it, above the model and the optimizer's state that were there before. Neither

@@ -19,7 +19,7 @@ MAX_CURVES = 10  # in one panel
 
 
 def pictures(group: Group) -> list[Picture]:
-    """Those that the group's runs have something to say in."""
+    """The pictures that the group's runs have data for."""
     makers: tuple[Callable[[Group], Picture | None], ...] = (
         *(settings, rank, block_size, target_modules, cost, exact_match, forgetting, rank_in_use, curves),
     )

@@ -25,7 +25,7 @@ class Mean:
 
 
 def mean(runs: list[Run], measure: str) -> Mean:
-    """Of the runs that measured it."""
+    """The mean of `measure` over the runs that have it."""
     values = [run.measures[measure] for run in runs if measure in run.measures]
     if not values:
         return Mean(math.nan, math.nan, 0)

@@ -197,7 +197,7 @@ def _training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's random generators, which differ between processes."""
+    """The states of torch's random generators, which differ between processes."""
     states = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -229,7 +229,7 @@ def _load_optimizer(trainer: Trainer, saved: dict, tensors: dict[str, Tensor]) -
 
 
 def _restore_random(saved: dict, tensors: dict[str, Tensor], seed: int) -> None:
-    """`seed`: for a process that the run had not when it was saved."""
+    """Restore the random generators. `seed` is for a process that the saved run did not have."""
     process = parallel.rank()
     if _random_name("torch", process) in tensors:
         torch.set_rng_state(tensors[_random_name("torch", process)])

@@ -29,7 +29,7 @@ class FinishedRun:
 
 
 def load_run(directory: Path, changes: list[str] = (), dense: bool = False) -> FinishedRun:
-    """The model of the run in `directory`, where its configuration says that it computes.
+    """The model of the run in `directory`, on the device that its configuration names.
 
     Args:
         changes: to the configuration, such as "trainer.device=cpu".
@@ -67,7 +67,7 @@ def _load(cfg: Config, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedM
 def make_dense(model: nn.Module) -> None:
     """Merge the adapters and unpack the linears of `model`, in place: a plain model that computes the same.
 
-    An adapter that no dense layers amount to stays, and so do packed linears that it is on.
+    An adapter that cannot be merged stays, and so do the packed linears under it.
     """
     if adapters(model) and can_merge(named_adapter(model).config):
         merge(model, unload=True, report=False)

@@ -155,7 +155,7 @@ def _copy_run(run: Run, original: Path, directory: Path) -> None:
 
 
 def _read(path: Path, folder: Path) -> Run:
-    """ValueError: not a result of a run, or not a whole one."""
+    """Read a result.json. Raises ValueError if it is not the whole result of a run."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -271,7 +271,7 @@ def _varied(runs: list[Run]) -> list[str]:
 
 
 def disagreements(runs: list[Run]) -> list[str]:
-    """A line for each thing in which runs that are compared were made differently."""
+    """A line for each difference in how the compared runs were made."""
     lines = []
     for key in sorted({key for run in runs for key in run.about}):
         values = sorted({run.about.get(key, "unknown") for run in runs})

@@ -53,8 +53,7 @@ class Measures:
 
 @contextlib.contextmanager
 def without_prefix(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the tokens of prefix tuning are gone: they start at random, so before training the model is as it was
-    only without them."""
+    """Inside, prefix tokens are off. They start at random: only without them is the untrained model the base."""
     prefix = any(virtual_tokens(model))
     if prefix:
         set_adapter(model, None)

@@ -1,4 +1,4 @@
-"""Where files go, and how they get there whole."""
+"""Folders for files, and writes that leave no half file."""
 
 import contextlib
 import os

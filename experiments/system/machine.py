@@ -56,7 +56,7 @@ def pick_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 
 
 def check_dtype(trainer: TrainerConfig) -> None:
-    """UserError: no dtype that a run can have."""
+    """Raise UserError unless `trainer.dtype` is auto or one of DTYPES."""
     if trainer.dtype not in ("auto", *DTYPES):
         raise UserError(f"trainer.dtype={trainer.dtype}: choose auto, {', '.join(DTYPES)}")
 
@@ -79,7 +79,7 @@ def set_up_cpu(trainer: TrainerConfig) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """As transformers.set_seed, which imports PEFT, bitsandbytes and inductor for it: seconds."""
+    """Seed all random generators, as transformers.set_seed does, without its seconds of imports."""
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)  # of every device
@@ -98,7 +98,7 @@ def usable_cores() -> int:
 def keep_freed_memory() -> None:
     """Have the allocator reuse freed memory instead of returning it to the system, and keep it in huge pages. A
     training step allocates the same activations again and again, and would get each of their pages anew. While a model
-    is loaded it is the other way round: a dense weight that has been packed is better given back."""
+    is loaded the opposite is better: a dense weight that has been packed should go back."""
     _allocator(mapped_from=2**30, trimmed_from=-1)
     _huge_pages()
 

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m experiments.run +method=qdora
 
-Each process does its share of every batch. Process 0 alone writes and prints. In a run of one process nothing here does
-anything. How the model and its optimizer are spread is the business of engines.py.
+Each process does its share of every batch. Process 0 alone writes and prints. With one process these functions do
+nothing. training/engines.py spreads the model and its optimizer.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ _interrupted = False
 
 
 def start() -> None:
-    """Meet the other processes that torchrun started, if it started any. Everything but process 0 falls silent."""
+    """Connect to the other processes that torchrun started, if there are any. All but process 0 stop printing."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

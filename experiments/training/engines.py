@@ -102,7 +102,7 @@ class DDP(Engine):
 
 
 def _owners(parameters: list[Tensor]) -> list[int]:
-    """Which process updates each parameter: runs of neighbours, of about the same number of elements."""
+    """The process that updates each parameter. Each gets neighbours with about the same number of elements."""
     whole = sum(p.numel() for p in parameters)
     before, owners = 0, []
     for p in parameters:
@@ -192,7 +192,7 @@ def _of_adapter(name: str) -> bool:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process has a part, whole and on the CPU in process 0; elsewhere as it is."""
+    """Gather a sharded tensor: whole and on the CPU in process 0, unchanged elsewhere."""
     value = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         value = value.full_tensor()
@@ -203,7 +203,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _as_shard(local: Tensor, like: Tensor) -> Tensor:
-    """This process' part `local` as one of a tensor that is spread as `like` is."""
+    """`local` as this process' part of a tensor that is sharded as `like` is."""
     from torch.distributed.tensor import DTensor
 
     spread = {"shape": like.shape, "stride": like.stride(), "run_check": False}
@@ -211,7 +211,7 @@ def _as_shard(local: Tensor, like: Tensor) -> Tensor:
 
 
 def _shard(value: Tensor, like: Tensor) -> Tensor:
-    """The whole `value`, which every process has, spread as `like` is."""
+    """Shard `value`, which every process has whole, as `like` is."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -56,7 +56,7 @@ def label_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def label_starts(batch: dict[str, Tensor]) -> Tensor:
-    """Where the first labelled token of each sample is, which ends its prompt: int64 [B]."""
+    """The position of the first labelled token of each sample, where its prompt ends: int64 [B]."""
     return (batch["labels"] != IGNORED).int().argmax(1)
 
 
