@@ -1,4 +1,8 @@
-"""Experiments on the modules: configuration, models, data, training, evaluation, results."""
+"""Experiments on the modules. At this level are the commands, config.py and errors.py; libraries are in folders.
+
+Each may import from those to its left, and commands do not import commands (tests/test_imports.py):
+errors, config, system, data, training, blocks, models, runs, commands.
+"""
 
 import importlib.metadata
 import logging

@@ -10,8 +10,6 @@ begin: nothing but Q (QLoRA's init=default), LoftQ and quantized PiSSA with one 
 tables; written to output_dir: decompose.csv and starts.csv with a row a layer, and decompose.png.
 """
 
-import csv
-import io
 import itertools
 import time
 from collections.abc import Callable, Iterable
@@ -31,7 +29,7 @@ from experiments.models.load import load_model
 from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.system import machine
 from experiments.system.cli import hydra_command
-from experiments.system.files import writable_dir, write_atomically
+from experiments.system.files import as_csv, writable_dir, write_atomically
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from kernels.codebook import BLOCKSIZES, CODEBOOKS
@@ -190,14 +188,6 @@ def plot(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[d
     return figure
 
 
-def as_csv(rows: list[dict]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
-
-
 @hydra_command("decompose_study")
 def main(cfg: DictConfig) -> None:
     config: DecomposeConfig = OmegaConf.to_object(cfg)
@@ -209,8 +199,8 @@ def main(cfg: DictConfig) -> None:
     starts = measure_starts(found[WEIGHTS], config)
     print(tables(config, decomposed, starts))
     rows = [{"matrix": kind, **row} for kind, rows in decomposed.items() for row in rows]
-    write_atomically(directory / "decompose.csv", as_csv(rows))
-    write_atomically(directory / "starts.csv", as_csv(starts))
+    write_atomically(directory / "decompose.csv", as_csv(list(rows[0]), rows))
+    write_atomically(directory / "starts.csv", as_csv(list(starts[0]), starts))
     plot(config, decomposed, starts).savefig(directory / "decompose.png", dpi=120)
     files = (directory / name for name in ("decompose.csv", "starts.csv", "decompose.png"))
     print("\nWritten:", *files, sep="\n  ")

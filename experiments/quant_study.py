@@ -9,8 +9,6 @@ Printed as a table; written to output_dir: study.csv with a row for every settin
 errors.png and loss.png.
 """
 
-import csv
-import io
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,7 +35,7 @@ from experiments.errors import UserError
 from experiments.models.load import load_model
 from experiments.system import machine
 from experiments.system.cli import hydra_command
-from experiments.system.files import writable_dir, write_atomically
+from experiments.system.files import as_csv, writable_dir, write_atomically
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
@@ -213,14 +211,6 @@ def table(found: Study) -> str:
     return "\n".join([*lines, "block " + "; ".join(costs)])
 
 
-def as_csv(rows: list[dict]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
-
-
 def _curves(axes, rows: list[dict], measure: str, zoom: bool) -> None:
     """`measure` against bits a weight, a colour a data type; `zoom`: of four bits only, against their constants."""
     types = list(dict.fromkeys(row["quant_type"] for row in rows))
@@ -275,7 +265,7 @@ def main(cfg: DictConfig) -> None:
     print(table(found))
     if config.model.source in ("wheel", "gguf"):
         print(f"\n{ON_A_GRID.format(name=config.model.name)}")
-    write_atomically(directory / "study.csv", as_csv(found.rows))
+    write_atomically(directory / "study.csv", as_csv(COLUMNS, found.rows))
     pictures = {"errors.png": plot_errors(found)} | ({"loss.png": plot_loss(found)} if config.loss else {})
     for name, figure in pictures.items():
         figure.savefig(directory / name, dpi=120)

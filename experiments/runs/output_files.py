@@ -6,8 +6,8 @@ from pathlib import Path
 from experiments.config import Config
 from experiments.errors import UserError
 from experiments.runs.config_file import write_config
-from experiments.runs.spectrum import as_csv
-from experiments.system.files import METRICS, RESULT, SPECTRUM, write_atomically
+from experiments.runs.spectrum import COLUMNS
+from experiments.system.files import METRICS, RESULT, SPECTRUM, as_csv, write_atomically
 from experiments.system.palette import BLUE, ORANGE
 
 
@@ -48,7 +48,7 @@ class OutputFiles:
     def write_spectra(self, rows: list[dict]) -> None:
         """Write spectrum.csv, a line an adapted linear (experiments/runs/spectrum.py); nothing without an adapter."""
         if rows:
-            write_atomically(self.path / SPECTRUM, as_csv(rows))
+            write_atomically(self.path / SPECTRUM, as_csv(COLUMNS, rows))
 
     def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
         """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""

@@ -1,9 +1,11 @@
 """Folders for files, and writes that leave no half file."""
 
 import contextlib
+import csv
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.errors import UserError
@@ -39,6 +41,17 @@ def write_atomically(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def as_csv(columns: Sequence[str], rows: Iterable[dict]) -> str:
+    """The rows below a line of titles; floats with six digits."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+    )
+    return file.getvalue()
 
 
 @contextlib.contextmanager
