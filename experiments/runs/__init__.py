@@ -1,5 +1,7 @@
 """Runs: how one goes, its files, and many of them together.
 
+The modules by their subject:
+
     one_run start measures tracking shared_base         a run, from its configuration to its result
     checkpoints model_files output_files config_file    its files
     result_numbers spectrum identity                    the numbers in its files
