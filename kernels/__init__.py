@@ -1,20 +1,26 @@
 """The ops. Each takes and returns tensors; importing this package never touches a GPU."""
 
+from kernels.absmax import dequantize_absmax, quantize_absmax
 from kernels.adamw import adamw
 from kernels.adamw8bit import adamw8bit
-from kernels.dispatch import use_backend
-from kernels.dora import dora_linear
-from kernels.dora_norm import dora_norm, weight_norm_sq
-from kernels.double_quant import dequantize_absmax, quantize_absmax
+from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.dora import dora_linear, dora_norm, weight_norm_sq
+from kernels.joined import Joined, joined_linears
 from kernels.lora import lora_linear
-from kernels.nf4 import QuantState, dequantize_4bit
+from kernels.nf4 import dequantize_4bit, quantize_4bit
 from kernels.nf4_linear import nf4_linear
-from kernels.nf4_quantize import quantize_4bit
+from kernels.op import has_kernel, use_backend
+from kernels.rms_norm import rms_norm
+from kernels.rotary import rotary
+from kernels.swiglu import swiglu
+from kernels.weight import QuantState, Weight
 
 quantize_nf4, dequantize_nf4 = quantize_4bit, dequantize_4bit
 
 __all__ = [
     "QuantState",
+    "Weight",
     "quantize_4bit",
     "dequantize_4bit",
     "quantize_nf4",
@@ -26,7 +32,15 @@ __all__ = [
     "dora_linear",
     "dora_norm",
     "weight_norm_sq",
+    "Joined",
+    "joined_linears",
+    "rms_norm",
+    "swiglu",
+    "rotary",
+    "attention",
+    "linear_cross_entropy",
     "adamw",
     "adamw8bit",
     "use_backend",
+    "has_kernel",
 ]

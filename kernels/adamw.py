@@ -1,4 +1,4 @@
-"""AdamW in fp32, every tensor in one launch.
+"""AdamW in fp32, every tensor in one call.
 
     m = β₁ m + (1 - β₁) g
     v = β₂ v + (1 - β₂) g²
@@ -8,22 +8,13 @@ Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW orders it. Each el
 28 bytes. Nothing is materialised. An element's result does not depend on where a tensor is cut between blocks of 256.
 """
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels import reference_adamw
-from kernels.dispatch import use_triton
-from kernels.library import define_op, register_fake
-from kernels.multi_tensor import plan, pointer, tensor_of_program
-from kernels.spec import KernelSpec
-
-TILE = 1024  # 8 elements a thread: two 128-bit loads of each argument in flight
+from kernels.op import define_op
 
 
 class Coefficients(NamedTuple):
@@ -44,71 +35,7 @@ def coefficients(lr: float, beta1: float, beta2: float, eps: float, weight_decay
     return Coefficients(beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, step_size, denominator_scale)
 
 
-@triton.jit
-def moments(m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2):
-    """The new (m, v)."""
-    return m * beta1 + g * one_minus_beta1, v * beta2 + g * g * one_minus_beta2
-
-
-@triton.jit
-def updated(p, m, v, eps, decay, step_size, denominator_scale):
-    """The new p, from the new m and v."""
-    return p * decay - tl.math.div_rn(m, tl.math.sqrt_rn(v) * denominator_scale + eps) * step_size
-
-
-@triton.jit
-def _adamw_tile(
-    p_ptr, g_ptr, m_ptr, v_ptr, live,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, denominator_scale,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    i = tl.arange(0, TILE)
-    mask = i < live
-    g = tl.load(g_ptr + i, mask=mask, other=0.0)
-    m = tl.load(m_ptr + i, mask=mask, other=0.0)
-    v = tl.load(v_ptr + i, mask=mask, other=0.0)
-    m, v = moments(m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2)
-    tl.store(m_ptr + i, m, mask=mask)
-    tl.store(v_ptr + i, v, mask=mask)
-    p = tl.load(p_ptr + i, mask=mask, other=0.0)
-    tl.store(p_ptr + i, updated(p, m, v, eps, decay, step_size, denominator_scale), mask=mask)
-
-
-@triton.jit
-def _adamw_kernel(
-    table_ptr,  # i64 [6, tensors]: addresses of p, g, m and v, all fp32; see multi_tensor.py
-    owner_ptr,  # i32 [programs]
-    tensors,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, denominator_scale,
-    ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    tensor, n, tile = tensor_of_program(table_ptr, owner_ptr, tensors, 4)
-    start = tile * TILE
-    p_ptr = pointer(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED) + start
-    g_ptr = pointer(table_ptr, tensors, tensor, 1, tl.float32, ALIGNED) + start
-    m_ptr = pointer(table_ptr, tensors, tensor, 2, tl.float32, ALIGNED) + start
-    v_ptr = pointer(table_ptr, tensors, tensor, 3, tl.float32, ALIGNED) + start
-    if start + TILE <= n:  # without a mask, that loads may be wide
-        _adamw_tile(p_ptr, g_ptr, m_ptr, v_ptr, TILE, beta1, one_minus_beta1, beta2, one_minus_beta2,
-                    eps, decay, step_size, denominator_scale, TILE)  # fmt: skip
-    else:
-        _adamw_tile(p_ptr, g_ptr, m_ptr, v_ptr, (n - start).to(tl.int32), beta1, one_minus_beta1, beta2,
-                    one_minus_beta2, eps, decay, step_size, denominator_scale, TILE)  # fmt: skip
-
-
-def _launch(arguments: tuple[Sequence[Tensor], ...], *hyper: float) -> None:
-    params, _, *moments = arguments
-    torch.autograd.graph.increment_version([*params, *itertools.chain(*moments)])
-    table, owner, programs, aligned = plan(arguments, TILE)
-    if programs:
-        with torch.cuda.device_of(table):
-            _adamw_kernel[(programs,)](
-                table, owner, table.shape[1], *coefficients(*hyper), ALIGNED=aligned, TILE=TILE, enable_fp_fusion=False
-            )
-
-
-@define_op("adamw", mutates_args=("params", "exp_avgs", "exp_avg_sqs"))
+@define_op(mutates=("params", "exp_avgs", "exp_avg_sqs"))
 def _adamw(
     params: list[Tensor],
     grads: list[Tensor],
@@ -121,12 +48,6 @@ def _adamw(
     weight_decay: float,
     step: int,
 ) -> None:
-    update = _launch if use_triton(params[0]) else reference_adamw.adamw
-    update((params, grads, exp_avgs, exp_avg_sqs), lr, beta1, beta2, eps, weight_decay, step)
-
-
-@register_fake("adamw")
-def _(params, grads, exp_avgs, exp_avg_sqs, lr, beta1, beta2, eps, weight_decay, step):
     return None
 
 
@@ -184,22 +105,3 @@ def adamw(
     check_tensors(params, ((name, tensors, torch.float32) for name, tensors in lists.items()))
     if params:
         _adamw(*map(list, lists.values()), lr, *betas, eps, weight_decay, step)
-
-
-AOT_SPECS = [
-    KernelSpec(
-        kernel="adamw",
-        config="fp32" if aligned else "fp32-unaligned",
-        fn=_adamw_kernel,
-        signature={"table_ptr": "*i64", "owner_ptr": "*i32", "tensors": "i32"}
-        | dict.fromkeys(Coefficients._fields, "fp32"),
-        constexprs={"ALIGNED": aligned, "TILE": TILE},
-        values=TILE,
-        bytes_per_value=28.0,
-        max_instr=43.0 if aligned else 49.0,
-        max_registers=64,
-        min_load_bits=128 if aligned else 32,
-        min_store_bits=128 if aligned else 32,
-    )
-    for aligned in (True, False)
-]

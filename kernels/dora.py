@@ -1,6 +1,7 @@
-"""DoRA over a dense or NF4 base weight, forward and backward.
+"""DoRA over a dense or packed weight, forward and backward, and its norm.
 
-    g = m / ‖W + sBA‖                                                       [out], see row_norm.py
+    ‖W + sBA‖_i = √Σ_k (W_ik + s·(BA)_ik)²                                  [out], fp32
+    g = m / ‖W + sBA‖                                                       [out], fp32, 0 where the norm is 0
     y = g ⊙ (xWᵀ + s(xAᵀ)Bᵀ) + bias                                         without dropout
     y = (x - drop(x))Wᵀ + g ⊙ (drop(x)Wᵀ + s(drop(x)Aᵀ)Bᵀ) + bias           with dropout: PEFT's form
 
@@ -11,32 +12,26 @@ Backward treats the norm as a constant (DoRA, Liu et al. 2024, §4.3):
 
 Kept from forward to backward beside x and xAᵀ: y alone, since z / ‖·‖ = y / m (where m = 0, z is computed again); z in
 place of y if there is dropout or a bias, from which z cannot be read back without loss.
+
+In torch the norm is computed in factored form, from ‖W‖², which is computed once, and thin products:
+
+    ‖W + sBA‖² = ‖W‖² + 2s·Σ_j B_ij (WAᵀ)_ij + s²·(B(AAᵀ)Bᵀ)_ii              row i
+
+The Triton kernel has W and sBA side by side in registers, adds before it squares and needs neither.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import nf4_gemm, reference
-from kernels.base_weight import base_args, check_adapter, dense_weight
-from kernels.dispatch import use_triton
-from kernels.dora_backward import dora_linear_backward
-from kernels.dropout import launch_dropout, new_seed
-from kernels.gemm import gemm
-from kernels.library import define_op, register_autograd, register_fake
-from kernels.low_rank import project
-from kernels.quant_state import QuantState
-from kernels.row_norm import launch_norm
+from kernels.dropout import new_seed
+from kernels.op import define_op
+from kernels.weight import QuantState, Weight, as_weight, check_adapter, check_input
 
 
-@define_op("dora_linear")
+@define_op(products=True)
 def _dora_linear(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    quant_type: str,
+    weight: Weight,
     norm_sq: Tensor,
     norm: Tensor | None,
     lora_A: Tensor,
@@ -47,41 +42,14 @@ def _dora_linear(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
-    shape = (lora_B.shape[0], lora_A.shape[1])
-    if not use_triton(x, products=True):
-        w = dense_weight(base, shape, x.dtype)
-        return reference.dora_linear(x, w, norm_sq, norm, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
-    x = x.contiguous()
-    if norm is None:
-        norm, gain = launch_norm(base, shape, x.dtype, lora_A, lora_B, scaling, magnitude)
-    else:
-        norm, gain = norm.clone(), reference.dora_gain(magnitude, norm)
-    xd = launch_dropout(x, dropout, seed) if dropout else x
-    xa = project(xd, lora_A.t(), scaling)
-    epilogue = (xa, lora_B.t(), bias, gain)
-    if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
-        w = dense_weight(base, shape, x.dtype)
-        z, _ = gemm(xd, w.t(), xa, lora_B.t())
-        y, _ = gemm(x - xd, w.t(), bias=bias)
-        y.addcmul_(z, gain.to(x.dtype))
-    elif nf4_gemm.takes(x, base):
-        y, z = gemm(x, None, *epilogue, keep_z=bias is not None, xw=nf4_gemm.nf4_gemm(x, base, shape[0]))
-    else:
-        y, z = gemm(x, dense_weight(base, shape, x.dtype).t(), *epilogue, keep_z=bias is not None)
-    return y, xa, norm, gain, x.new_empty(0) if z is None else z
-
-
-@register_fake("dora_linear")
-def _(x, weight, absmax, nested_absmax, nested_offset, blocksize, quant_type, norm_sq, norm, lora_A, lora_B, *rest):
+    """(y [T, out], xa [T, r], norm and gain fp32 [out], z [T, out] = drop(x)(W + sBA)ᵀ or empty where y holds it)"""
     y = x.new_empty(x.shape[0], lora_B.shape[0])
-    _, bias, _, dropout, _ = rest
     z = torch.empty_like(y) if dropout or bias is not None else x.new_empty(0)
     xa = x.new_empty(x.shape[0], lora_A.shape[0])
     return y, xa, norm_sq.new_empty(norm_sq.shape), norm_sq.new_empty(norm_sq.shape), z
 
 
-@define_op("dora_linear_backward")
+@define_op(products=True)
 def _dora_linear_backward(
     dy: Tensor,
     x: Tensor,
@@ -90,12 +58,7 @@ def _dora_linear_backward(
     z: Tensor,
     norm: Tensor,
     gain: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    blocksize: int,
-    quant_type: str,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -104,67 +67,51 @@ def _dora_linear_backward(
     seed: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    base = (weight, absmax, nested_absmax, nested_offset, blocksize, quant_type)
-    w = dense_weight(base, (lora_B.shape[0], lora_A.shape[1]), x.dtype)
-    rest = (w, lora_A, lora_B, magnitude, scaling, dropout, seed, needs_dx)
-    if not use_triton(x, products=True):
-        return reference.dora_linear_backward(dy, x, xa, y, z, norm, gain, *rest)
-    return dora_linear_backward(dy, x.contiguous(), xa, y, z, norm, gain, *rest)
-
-
-@register_fake("dora_linear_backward")
-def _(dy, x, xa, y, z, norm, gain, weight, absmax, nested, offset, blocksize, quant_type, lora_A, lora_B, *rest):
-    dx = x.new_empty(x.shape) if rest[-1] else x.new_empty(0)
-    magnitude = rest[0]
+    """(dx [T, in] or no element, dA, dB, dm); y is None where z is kept; dy is contiguous."""
+    dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
     dA, dB = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
     return dx, dA, dB, magnitude.new_empty(magnitude.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    x, *base, blocksize, quant_type, _, _, lora_A, lora_B, magnitude, bias, scaling, dropout, seed = inputs
-    y, xa, norm, gain, z = output
-    y = None if dropout or bias is not None else y
-    ctx.save_for_backward(x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed)
-    ctx.blocksize, ctx.quant_type, ctx.scaling, ctx.dropout = blocksize, quant_type, scaling, dropout
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    ctx.set_materialize_grads(False)  # or zeros are made for the outputs that have no gradient
-    ctx.mark_non_differentiable(xa, norm, gain, z)
+def _keep(inputs, results) -> dict:
+    y, xa, norm, gain, z = results
+    bias = inputs.bias
+    kept = {
+        **{"x": inputs.x, "xa": xa, "z": z, "norm": norm, "gain": gain, "weight": inputs.weight},
+        **{"lora_A": inputs.lora_A, "lora_B": inputs.lora_B, "magnitude": inputs.magnitude},
+        **{"scaling": inputs.scaling, "dropout": inputs.dropout, "seed": inputs.seed},
+        "bias_dtype": None if bias is None else bias.dtype,
+    }
+    return kept | {"y": None if inputs.dropout or bias is not None else y}
 
 
-def _backward(ctx, dy, *_):
-    x, xa, y, z, norm, gain, *base, lora_A, lora_B, magnitude, seed = ctx.saved_tensors
-    if ctx.needs_input_grad[1]:
-        raise RuntimeError("dora_linear gives no gradient for the base weight: it is frozen")
+def _backward(kept, needs, dy: Tensor, *_) -> dict:
     dx, dA, dB, dm = _dora_linear_backward(
-        dy.contiguous(),
-        x,
-        xa,
-        y,
-        z,
-        norm,
-        gain,
-        *base,
-        ctx.blocksize,
-        ctx.quant_type,
-        lora_A,
-        lora_B,
-        magnitude,
-        ctx.scaling,
-        ctx.dropout,
-        seed,
-        ctx.needs_input_grad[0],
+        *(dy.contiguous(), kept.x, kept.xa, kept.y, kept.z, kept.norm, kept.gain, kept.weight),
+        *(kept.lora_A, kept.lora_B, kept.magnitude, kept.scaling, kept.dropout, kept.seed, needs.x),
     )
-    dbias = dy.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[12] else None
-    dx = dx if ctx.needs_input_grad[0] else None
-    return dx, None, None, None, None, None, None, None, None, dA, dB, dm, dbias, None, None, None
+    return {
+        **{"x": dx if needs.x else None, "lora_A": dA, "lora_B": dB, "magnitude": dm},
+        "bias": dy.sum(0).to(kept.bias_dtype) if needs.bias else None,
+    }
 
 
-register_autograd("dora_linear", _backward, _setup_context)
+_dora_linear.differentiate(_keep, _backward)
+
+
+@define_op
+def _weight_norm_sq(weight: Weight) -> Tensor:
+    return weight.values.new_empty(weight.shape[0], dtype=torch.float32)
+
+
+@define_op(products=True)
+def _dora_norm(weight: Weight, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    return torch.empty_like(norm_sq)
 
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Weight,
     norm_sq: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -180,7 +127,7 @@ def dora_linear(
 
     Args:
         x: [..., in], fp32, fp16 or bf16: the compute dtype.
-        weight: [out, in] in x's dtype, or packed codes with their `quant_state`. Frozen.
+        weight: [out, in] in x's dtype, or packed codes with their `quant_state`; or a Weight, which has both. Frozen.
         norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
         lora_A: [rank, in], lora_B: [out, rank], magnitude: [out], fp32 in training (a bf16 magnitude stops learning:
             its updates round to zero).
@@ -196,25 +143,54 @@ def dora_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    base = base_args(weight, quant_state, x)
-    out_features = weight.shape[0] if quant_state is None else quant_state.shape[0]
+    weight = as_weight(weight, quant_state)
+    check_input(x, weight)
+    out_features = weight.shape[0]
     check_adapter(x, lora_A, lora_B, out_features, bias, dropout)
     for name, vector in {"magnitude": magnitude, "norm_sq": norm_sq, "norm": norm}.items():
         if vector is not None and vector.shape != (out_features,):
             raise ValueError(f"{name} {tuple(vector.shape)} must be [{out_features}]")
     if dropout and seed is None:
         seed = new_seed(x.device)
-    y, *_ = _dora_linear(
-        x.reshape(-1, x.shape[-1]),
-        *base,
-        norm_sq,
-        norm,
-        lora_A,
-        lora_B,
-        magnitude,
-        bias,
-        scaling,
-        dropout,
-        seed,
-    )
+    rows = x.reshape(-1, x.shape[-1])
+    y, *_ = _dora_linear(rows, weight, norm_sq, norm, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
     return y.view(*x.shape[:-1], out_features)
+
+
+def weight_norm_sq(weight: Tensor | Weight, quant_state: QuantState | None = None) -> Tensor:
+    """‖W‖² of each row, fp32 [out], of a dense weight [out, in], of codes with their quant_state, or of a Weight.
+
+    Raises:
+        ValueError: a weight that is not [out, in], or whose codes and quant_state do not fit.
+    """
+    weight = as_weight(weight, quant_state)
+    check_input(weight.values.new_empty(0, weight.shape[-1], dtype=weight.dtype), weight)
+    return _weight_norm_sq(weight)
+
+
+def dora_norm(
+    weight: Tensor | Weight,
+    norm_sq: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    quant_state: QuantState | None = None,
+) -> Tensor:
+    """‖W + scaling·BA‖ of each row, fp32 [out]. Not differentiable.
+
+    Args:
+        weight: [out, in], or packed codes with their `quant_state`; or a Weight, which has both.
+        norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
+        lora_A: [rank, in], lora_B: [out, rank].
+        scaling: α / rank, or α / √rank.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    weight = as_weight(weight, quant_state)
+    x = lora_A.new_empty(0, lora_A.shape[-1], dtype=weight.dtype)
+    check_input(x, weight)
+    check_adapter(x, lora_A, lora_B, weight.shape[0])
+    if norm_sq.shape != (weight.shape[0],):
+        raise ValueError(f"norm_sq {tuple(norm_sq.shape)} must be [{weight.shape[0]}]")
+    return _dora_norm(weight, norm_sq, lora_A.detach(), lora_B.detach(), scaling)

@@ -12,37 +12,12 @@ state_dict keys
 
 import math
 import sys
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import kernels
-from kernels import QuantState
-
-
-@dataclass(frozen=True)
-class Weight:
-    """A frozen weight [out, in], dense or packed.
-
-    Attributes:
-        values: dense [out, in], or uint8 codes.
-        quant_state: of the codes; None if dense.
-    """
-
-    values: Tensor
-    quant_state: QuantState | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype to compute in."""
-        return self.values.dtype if self.quant_state is None else self.quant_state.dtype
-
-    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as a dense tensor [out, in]; a dense weight of that dtype is not copied."""
-        if self.quant_state is None:
-            return self.values if dtype is None else self.values.to(dtype)
-        return kernels.dequantize_4bit(self.values, self.quant_state, dtype)
+from kernels import QuantState, Weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -74,7 +49,7 @@ def dense_weight(linear: nn.Module) -> Tensor:
 
 
 def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A frozen dense linear with copies of `weight` [out, in] and `bias` [out].
+    """A frozen dense linear of `weight` [out, in] and a copy of `bias` [out].
 
     It is a Conv1D if `like` is a Conv1D or was packed from one, else an nn.Linear.
     """
@@ -128,7 +103,7 @@ class NF4Linear(nn.Module):
         return QuantState(self.absmax, shape, self.dtype, self.blocksize, *nested, quant_type=self.quant_type)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.nf4_linear(x, self.weight, self.quant_state, self.bias)
+        return kernels.nf4_linear(x, weight_of(self), bias=self.bias)
 
     def dequantize(self) -> nn.Module:
         """A frozen dense nn.Linear or Conv1D that computes the same."""
@@ -197,6 +172,7 @@ class LoRALinear(nn.Module):
         self.register_buffer("init_A", None)
         self.register_buffer("init_B", None)
         self.register_parameter("bias", None)
+        self.group = None  # modules.fuse gives linears that read one input their modules.fused.joined.Group
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -210,11 +186,13 @@ class LoRALinear(nn.Module):
         return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        joined = None if self.group is None else self.group.result(self, x)
+        return self._alone(x) if joined is None else joined
+
+    def _alone(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         weight = weight_of(self.base)
-        return kernels.lora_linear(
-            x, weight.values, *self.factors(), self.scaling, self.output_bias, weight.quant_state, dropout
-        )
+        return kernels.lora_linear(x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout)
 
     @torch.no_grad()
     def start_at(self, lora_A: Tensor, lora_B: Tensor, part_of_weight: bool = False) -> None:
@@ -266,7 +244,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, rank, lora_alpha, dropout, rslora)
-        norm_sq = self._weight_norm_sq()
+        norm_sq = kernels.weight_norm_sq(weight_of(base))
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
         self._cached_norm: tuple[tuple, Tensor] | None = None  # versions of its inputs, and the norm
@@ -277,12 +255,7 @@ class DoRALinear(LoRALinear):
 
     def set_base(self, base: nn.Module) -> None:
         super().set_base(base)
-        self.norm_sq = self._weight_norm_sq()
-
-    def _weight_norm_sq(self) -> Tensor:
-        """‖W‖² of each row, fp32 [out]."""
-        weight = weight_of(self.base)
-        return kernels.weight_norm_sq(weight.values.detach(), weight.quant_state)
+        self.norm_sq = kernels.weight_norm_sq(weight_of(base))
 
     def _norm(self, weight: Weight) -> Tensor | None:
         """‖W + sBA‖ of each row, fp32 [out], in evaluation mode; None if the forward must compute it."""
@@ -291,22 +264,20 @@ class DoRALinear(LoRALinear):
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
-            args = (weight.values, self.norm_sq, *self.factors(), self.scaling, weight.quant_state)
-            self._cached_norm = key, kernels.dora_norm(*args)
+            self._cached_norm = key, kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
         return self._cached_norm[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _alone(self, x: Tensor) -> Tensor:
         weight = weight_of(self.base)
         return kernels.dora_linear(
             x,
-            weight.values,
+            weight,
             self.norm_sq,
             *self.factors(),
             self.magnitude,
             self.scaling,
             self.output_bias,
-            weight.quant_state,
-            self.dropout if self.training else 0.0,
+            dropout=self.dropout if self.training else 0.0,
             norm=self._norm(weight),
         )
 

@@ -1,13 +1,13 @@
-"""AdamW with fp32 or 8-bit state, in memory or in pages; every tensor is updated in one launch of a kernel.
+"""AdamW with fp32 or 8-bit state, in memory or in pages. One kernel launch updates all tensors with the same settings.
 
-state_dict()["state"] holds of each parameter, by its index,
-    step                                 fp32 [] (in `state` an int)
-    exp_avg, exp_avg_sq                  fp32, the parameter's shape: these three are torch.optim.AdamW's
-or, with 8-bit state,
-    step
+state_dict()["state"] has for each parameter, by its index, the same tensors as torch.optim.AdamW:
+    step                                 fp32 [] (an int in `state`)
+    exp_avg, exp_avg_sq                  fp32, the parameter's shape
+or with 8-bit state
+    step                                 as above
     exp_avg, exp_avg_sq                  uint8 codes, the parameter's shape
     exp_avg_absmax, exp_avg_sq_absmax    fp32 [ceil(elements / 256)]
-whether in pages or not, so that a run may go on with another budget.
+The format does not depend on paging, so a run can resume with another budget.
 """
 
 from collections import defaultdict
@@ -21,16 +21,17 @@ import kernels
 from kernels.adamw8bit import BLOCKSIZE, state_blocks
 from modules.paging import PageStore, Paging
 
-MIN_8BIT_SIZE = 4096  # smaller tensors keep fp32 state, as bitsandbytes' do
-_ALIGNMENT = 16  # bytes, of state in a page: what the kernels' widest loads need
+MIN_8BIT_SIZE = 4096  # smaller tensors have fp32 state, as in bitsandbytes
+_ALIGNMENT = 16  # bytes: the kernels' widest loads need state in a page aligned so
 
 
 class Piece(NamedTuple):
-    """Consecutive elements of a parameter, from `start` to below `stop` of it flat, and their state.
+    """A range of elements of a flattened parameter, and the state of these elements.
 
     Attributes:
-        start: a multiple of 256.
-        state: the tensors; in the plan of a page, of each its (dtype, first byte in the page, length).
+        start: the first element, a multiple of 256.
+        stop: the element behind the last.
+        state: the state tensors by name. In the plan of a page: (dtype, first byte in the page, length) of each.
     """
 
     param: Tensor
@@ -39,37 +40,38 @@ class Piece(NamedTuple):
     state: dict[str, Any]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Of a contiguous tensor like the parameter these elements; itself if it is all of them."""
-        whole = self.stop - self.start == tensor.numel()  # views of every tensor took half of the step's time
+        """These elements of a contiguous tensor of the parameter's shape; the tensor itself if they are all."""
+        whole = self.stop - self.start == tensor.numel()  # making a view of every tensor took half of a step's time
         return tensor if whole else tensor.view(-1)[self.start : self.stop]
 
     def part(self, name: str) -> slice:
-        """Where in the flat state tensor `name` of the whole parameter this piece's is."""
+        """This piece's range in the flattened state tensor `name` of the whole parameter."""
         if name.endswith("absmax"):
             return slice(self.start // BLOCKSIZE, state_blocks(self.stop))
         return slice(self.start, self.stop)
 
     def in_page(self, page: Tensor) -> "Piece":
-        """This piece with its state as views of the bytes of its page."""
+        """A copy of this piece whose state tensors are views of the bytes of its page."""
         views = {k: page[at : at + n * dtype.itemsize].view(dtype) for k, (dtype, at, n) in self.state.items()}
         return self._replace(state=views)
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019) with the arguments and, to rounding, the results of torch.optim.AdamW.
+    """AdamW (Loshchilov and Hutter 2019) with torch.optim.AdamW's arguments. Results are equal except for rounding.
 
     Args:
-        params: fp32 and contiguous, all on one device; or groups of them. Of a DTensor, as FSDP makes them, the part
-            that this process has is updated, and the state is of that part.
+        params: parameters, or groups of them: fp32, contiguous, all on one device. If one is a DTensor, as in FSDP,
+            the local part is updated and has the state.
         lr, betas, eps, weight_decay: see torch.optim.AdamW.
         paging: keep the state in pages. The results are the same bit for bit.
 
     Attributes:
-        pages: the PageStore, None without paging.
+        pages: the PageStore; None without paging.
 
     Raises:
-        ValueError: parameters that cannot be had, a number out of range, a budget smaller than a page.
-        OSError: no room for the file that pages go to.
+        ValueError: a parameter has the wrong dtype, layout or device, a number is out of range, or the budget is
+            smaller than a page.
+        OSError: the disk has no room for the file with the pages.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict) -> None:
         if self.pages is not None:
-            raise ValueError("the pages are laid out already: give every parameter to the constructor")
+            raise ValueError("paged state cannot grow: give every parameter to the constructor")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for name in ("lr", "eps", "weight_decay"):
@@ -101,7 +103,7 @@ class AdamW(torch.optim.Optimizer):
         for param in group["params"]:
             if param.dtype != torch.float32 or not param.is_contiguous() or param.device != device:
                 raise ValueError(
-                    f"{type(self).__name__} takes contiguous float32 parameters, all on one device; one is "
+                    f"{type(self).__name__} needs contiguous float32 parameters, all on one device; one is "
                     f"{param.dtype} {list(param.shape)} with strides {param.stride()} on {param.device}"
                 )
 
@@ -109,11 +111,11 @@ class AdamW(torch.optim.Optimizer):
         return [param for group in self.param_groups for param in group["params"]]
 
     def state_layout(self, param: Tensor, elements: int) -> dict[str, tuple[torch.dtype, int]]:
-        """(dtype, length) of each state tensor of so many elements of `param`, in the order the kernel takes them."""
+        """(dtype, length) of each state tensor for `elements` elements of `param`, as the kernel orders them."""
         return {"exp_avg": (torch.float32, elements), "exp_avg_sq": (torch.float32, elements)}
 
     def fill_pages(self, page_bytes: int) -> tuple[list[list[Piece]], list[int]]:
-        """(the pieces of each page, the bytes of each page); a parameter may reach over several."""
+        """(the pieces of each page, the bytes of each page). One parameter may have pieces in several pages."""
         pages: list[list[Piece]] = []
         sizes: list[int] = []
         for param in self._params():
@@ -141,8 +143,11 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         """Update every parameter that has a gradient.
 
+        Args:
+            closure: computes the gradients again and returns the loss.
+
         Returns:
-            What `closure`, which computes the loss and the gradients anew, returns; None without one.
+            The loss that `closure` returned; None without a closure.
         """
         with torch.enable_grad():
             loss = closure() if closure is not None else None
@@ -166,7 +171,7 @@ class AdamW(torch.optim.Optimizer):
         return {name: t if name.endswith("absmax") else t.view(part.shape) for name, t in state.items()}
 
     def _batches(self) -> Iterator[list[Piece]]:
-        """Everything that has a gradient; with paging a page at a time."""
+        """The pieces that have a gradient: all in one list, or with paging one list for each page."""
         if self.pages is None:
             params = (param for param in self._params() if param.grad is not None)
             yield [Piece(param, 0, _local(param).numel(), _without_step(self.state[param])) for param in params]
@@ -176,7 +181,7 @@ class AdamW(torch.optim.Optimizer):
             yield [piece.in_page(page) for piece in self._plan[i] if piece.param.grad is not None]
 
     def _update(self, pieces: list[Piece]) -> None:
-        """One launch for all that share a group, a step and a kind of state."""
+        """Update `pieces` with one launch for all that have the same group, step and kind of state."""
         groups = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
         launches = defaultdict(list)
         for piece in pieces:
@@ -197,13 +202,13 @@ class AdamW(torch.optim.Optimizer):
             )
 
     def evict(self) -> int:
-        """Give back the device memory that paged state occupies; the bytes freed. Nothing is lost."""
+        """Move paged state off the device, and return how many bytes that freed. No state is lost."""
         return 0 if self.pages is None else self.pages.evict()
 
     # ------------------------------------------------------------------------------------------ saving and loading
 
     def state_dict(self) -> dict:
-        """As torch.optim.Optimizer's; tensors only but for the groups' numbers. Paged state is copied."""
+        """The same as torch.optim.Optimizer's, except that step is a tensor too. Paged state is copied."""
         saved = super().state_dict()
         saved["state"] = {
             i: state | {"step": torch.tensor(float(state["step"]), device="cpu")} for i, state in saved["state"].items()
@@ -219,7 +224,7 @@ class AdamW(torch.optim.Optimizer):
         return saved
 
     def _homes(self) -> Iterator[tuple[Tensor, str, slice, Tensor]]:
-        """(parameter, name of a state tensor, part of it, that part in host memory) of all pages."""
+        """(parameter, name of a state tensor, range in it, the values of that range in host memory) for all pages."""
         for i, pieces in enumerate(self._plan):
             for piece in pieces:
                 for name, home in piece.in_page(self.pages.home(i)).state.items():
@@ -227,10 +232,10 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Go on from a `state_dict` of the same class, paged or not; fp32 state may be torch.optim.AdamW's.
+        """Load a `state_dict` of the same class, paged or not. AdamW also loads torch.optim.AdamW's.
 
         Raises:
-            ValueError: it belongs to other parameters or to another kind of optimizer; nothing is changed.
+            ValueError: it is of other parameters or of another kind of optimizer. Nothing is changed then.
         """
         params, saved = self._params(), state_dict["state"]
         if [len(g["params"]) for g in state_dict["param_groups"]] != [len(g["params"]) for g in self.param_groups]:
@@ -254,10 +259,10 @@ class AdamW(torch.optim.Optimizer):
 
 
 class AdamW8bit(AdamW):
-    """AdamW with 8-bit state, 2.03 bytes a parameter instead of 8: bitsandbytes' AdamW8bit.
+    """AdamW with 8-bit state, as bitsandbytes' AdamW8bit: 2.03 bytes a parameter instead of 8.
 
-    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization"; arguments as AdamW's. Parameters of less than
-    4096 elements have fp32 state.
+    Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization". The arguments are AdamW's. Parameters of fewer
+    than 4096 elements have fp32 state.
     """
 
     def state_layout(self, param: Tensor, elements: int) -> dict[str, tuple[torch.dtype, int]]:
@@ -268,7 +273,7 @@ class AdamW8bit(AdamW):
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """What this process has of `tensor`: of a DTensor its part."""
+    """The part of `tensor` in this process, if it is a DTensor; else `tensor`."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -1,15 +1,16 @@
-"""Bytes in pages of which a few at a time are on the device; the others are in host memory or in a file.
+"""Bytes in pages. A few pages at a time are on the device; the others are in host memory or in a file.
 
-A page has a home, in pinned host memory while that lasts and else in a memory-mapped file, and is resident while it
-also has a frame on the device. There are never more frames than the budget holds. On a CPU, whose memory is the
-host's, homes are in the file.
+Each page has a home: in pinned host memory as long as there is room, else in a memory-mapped file. A page is resident
+while it also has a frame on the device. The budget limits the number of frames. On a CPU the device's memory is the
+host's, so all homes are in the file.
 
-A sweep visits pages in order. While the caller works on one page the next is brought in by a thread, on a CUDA stream
-of its own, in place of the page that is needed again last: the one before. No choice of pages to evict makes fewer
-transfers (Belady 1966): with f frames, f - 2 pages or more stay from sweep to sweep. With one frame nothing overlaps.
+A sweep visits pages in order. While the caller works on one page, a thread loads the next, on a CUDA stream of its own.
+It evicts the page whose next use is furthest away, which is the page before the current one. No other choice makes
+fewer transfers (Belady 1966): with f frames, at least f - 2 pages stay from sweep to sweep. With one frame, transfers
+and work do not overlap.
 
-The idea is QLoRA's paged optimizer (Dettmers et al. 2023, §3), which uses CUDA's unified memory: there the driver moves
-pages when they are touched, one fault after the other. Here nothing is over-subscribed and every transfer is asked for.
+The idea is QLoRA's paged optimizer (Dettmers et al. 2023, §3), which uses CUDA's unified memory. There the driver moves
+pages when they are touched, one page fault after the other. Here every transfer is explicit and planned.
 """
 
 import mmap
@@ -28,13 +29,13 @@ PAGE_BYTES = 4 * 2**20  # long enough for a transfer at full speed
 
 @dataclass(frozen=True)
 class Paging:
-    """Where state may be.
+    """The memory that paged state may use.
 
     Attributes:
-        budget_bytes: on the device, at most; of two pages or more for transfers to overlap with work.
-        directory: where the file is made that holds what host memory does not. It has no name there and vanishes
-            with the process.
-        host_bytes: pinned host memory, at most; None for as much as it takes. Of no effect on a CPU.
+        budget_bytes: at most so much on the device. From two pages on, transfers overlap with work.
+        directory: for the file that holds the pages without a place in host memory. The file has no name and
+            disappears with the process.
+        host_bytes: at most so much pinned host memory; None: no limit. It has no effect on a CPU.
         page_bytes: a multiple of 4096.
     """
 
@@ -45,19 +46,19 @@ class Paging:
 
 
 class PageStore:
-    """Pages of bytes, zero at first.
+    """Pages of bytes, which are zero at first.
 
     Args:
-        sizes: bytes of each page, at most `paging.page_bytes`.
-        device: where pages are worked on.
+        sizes: the bytes of each page, at most `paging.page_bytes`.
+        device: the device on which pages are used.
 
     Attributes:
-        peak_resident_bytes: the most that was on the device at a time.
-        loads: pages brought to the device.
+        peak_resident_bytes: the largest number of bytes that were on the device at one time.
+        loads: how many pages were loaded to the device.
 
     Raises:
-        ValueError: a budget smaller than a page, a page size that is no multiple of 4096.
-        OSError: no room for the file.
+        ValueError: the budget is smaller than a page, or the page size is not a multiple of 4096.
+        OSError: the disk has no room for the file.
     """
 
     def __init__(self, sizes: Sequence[int], device: torch.device, paging: Paging):
@@ -85,7 +86,7 @@ class PageStore:
             return []
         n_bytes = len(sizes) * self.page_bytes
         with tempfile.TemporaryFile(dir=paging.directory, prefix=".optimizer-pages-") as file:
-            os.posix_fallocate(file.fileno(), 0, n_bytes)  # a full disk is an error here, not a crash later
+            os.posix_fallocate(file.fileno(), 0, n_bytes)  # so that a full disk is an error now, not a crash later
             self._map = mmap.mmap(file.fileno(), n_bytes)
         if self._cuda:
             self._staging = torch.empty(self.page_bytes, dtype=torch.uint8, pin_memory=True)
@@ -94,11 +95,14 @@ class PageStore:
 
     @property
     def resident_bytes(self) -> int:
-        """Device memory that frames occupy, those on their way in or out included."""
+        """The device memory of all frames, with those that are being loaded or saved."""
         return len(self._frames) * self.page_bytes
 
     def sweep(self, pages: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Visit `pages`, ascending: (page, its bytes on the device), the caller's until it asks for the next."""
+        """Visit `pages`, in ascending order: (page, its bytes on the device, uint8).
+
+        The caller may read and write the bytes until it asks for the next page.
+        """
         for i, page in enumerate(pages):
             if page not in self._frames:
                 self._bring(page, (page,))
@@ -109,10 +113,10 @@ class PageStore:
             yield page, self._frames[page][: self._homes[page].numel()]
 
     def _bring(self, page: int, keep: tuple[int, ...]) -> None:
-        """Start to load `page`, in the place of another one if there is no room."""
+        """Start to load `page`. If there is no room, evict a page that is not in `keep`."""
         leaving = None
         if len(self._frames) == self.max_frames:
-            # pages come in a cycle: the one just behind is the last to come again
+            # pages are visited in a cycle: the one just before the current page has the longest time to its next visit
             leaving = max((p for p in self._frames if p not in keep), key=lambda p: (p - keep[0]) % len(self._homes))
             self._frames[page] = self._frames.pop(leaving)
         else:
@@ -128,7 +132,7 @@ class PageStore:
             self._moving.pop(page).result()
 
     def _now(self) -> torch.cuda.Event | None:
-        """The end of what the caller has asked the device to do so far."""
+        """An event behind all work that the caller has given to the device so far; None on a CPU."""
         return torch.cuda.current_stream(self.device).record_event() if self._cuda else None
 
     # ------------------------------------------------------------------------------------ in the worker's thread
@@ -142,40 +146,40 @@ class PageStore:
         self._copy(self._homes[page], frame[: self._homes[page].numel()], page, after)
 
     def _copy(self, target: Tensor, source: Tensor, page: int, after: torch.cuda.Event | None) -> None:
-        """Between the frame and the home of `page`; done when this returns."""
+        """Copy between the frame and the home of `page`, and wait until the copy is complete."""
         in_file = page >= self._in_host
         if not self._cuda:
             target.copy_(source)
         else:
             with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
                 self._stream.wait_event(after)
-                if in_file:  # through pinned memory, or the copy would stop the device
+                if in_file:  # through pinned memory; otherwise the copy would stall the device
                     staging = self._staging[: source.numel()]
                     staging.copy_(source, non_blocking=source.is_cuda)
                     self._stream.synchronize()
                     source = staging
                 target.copy_(source, non_blocking=True)
                 self._stream.synchronize()
-        if in_file:  # let the system have the memory of that part of the file back; what it holds stays
+        if in_file:  # give the memory of this part of the file back to the system; the file keeps the bytes
             start = (page - self._in_host) * self.page_bytes
             self._map.madvise(mmap.MADV_DONTNEED, start, self.page_bytes)
 
     # ------------------------------------------------------------------------------------ between sweeps
 
     def flush(self) -> None:
-        """Bring every home up to date; resident pages stay resident."""
+        """Copy every resident page to its home. Resident pages stay resident."""
         for page in list(self._frames):
             self._arrived(page)
         for save in [self._worker.submit(self._save, *item, self._now()) for item in self._frames.items()]:
             save.result()
 
     def evict(self) -> int:
-        """Give the device's memory back, all of it; the bytes freed. The next sweep brings pages in again."""
+        """Free all frames, and return how many bytes that freed. The next sweep loads pages again."""
         self.flush()
         freed = self.resident_bytes
         self._frames.clear()
         return freed
 
     def home(self, page: int) -> Tensor:
-        """The bytes of `page` in host memory, uint8: what they are after `flush`, to be written after `evict`."""
+        """The bytes of `page` in its home, uint8. They are current after `flush`, and may be written after `evict`."""
         return self._homes[page]

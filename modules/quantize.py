@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from kernels.quant_state import check_blocksize, check_quant_type
+from kernels.weight import check_blocksize, check_quant_type
 from modules.adapters.attach import refuse_parts
 from modules.adapters.config import changes_base, quantized_start
 from modules.adapters.init import pack
@@ -20,19 +20,19 @@ def quantize(
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     quant_type: str = "nf4",
 ) -> None:
-    """Pack every decoder linear of `model` in four bits, in place; a dense weight is released as its layer is packed.
+    """Pack every decoder linear of `model` in four bits, in place. Each dense weight is released once it is packed.
 
-    Adapters that are on the model stay on it. One with init="loftq" or "qpissa" begins here; qpissa and loftq_iter_N
-    choose other codes than those nearest to the weights, and such an adapter must be alone on the model.
+    The model keeps its adapters. Those with init="loftq" or "qpissa" are initialised here. qpissa and loftq_iter_N
+    choose codes for the adapter, not the codes nearest to the weights, so the model must have no other adapter.
 
     Args:
-        blocksize: see `kernels.quantize_4bit`; of each linear by its full name, or one for all.
+        blocksize: see `kernels.quantize_4bit`: one for all linears, or one for each linear by its full name.
         double_quant, quant_type: see `kernels.quantize_4bit`.
-        progress: wraps the iteration over the layers' names, e.g. in a progress bar.
+        progress: wraps the iteration over layer names, e.g. in a progress bar.
 
     Raises:
-        ValueError: no such block size or data type, or no size for a linear; adapters are merged, train a linear whole,
-            or share a base that one of them changes; the model is unchanged.
+        ValueError: a block size or the data type is unknown, a linear has no block size, an adapter is merged, an
+            adapter trains a linear itself, or one of several adapters changes the base. The model is then unchanged.
     """
     refuse_parts(model)
     check_quant_type(quant_type)
@@ -73,7 +73,7 @@ def quantize(
 
 
 def dequantize(model: nn.Module) -> None:
-    """Unpack every packed linear of `model` that has no adapter, in place, in the dtype it computes in."""
+    """Unpack every packed linear of `model` that has no adapter, in place, to the dtype it computes in."""
     for name, linear in decoder_linears(model).items():
         if linear is model.get_submodule(name) and isinstance(linear, NF4Linear):
             replace_module(model, name, linear.dequantize().train(linear.training))

@@ -24,8 +24,7 @@ from transformers import PreTrainedConfig
 from experiments.blocks.quant_map import Shapes
 from experiments.errors import UserError
 from kernels.codebook import BLOCKSIZES
-from kernels.double_quant import nested_blocks
-from kernels.quant_state import packed_sizes
+from kernels.weight import nested_blocks, packed_sizes
 
 ALIGNMENTS = ("none", "row", "head")
 # Whose output rows belong to attention heads, head_dim rows each.

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import kernels
+from kernels import dequantize_absmax, quantize_absmax
 from kernels.codebook import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE, normal_float
-from kernels.double_quant import dequantize_absmax, nested_blocks, quantize_absmax
+from kernels.weight import nested_blocks
 
 _NORMAL_FLOAT = re.compile(r"nf([2-8])")
 

@@ -11,7 +11,7 @@ from kernels.bench.registry import BENCHES
 from kernels.bench.report import CsvFile, Table, plot
 from kernels.bench.runner import Runner
 from kernels.bench.spec import Bench
-from kernels.dispatch import interpreting
+from kernels.op import interpreting
 
 
 def main(argv: Sequence[str] | None = None, benches: Mapping[str, Bench] = BENCHES) -> int:

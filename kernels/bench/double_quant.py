@@ -8,7 +8,7 @@ from kernels import dequantize_absmax, quantize_absmax
 from kernels.bench.checks import as_the_twin
 from kernels.bench.spec import Bench, Inputs, Result, randn
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map
-from kernels.double_quant import nested_blocks
+from kernels.weight import nested_blocks
 
 
 def _absmax(size: int, device: torch.device, dtype: str) -> Inputs:

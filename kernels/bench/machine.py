@@ -9,7 +9,7 @@ import torch
 
 from kernels.bench.spec import DTYPES
 from kernels.bench.timing import times
-from kernels.dispatch import use_triton
+from kernels.op import use_triton
 
 COPY_BYTES = 2**28  # past every cache
 MATMUL_SIZE = {"cpu": 512, "cuda": 8192}

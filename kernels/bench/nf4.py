@@ -10,8 +10,7 @@ from kernels import QuantState, dequantize_4bit, quantize_4bit
 from kernels.bench.checks import as_the_twin
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, Unavailable, randn
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
-from kernels.double_quant import nested_blocks
-from kernels.quant_state import packed_sizes
+from kernels.weight import nested_blocks, packed_sizes
 
 
 def _weights(size: int, device: torch.device, dtype: str, blocksize: int, double_quant: bool) -> Inputs:

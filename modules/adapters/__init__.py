@@ -1,1 +1,1 @@
-"""What an adapter is, where it goes, what it begins with, and what it becomes."""
+"""Adapters: their settings, modules and initialisation; attach, switch, merge and detach them."""

@@ -1,4 +1,4 @@
-"""Models with a prefix, batches of texts for them, and their logits written out in float64."""
+"""Models with a prefix, batches of texts, and a float64 reference of one text at a time."""
 
 import torch
 

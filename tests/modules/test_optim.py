@@ -8,31 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from modules import AdamW, AdamW8bit, Paging
-
-SHAPES = ((5,), (64, 100), (300,), (70, 71), (), (90, 64))  # three of 4096 elements or more
-HYPER = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
-STEPS = 6
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-
-
-def train(optimizer: torch.optim.Optimizer, steps: range = range(STEPS)) -> None:
-    """Steps with the gradients that belong to them; parameter 3 has none in step 1, parameter 2 never."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for i, p in enumerate(params):
-            grad = torch.randn(p.shape, generator=generator).to(p.dtype) * 10.0 ** (i - 4)
-            p.grad = None if i == 2 or (i == 3 and step == 1) else grad
-        optimizer.step()
-
-
-def paging(tmp_path, pages: int = 2) -> Paging:
-    return Paging(4096 * pages, tmp_path, page_bytes=4096)
+from modules import AdamW, AdamW8bit
+from tests.modules.optim_cases import HYPER, STEPS, paging, parameters, train
 
 
 def assert_equal_states(one: dict, other: dict) -> None:
@@ -120,7 +97,7 @@ def test_a_run_goes_on_from_its_saved_state_bit_for_bit(cls, before, after, tmp_
         i, _, name = key.partition(".")
         state.setdefault(int(i), {})[name] = tensor
     resumed = cls([nn.Parameter(p.detach().clone()) for p in part], lr=1.0, paging=paging(tmp_path) if after else None)
-    train(resumed, range(1))  # what it has learned by itself is replaced
+    train(resumed, range(1))  # its own state is replaced below
     part = resumed.param_groups[0]["params"]
     with torch.no_grad():
         for p, q in zip(part, optimizer.param_groups[0]["params"]):
@@ -148,12 +125,12 @@ def test_with_a_schedule_a_scaler_and_a_closure():
     assert torch.equal(params[1], unchanged)
 
 
-def test_refuses(tmp_path):
+def test_bad_input_is_refused(tmp_path):
     p, q = nn.Parameter(torch.zeros(5000)), nn.Parameter(torch.zeros(8, 9))
     for params, message in [
         (
             [nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))],
-            r"AdamW takes contiguous float32 .* torch.bfloat16 \[3\]",
+            r"AdamW needs contiguous float32 .* torch.bfloat16 \[3\]",
         ),
         ([nn.Parameter(torch.zeros(8, 9).t())], r"contiguous .* strides \(1, 9\)"),
         ([p, nn.Parameter(torch.zeros(3, device="meta"))], "all on one device; .* on meta"),
@@ -163,7 +140,7 @@ def test_refuses(tmp_path):
     for bad, message in [({"lr": -1.0}, "lr=-1.0"), ({"betas": (0.9, 1.0)}, "betas="), ({"eps": -1e-8}, "eps=-1e-08")]:
         with pytest.raises(ValueError, match=message):
             AdamW([p], **bad)
-    with pytest.raises(ValueError, match="give every parameter to the constructor"):
+    with pytest.raises(ValueError, match="paged state cannot grow: give every parameter to the constructor"):
         AdamW([p], paging=paging(tmp_path)).add_param_group({"params": [q]})
 
     fp32, eight = AdamW([p, q]), AdamW8bit([p, q])

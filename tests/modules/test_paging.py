@@ -11,7 +11,7 @@ from kernels import use_backend
 from modules import AdamW, AdamW8bit, Paging
 from modules.paging import PageStore
 from tests.kernels.nf4_cases import needs_triton
-from tests.modules.test_optim import HYPER, paging, parameters, train
+from tests.modules.optim_cases import HYPER, paging, parameters, train
 
 PAGE = 4096
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_residents_and_transfers_are_counted(tmp_path, pages, frames):
     assert all((pagestore.home(page) == 4).all() for page in range(pages))
 
 
-def test_pages_that_nobody_wants_stay_away(tmp_path):
+def test_pages_outside_the_sweep_are_not_loaded(tmp_path):
     pagestore = store(tmp_path, 5, 2)
     assert [page for page, _ in pagestore.sweep([1, 4])] == [1, 4]
     assert pagestore.loads == 2
@@ -104,7 +104,7 @@ def test_the_file_has_no_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses(tmp_path, monkeypatch):
+def test_bad_input_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a budget of 4,095 bytes is smaller than a page, 4,096"):
         AdamW(parameters(), paging=Paging(4095, tmp_path, page_bytes=4096))
     with pytest.raises(ValueError, match="page_bytes=5000: must be a multiple of 4096"):

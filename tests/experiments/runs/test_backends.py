@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from kernels.dispatch import interpreting, use_backend
+from kernels.op import interpreting, use_backend
 
 SMALL = ["trainer.steps=2", "trainer.batch_size=1", "trainer.eval_every=0", "trainer.samples=0", "data.max_heldout=1"]
 

@@ -1,4 +1,4 @@
-"""What A and B begin with: each initialisation against its definition in float64, and against PEFT's."""
+"""Each initialisation of A and B against its definition in float64, and against PEFT's."""
 
 import peft
 import pytest
@@ -124,15 +124,6 @@ def test_the_base_is_packed_for_its_adapter(init, adapter):
     assert torch.equal(model.model.layers[0].self_attn.v_proj.weight, plain.packed)
 
 
-def test_a_base_that_adapters_share_is_not_packed_for_one_of_them():
-    model = dense_model("llama")
-    attach(model, "lora", RANK, init="qpissa", name="one")
-    attach(model, "lora", RANK, name="two")
-    with pytest.raises(ValueError, match="init=qpissa of the adapter 'one' changes the base: detach the other"):
-        quantize(model)
-    assert not any(isinstance(linear, NF4Linear) for linear in decoder_linears(model).values())
-
-
 def model_with_structure(architecture: str) -> nn.Module:
     """A model whose hidden states have directions that matter more than others."""
     model = dense_model(architecture)
@@ -227,7 +218,7 @@ def test_frozen_a(adapter):
     ],
     ids=str,
 )
-def test_what_no_adapter_can_begin_with(settings, message):
+def test_bad_initialisations_are_refused(settings, message):
     model = dense_model("llama")
     with pytest.raises(ValueError, match=message):
         attach(model, "lora", **{"rank": RANK} | settings)

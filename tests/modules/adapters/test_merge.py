@@ -1,4 +1,4 @@
-"""Merged, unmerged, unloaded, added up."""
+"""Merge, unmerge and unload adapters, and add them up."""
 
 import pytest
 import torch
@@ -12,14 +12,13 @@ from modules import (
     add_weighted_adapter,
     attach,
     decoder_linears,
-    dequantize,
     detach,
     merge,
     quantize,
     set_adapter,
     unmerge,
 )
-from modules.linear import dense_weight, is_conv1d
+from modules.linear import dense_weight
 from tests.modules.architectures import ARCHITECTURES, dense_model, logits, scramble
 
 
@@ -78,7 +77,7 @@ def test_merged_in_the_dtype_of_the_base():
     merge(model, unload=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
-    assert isinstance(model.model.layers[0].self_attn.k_proj, NF4Linear), "what had no adapter stays packed"
+    assert isinstance(model.model.layers[0].self_attn.k_proj, NF4Linear), "linears without an adapter stay packed"
 
 
 def test_a_tied_head_that_changed_is_no_longer_tied(tmp_path):
@@ -95,7 +94,7 @@ def test_a_tied_head_that_changed_is_no_longer_tied(tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_be_merged():
+def test_merging_at_the_wrong_time_is_refused():
     model = dense_model("llama")
     for call, message in (
         (merge, "the model has no adapter in use; it has none"),
@@ -111,37 +110,6 @@ def test_what_cannot_be_merged():
         quantize(model)
     detach(model)
     assert logits(model).equal(logits(dense_model("llama")))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_dequantize_undoes_quantize_but_for_rounding(architecture):
-    model = dense_model(architecture)
-    quantize(model)
-    expected = logits(model)
-    dequantize(model)
-    kinds = {is_conv1d(linear) for linear in decoder_linears(model).values()}
-    assert kinds == {architecture == "gpt2"}
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_quantize_reaches_the_base_under_adapters():
-    model, packed = dense_model("llama"), dense_model("llama")
-    quantize(packed)
-    plain = logits(packed)
-    attach(model, "dora", 4, 6, name="a")
-    scramble(model, 1)
-    attach(model, "lora", 4, 6, ["q_proj"], name="b")
-    quantize(model)
-    set_adapter(model, "a")
-    layers = adapted_linears(model)
-    for name, layer in layers.items():
-        assert torch.equal(layer.base.weight, packed.get_submodule(name).weight)
-        torch.testing.assert_close(layer.norm_sq, dense_weight(layer.base).square().sum(1))
-    merged = logits(model)
-    merge(model)
-    torch.testing.assert_close(logits(model), merged, rtol=1e-4, atol=1e-5)
-    detach(model)
-    assert torch.equal(logits(model), plain)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -180,7 +148,7 @@ def test_weighted_sum(architecture):
     ],
     ids=str,
 )
-def test_what_does_not_add_up(settings, message):
+def test_adapters_that_cannot_be_summed_are_refused(settings, message):
     model = dense_model("llama")
     attach(model, **{"adapter": "lora", "rank": 4, "name": "a"} | settings)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Own copies: what they share with the base, what they do not, and their precision."""
+"""Own copies and BitFit: shared tensors, trained tensors, and their precision."""
 
 import copy
 from types import MethodType
@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from modules import NF4Linear, attach, detach, quantize, set_adapter, trainable_parameters
+from modules import NF4Linear, attach, detach, merge, quantize, set_adapter, trainable_parameters, unmerge
 from modules.adapters.own import merged_copy, own_copy, own_tensor
-from tests.modules.architectures import dense_model, logits, scramble
+from modules.adapters.targets import all_linears
+from modules.linear import dense_weight
+from tests.modules.architectures import ARCHITECTURES, dense_model, logits, scramble
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -37,7 +39,7 @@ def test_an_own_weight_trains_in_fp32_and_computes_in_the_base_s_dtype(module, x
     assert merged_copy(base, clone, ["weight"]).weight.dtype == dtype
 
 
-def test_a_forward_of_the_module_s_own_uses_the_own_weight():
+def test_a_forward_set_on_the_instance_uses_the_own_weight():
     base = nn.Linear(8, 6)
     base.forward = MethodType(lambda self, x: 2 * nn.functional.linear(x, self.weight, self.bias), base)
     clone, x = own_copy(base, ["weight"]), torch.randn(3, 8)
@@ -91,13 +93,6 @@ def test_a_packed_module_cannot_train_whole():
         attach(model, "lora", 4, target_modules=["q_proj"], modules_to_save=["mlp"])
 
 
-def test_quantizing_under_an_own_bias():
-    model = dense_model("opt")
-    attach(model, "lora", 4, target_modules=["q_proj"], bias="all")
-    with pytest.raises(ValueError, match=r"an adapter trains .*k_proj itself, or its bias: quantize before attaching"):
-        quantize(model)
-
-
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_compiled_with_an_own_head(adapter):
     model = dense_model("llama").to(torch.bfloat16)
@@ -107,3 +102,48 @@ def test_compiled_with_an_own_head(adapter):
     x = torch.randn(3, 64, dtype=torch.bfloat16)
     torch.testing.assert_close(head(x), model.lm_head(x))
     torch.testing.assert_close(layer(x), model.model.layers[0].self_attn.q_proj(x))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bitfit_trains_the_biases_and_nothing_else(architecture):
+    model = dense_model(architecture)
+    biases = {name: p.clone() for name, p in model.named_parameters() if name.endswith(".bias")}
+    without = logits(model)
+    attach(model, "bitfit")
+    assert torch.equal(logits(model), without)
+    trained = trainable_parameters(model)
+    if biases:
+        assert trained.keys() == biases.keys()
+        assert all(torch.equal(trained[name], biases[name]) for name in biases)
+    else:
+        linears = [name for name, linear in all_linears(model).items() if linear is not model.lm_head]
+        assert trained.keys() == {f"{name}.bias" for name in linears}
+        assert not any(p.any() for p in trained.values())
+    scramble(model)
+    learned = logits(model)
+    assert (learned - without).abs().max() > 1e-2
+    merge(model)
+    assert torch.equal(logits(model), learned) and not trainable_parameters(model)
+    unmerge(model)
+    detach(model)
+    assert torch.equal(logits(model), without)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
+def test_bitfit_gives_a_linear_a_bias(packed):
+    """Over bf16 weights the bias is fp32, and the layer computes xWᵀ + b in bf16."""
+    model = dense_model("llama").bfloat16()
+    if packed:
+        quantize(model)
+    base = model.model.layers[0].mlp.up_proj
+    weight = dense_weight(base) if packed else base.weight
+    attach(model, "bitfit")
+    ours = model.model.layers[0].mlp.up_proj
+    [bias] = [p for p in ours.parameters() if p.dim() == 1]
+    assert bias.dtype == torch.float32 and bias.requires_grad and base.bias is None
+    with torch.no_grad():
+        bias.copy_(torch.linspace(-1, 1, len(bias)))
+    x = torch.randn(5, 64, dtype=torch.bfloat16)
+    expected = x.double() @ weight.double().t() + bias.double()
+    assert ours(x).dtype == torch.bfloat16
+    torch.testing.assert_close(ours(x).double(), expected, rtol=2**-7, atol=2**-7)

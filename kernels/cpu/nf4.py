@@ -1,0 +1,176 @@
+"""4-bit quantize and dequantize on a CPU: see kernels/nf4.py.
+
+Quantize is one pass over whole blocks of fp32 or bf16. Dequantize is bitsandbytes' compiled CPU routine, where that
+package is installed; the package is not imported. The format is the same, and so are the results, bit for bit: a
+routine is compared with the definition on every level when it is loaded, and is left alone if it differs. One thing may
+differ: with AVX-512's conversion to bf16 a value below the smallest normal number, 1.2e-38, is 0.
+"""
+
+import ctypes
+import functools
+import importlib.util
+import math
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from kernels.codebook import decision_bounds, levels
+from kernels.cpu import supports
+from kernels.cpu.absmax import dequantize_absmax
+from kernels.cpu.code import Kernel, arguments, bf16s, floats, larger, octets, share, wide
+from kernels.op import supports_if
+from kernels.weight import Weight, packed_sizes
+
+_TINY = np.float32(1e-38)  # the least that bitsandbytes divides by
+_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+_own = threading.local()  # what belongs to a thread: its buffer of each dtype
+
+
+@njit(inline="always")
+def _below(x, b):
+    """How many of the 15 bounds are below x; of NaN all."""
+    n = np.int32(not x <= b[0]) + np.int32(not x <= b[1]) + np.int32(not x <= b[2]) + np.int32(not x <= b[3])
+    n += np.int32(not x <= b[4]) + np.int32(not x <= b[5]) + np.int32(not x <= b[6]) + np.int32(not x <= b[7])
+    n += np.int32(not x <= b[8]) + np.int32(not x <= b[9]) + np.int32(not x <= b[10]) + np.int32(not x <= b[11])
+    return n + np.int32(not x <= b[12]) + np.int32(not x <= b[13]) + np.int32(not x <= b[14])
+
+
+@Kernel
+def _quantize(pointer):
+    a = arguments(pointer, 9)
+    blocks, blocksize, in_order, is_bf16 = a[5], a[6], a[7], a[8]
+    memory, codes = floats(a[3], 0, 15), octets(a[4], 0, 16)
+    bounds = (
+        *(memory[0], memory[1], memory[2], memory[3], memory[4], memory[5], memory[6], memory[7]),
+        *(memory[8], memory[9], memory[10], memory[11], memory[12], memory[13], memory[14]),
+    )
+    absmax = floats(a[2], 0, blocks)
+    x, code = np.empty(blocksize, np.float32), np.empty(blocksize, np.uint8)
+    first, behind = share(blocks)
+    for block in range(first, behind):
+        start = block * blocksize
+        if is_bf16:
+            halves = bf16s(a[0], start, blocksize)
+            for i in range(blocksize):
+                x[i] = wide(halves[i])
+        else:
+            singles = floats(a[0], start, blocksize)
+            for i in range(blocksize):
+                x[i] = singles[i]
+        largest, no_number = np.float32(0.0), np.int32(0)
+        for i in range(blocksize):
+            largest = larger(largest, abs(x[i]))
+            no_number |= np.int32(x[i] != x[i])
+        if no_number:
+            largest = np.float32(np.nan)
+        absmax[block] = largest
+        scale = np.float32(1.0) / (_TINY if largest < _TINY else largest)
+        for i in range(blocksize):
+            code[i] = np.uint8(_below(x[i] * scale, bounds))
+        if not in_order:
+            for i in range(blocksize):
+                code[i] = codes[code[i]]
+        packed = octets(a[1], start // 2, blocksize // 2)
+        for i in range(blocksize // 2):
+            packed[i] = code[2 * i] << 4 | code[2 * i + 1]
+
+
+@supports_if(
+    lambda w, blocksize, quant_type: (
+        w.numel() > 0 and w.numel() % blocksize == 0 and (supports(w) or supports(w, dtype=torch.float32))
+    )
+)
+def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    n_bytes, blocks = packed_sizes(w.numel(), blocksize)
+    packed = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(blocks, dtype=torch.float32, device="cpu")
+    bounds, codes = decision_bounds(quant_type)
+    in_order = int(torch.equal(codes, torch.arange(16, dtype=torch.uint8, device="cpu")))
+    _quantize(w, packed, absmax, bounds, codes, blocks, blocksize, in_order, int(w.dtype == torch.bfloat16))
+    return packed, absmax
+
+
+@functools.cache
+def _symbol(name: str, pointers: int, sizes: int) -> Callable[..., None] | None:
+    """A function of the library that takes so many pointers, then so many sizes; None if there is none."""
+    spec = importlib.util.find_spec("bitsandbytes")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for path in Path(folder).glob("libbitsandbytes_cpu.*"):
+            try:
+                function = getattr(ctypes.CDLL(str(path)), name)
+            except (OSError, AttributeError):  # made for another machine; a version without it
+                continue
+            function.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_longlong] * sizes
+            function.restype = None
+            return function
+    return None
+
+
+def _blocks(routine: Callable[..., None], packed: Tensor, absmax: Tensor, out: Tensor, blocksize: int) -> None:
+    """Dequantize out.numel() values, whole blocks, into `out`."""
+    blocks = out.numel() // blocksize
+    row = math.gcd(blocks, 16)  # the routine takes rows of whole blocks: a few, or its outer loop costs time
+    routine(packed.data_ptr(), absmax.data_ptr(), out.data_ptr(), blocksize, blocks // row, row * blocksize)
+
+
+@functools.cache
+def _routine(dtype: torch.dtype) -> Callable[..., None] | None:
+    """routine(codes, absmax, out, blocksize, rows, values a row) if there is one that rounds level · absmax once."""
+    routine = _symbol(f"cdequantize_blockwise_cpu_nf4_{_DTYPES[dtype]}", 3, 3)
+    if routine is None:
+        return None
+    packed = torch.arange(256, dtype=torch.uint8, device="cpu").repeat(64)  # 512 blocks of 64: every pair of levels
+    absmax = torch.logspace(-36, 38, 512, device="cpu")  # to overflow in fp16
+    out = torch.empty(2 * packed.numel(), dtype=dtype, device="cpu")
+    _blocks(routine, packed, absmax, out, 64)
+    codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)
+    expected = (levels("nf4")[codes.int()].view(512, 64) * absmax[:, None]).to(dtype).view(-1)
+    return routine if torch.equal(out.view(torch.uint8), expected.view(torch.uint8)) else None
+
+
+def _has_routine(weight: Weight, dtype: torch.dtype) -> bool:
+    state = weight.quant_state
+    n = state.shape.numel()
+    whole_blocks = n > 0 and n % state.blocksize == 0 and not weight.values.is_meta
+    return state.quant_type == "nf4" and whole_blocks and _routine(dtype) is not None
+
+
+def _dequantize(weight: Weight, out: Tensor) -> Tensor:
+    state = weight.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_absmax(absmax, state.nested_absmax, state.nested_offset)
+    _blocks(_routine(out.dtype), weight.values, absmax, out, state.blocksize)
+    return out.view(state.shape)
+
+
+@supports_if(_has_routine)
+def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
+    return _dequantize(weight, torch.empty(weight.shape.numel(), dtype=dtype, device="cpu"))
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The dense weight in `dtype`, to be read before the thread's next call, which may overwrite it.
+
+    It lies in a buffer that stays in the processor's cache and leaves no holes between what a training step keeps. A
+    dense weight, which must have this dtype, is returned itself.
+    """
+    if not weight.packed:
+        return weight.values
+    if _has_routine(weight, dtype):
+        return _dequantize(weight, _buffer(weight.shape.numel(), dtype))
+    return weight.dense(dtype)
+
+
+def _buffer(n: int, dtype: torch.dtype) -> Tensor:
+    buffer = getattr(_own, _DTYPES[dtype], None)
+    if buffer is None or buffer.numel() < n:
+        with torch.inference_mode(False):  # or it could only be used there
+            buffer = torch.empty(n, dtype=dtype, device="cpu")
+        setattr(_own, _DTYPES[dtype], buffer)
+    return buffer[:n]

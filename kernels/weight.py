@@ -1,0 +1,226 @@
+"""One frozen weight, dense or packed in four bits: a single thing that ops, modules and files take.
+
+    Weight(w)                       w [out, in] in the dtype to compute in
+    Weight(codes, quant_state)      uint8 codes with their QuantState, as `quantize_4bit` returns them
+
+A `torch.library` op takes tensors, numbers and strings. Its opaque objects hide the tensors they hold from fake
+tensors, from the meta device and from graph capture. So op.py hands a Weight to the dispatcher as a list of tensors and
+one string (`flatten`), and the op gets it back as a Weight (`unflatten`). Nothing else uses these two.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.codebook import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that can be quantized and dequantized to
+_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
+_DENSE, _DOUBLE = "dense", " double"
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """The part of a packed tensor that is not its codes.
+
+    Attributes:
+        absmax: fp32 [blocks], or uint8 [blocks] codes of the dynamic map when double-quantized.
+        shape: shape of the tensor.
+        dtype: dtype it had, and the default to dequantize to.
+        blocksize: values a block, one of 32, 64, …, 4096.
+        nested_absmax: fp32 [ceil(blocks / 256)], or None without double quantization.
+        nested_offset: fp32 [], the mean that was subtracted from absmax, or None.
+        quant_type: the 4-bit data type, a key of `kernels.codebook.CODEBOOKS`.
+    """
+
+    absmax: Tensor
+    shape: torch.Size
+    dtype: torch.dtype
+    blocksize: int
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
+    quant_type: str = "nf4"
+
+    @property
+    def nested(self) -> bool:
+        return self.nested_absmax is not None
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A frozen weight.
+
+    Attributes:
+        values: the dense weight, or uint8 codes, two to a byte.
+        quant_state: what belongs to the codes; None if the weight is dense.
+
+    Raises:
+        ValueError: codes and a quant_state that do not belong together.
+    """
+
+    values: Tensor
+    quant_state: QuantState | None = None
+
+    def __post_init__(self):
+        if self.quant_state is not None:
+            check_packed(self.values, self.quant_state)
+
+    @property
+    def packed(self) -> bool:
+        return self.quant_state is not None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape if self.quant_state is None else self.quant_state.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype the weight has when it is dense."""
+        return self.values.dtype if self.quant_state is None else self.quant_state.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight in `dtype`, by default its own: `values` itself if it is that."""
+        dtype = dtype or self.dtype
+        if self.quant_state is None:
+            return self.values.to(dtype)
+        # by its name, because the op is defined over weights (nf4.py)
+        return torch.ops.qdora.dequantize_4bit(*flatten(self), dtype)
+
+
+def as_weight(weight: Tensor | Weight, quant_state: QuantState | None = None) -> Weight:
+    """The Weight that public functions take in place of a tensor and its quant_state."""
+    return weight if isinstance(weight, Weight) else Weight(weight, quant_state)
+
+
+def flatten(weight: Weight) -> tuple[list[Tensor], str]:
+    """The tensors of `weight`, and a string that says what they are."""
+    state = weight.quant_state
+    if state is None:
+        return [weight.values], _DENSE
+    shape = "x".join([str(size) for size in state.shape])
+    text = f"{state.quant_type} {state.blocksize} {_DTYPE_NAMES[state.dtype]} {shape}"
+    if state.nested_absmax is None:
+        return [weight.values, state.absmax], text
+    return [weight.values, state.absmax, state.nested_absmax, state.nested_offset], text + _DOUBLE
+
+
+def unflatten(tensors: list[Tensor], text: str) -> Weight:
+    """The weight that `flatten` was given."""
+    if text == _DENSE:
+        return Weight(tensors[0])
+    quant_type, blocksize, dtype, shape = _parsed(text)
+    codes, absmax, *nested = tensors
+    weight = object.__new__(Weight)  # without checks: it passed them before it was flattened
+    state = QuantState(absmax, shape, dtype, blocksize, *nested, quant_type=quant_type)
+    weight.__dict__.update(values=codes, quant_state=state)
+    return weight
+
+
+def packed_shape(text: str) -> torch.Size:
+    """The shape of a packed weight for which `flatten` gave `text`; of a dense one the tensor has it."""
+    return _parsed(text)[3]
+
+
+def tensor_count(text: str) -> int:
+    """How many tensors `flatten` gave with `text`."""
+    return 1 if text == _DENSE else 4 if text.endswith(_DOUBLE) else 2
+
+
+@functools.cache
+def _parsed(text: str) -> tuple[str, int, torch.dtype, torch.Size]:
+    quant_type, blocksize, dtype, shape = text.removesuffix(_DOUBLE).split(" ")
+    return quant_type, int(blocksize), getattr(torch, dtype), torch.Size(map(int, shape.split("x")) if shape else ())
+
+
+def check_blocksize(blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize {blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")
+
+
+def check_quant_type(quant_type: str) -> None:
+    if quant_type not in CODEBOOKS:
+        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(CODEBOOKS)}")
+
+
+def packed_sizes(n: int, blocksize: int) -> tuple[int, int]:
+    """(bytes of codes, blocks) for n values."""
+    return -(-n // 2), -(-n // blocksize)
+
+
+def nested_blocks(blocks: int) -> int:
+    """Nested blocks that hold the absmax of `blocks` blocks."""
+    return -(-blocks // NESTED_BLOCKSIZE)
+
+
+def check_packed(packed: Tensor, state: QuantState) -> None:
+    """Raise ValueError if codes and a quant_state do not belong together."""
+    check_blocksize(state.blocksize)
+    check_quant_type(state.quant_type)
+    n_bytes, blocks = packed_sizes(state.shape.numel(), state.blocksize)
+    expected = [
+        ("packed", packed, torch.uint8, n_bytes),
+        ("absmax", state.absmax, torch.uint8 if state.nested else torch.float32, blocks),
+    ]
+    if state.nested:
+        expected += [
+            ("nested_absmax", state.nested_absmax, torch.float32, nested_blocks(blocks)),
+            ("nested_offset", state.nested_offset, torch.float32, 1),
+        ]
+    elif state.nested_offset is not None:
+        raise ValueError("nested_offset is given without nested_absmax")
+    for name, tensor, dtype, numel in expected:
+        if tensor is None or tensor.dtype != dtype or tensor.numel() != numel:
+            found = "nothing" if tensor is None else f"{tensor.numel()} values of {tensor.dtype}"
+            raise ValueError(
+                f"{name}: {found}, but shape {tuple(state.shape)} at blocksize {state.blocksize} "
+                f"needs {numel} of {dtype}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} is not contiguous")
+        if tensor.device != packed.device:
+            raise ValueError(f"{name} is on {tensor.device} but packed on {packed.device}")
+
+
+def check_input(x: Tensor, weight: Weight) -> None:
+    """Check x [..., in] against a weight [out, in].
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    shape = weight.shape
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x is {x.dtype}; it must be float32, float16 or bfloat16")
+    if len(shape) != 2 or x.dim() == 0 or shape[1] != x.shape[-1]:
+        raise ValueError(f"x {tuple(x.shape)} does not fit a weight of shape {tuple(shape)}")
+    if not weight.packed and weight.values.dtype != x.dtype:
+        raise ValueError(f"x is {x.dtype} but the weight is {weight.values.dtype}")
+
+
+def check_adapter(
+    x: Tensor, lora_A: Tensor, lora_B: Tensor, out_features: int, bias: Tensor | None = None, dropout: float = 0.0
+) -> None:
+    """Check an adapter against x [..., in] and a weight [out, in].
+
+    Raises:
+        ValueError: shapes that do not fit, a rank of 0 or a dropout outside [0, 1).
+    """
+    rank = lora_A.shape[0]
+    if rank == 0 or lora_A.shape != (rank, x.shape[-1]) or lora_B.shape != (out_features, rank):
+        raise ValueError(
+            f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not fit a weight "
+            f"of shape {(out_features, x.shape[-1])}: they must be [rank, in] and [out, rank] with rank ≥ 1"
+        )
+    check_bias(bias, out_features)
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout {dropout} is not in [0, 1)")
+
+
+def check_bias(bias: Tensor | None, out_features: int) -> None:
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias {tuple(bias.shape)} must be [{out_features}]")
