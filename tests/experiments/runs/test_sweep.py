@@ -127,7 +127,7 @@ def test_launchers(command, tmp_path, launcher, ranks, told):
             "rank=x,y",
             "error: Error merging override rank=x Value 'x' of type 'str' could not be converted to Integer\n",
         ),
-        ("+foo=1,2", " +foo=2: no such key: foo; there are model, quant, "),
+        ("+foo=1,2", " +foo=2: no such key: foo; there are rank, lora_alpha, "),
     ],
 )
 def test_a_sweep_over_what_is_not_there_says_so(terminal, tmp_path, wrong, message):
