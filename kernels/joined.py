@@ -126,4 +126,4 @@ def joined_linears(x: Tensor, linears: Sequence[Joined]) -> tuple[Tensor, ...]:
             raise ValueError("a DoRA linear needs its magnitude and its norm_sq, a LoRA linear neither")
     weights, lora_A, lora_B, scaling, magnitude, norm_sq = map(list, zip(*linears))
     ys, _ = _joined_linears(x.reshape(-1, x.shape[-1]), weights, lora_A, lora_B, magnitude, norm_sq, scaling)
-    return tuple(y.view(*x.shape[:-1], -1) for y in ys)
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)

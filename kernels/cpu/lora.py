@@ -66,10 +66,10 @@ def factors(
 def wide_gradients(
     dA: Tensor, dB: Tensor, lora_A: Tensor, lora_B: Tensor, scale_A: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(scale_A · dA, dB) in the dtypes of A and B."""
+    """(scale_A · dA, dB) in the dtypes of A and B. The first is a new tensor: dA may be a part of a larger one."""
     if lora_A.dtype == lora_B.dtype == torch.float32 and supports(dA, dB):
         return widened(dA, dB, scale_A)
-    return dA.to(lora_A.dtype).mul_(scale_A), dB.to(lora_B.dtype)
+    return dA.to(lora_A.dtype) * scale_A, dB.to(lora_B.dtype)
 
 
 def adapted(

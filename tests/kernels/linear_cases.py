@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from kernels import QuantState, dequantize_4bit, quantize_4bit
 from kernels.dropout import keep_mask
+from kernels.op import Op
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BASES = ("dense", "nf4", "nf4-double")
@@ -89,6 +90,11 @@ def assert_as_accurate(got: dict[str, Tensor], torch_at_dtype: dict, exact: dict
         allowed = 2 * (torch_at_dtype[name].double() - want).abs().max().item() + 4 * torch.finfo(dtype).eps * scale
         error = (got[name].double() - want).abs().max().item()
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e} (largest value {scale:.3e})"
+
+
+def opcheck(op: Op, *args) -> None:
+    """torch's checks of an op's schema, fake and autograd."""
+    torch.library.opcheck(op.dispatched, tuple(op.flatten(args)))
 
 
 def peft_layer(base: nn.Module, rank: int, alpha: float, **config) -> tuple[nn.Module, nn.Module]:

@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 
 import bitsandbytes.functional as bnb
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import QuantState
+from kernels import QuantState, use_backend
 from kernels.op import interpreting
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -18,6 +19,15 @@ KINDS = ("normal", "zeros", "infinite", "nan")
 needs_triton = pytest.mark.skipif(
     not (torch.cuda.is_available() or interpreting()), reason="no GPU, and TRITON_INTERPRET is not 1"
 )
+
+
+def only_supported(op, column: str, inputs: Iterable, *more) -> list:
+    """Those of `inputs` for which `column` itself computes op(input, *more). Skips the test if there are none."""
+    if column == "triton":
+        return list(inputs)
+    with use_backend(column), warnings.catch_warnings(action="ignore"):
+        found = [one for one in inputs if op.column(one, *more) == column]
+    return found or pytest.skip(f"{op.name} has no {column} kernel for these tensors")
 
 
 def triton_device() -> str:

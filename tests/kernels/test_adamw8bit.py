@@ -1,4 +1,4 @@
-"""adamw8bit against bitsandbytes and float64; the kernel is the twin bit for bit; codes, memory, bad input.
+"""adamw8bit against bitsandbytes and float64; the kernel is the reference bit for bit; codes, memory, bad input.
 
 bitsandbytes 0.50.2 has two implementations that run without a GPU: its CPU optimizer, which looks codes up at 65536
 points, and the Triton kernel of its GPU backends, which takes the nearest code as we do, in the interpreter.
@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import adamw8bit, reference_adamw, use_backend
+from kernels import adamw8bit, use_backend
 from kernels.adamw8bit import state_blocks
 from kernels.codebook import dynamic_bins, dynamic_bounds, dynamic_map
+from kernels.reference import adamw8bit as reference
 from tests.kernels.nf4_cases import assert_nothing_beside, assert_same, embedded, needs_triton, triton_device
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
@@ -43,7 +44,7 @@ def state(sizes=SIZES, kind: str = "normal", device: str = "cpu") -> list[list[T
     if kind in ("zeros", "denormal"):
         exp_avgs, exp_avg_sqs = ([torch.zeros_like(p) for p in params] for _ in range(2))
     codes = [
-        [reference_adamw.quantize_state(x.clone(), signed) for x in xs]
+        [reference.quantize_state(x.clone(), signed) for x in xs]
         for xs, signed in ((exp_avgs, True), (exp_avg_sqs, False))
     ]
     lists = params, grads, *([c for c, _ in pairs] for pairs in codes), *([a for _, a in pairs] for pairs in codes)
@@ -54,7 +55,7 @@ def exact_step(lists: list[list[Tensor]], i: int, step: int) -> dict[str, Tensor
     """The new p, exp_avg and exp_avg_sq of tensor i in float64."""
     p, g, *codes = (tensors[i].cpu() for tensors in lists)
     m, v = (
-        reference_adamw.dequantize_state(code, absmax, signed).double()
+        reference.dequantize_state(code, absmax, signed).double()
         for code, absmax, signed in zip(codes[:2], codes[2:], (True, False))
     )
     (beta1, beta2), g = HYPER["betas"], g.double()
@@ -162,9 +163,7 @@ def test_a_step_equals_bitsandbytes_cpu_optimizer_within_its_rounding(step):
         for k, (name, signed) in enumerate(SIGNED.items()):
             torch.testing.assert_close(ours[4 + k], theirs[4 + k], rtol=1e-6, atol=0)
             absmax = ours[4 + k].repeat_interleave(256)[:n]
-            mine, their = (
-                reference_adamw.dequantize_state(side[2 + k], side[4 + k], signed) for side in (ours, theirs)
-            )
+            mine, their = (reference.dequantize_state(side[2 + k], side[4 + k], signed) for side in (ours, theirs))
             error, their_error = (mine - exact[name]).abs(), (their - exact[name]).abs()
             assert (error <= their_error + 1e-6 * absmax).all(), name
             width = torch.diff(
@@ -208,11 +207,11 @@ def test_a_step_equals_bitsandbytes_triton_kernel(step):
 
 @needs_triton
 @pytest.mark.parametrize("kind, before", [("normal", 1), *((kind, 16) for kind in KINDS)])
-def test_the_kernel_is_the_twin_bit_for_bit_and_writes_its_own_memory_only(kind, before):
+def test_the_kernel_is_the_reference_bit_for_bit_and_writes_its_own_memory_only(kind, before):
     want = state(kind=kind, device=triton_device())
     got = [[embedded(tensor, before) for tensor in tensors] for tensors in want]
     for step in (1, 2):
-        with use_backend("torch"):
+        with use_backend("reference"):
             adamw8bit(*want, **HYPER, step=step)
         with use_backend("triton"):
             adamw8bit(*got, **HYPER, step=step)
@@ -224,7 +223,7 @@ def test_the_kernel_is_the_twin_bit_for_bit_and_writes_its_own_memory_only(kind,
 
 @pytest.mark.usefixtures("backend")
 def test_where_a_tensor_is_cut_between_blocks_changes_nothing(monkeypatch):
-    monkeypatch.setattr("kernels.reference_adamw.CHUNK", 512)
+    monkeypatch.setattr("kernels.reference.adamw8bit.CHUNK", 512)
     whole, parts = (state((3001,), device=torch.get_default_device()) for _ in range(2))
     adamw8bit(*whole, **HYPER, step=3)
     cuts = ((0, 256), (256, 1792), (1792, 3001))

@@ -1,4 +1,4 @@
-"""bitsandbytes' routine behind dequantize: the twin's bits, and the twin where it is missing or differs."""
+"""bitsandbytes' routine behind dequantize on a CPU: the reference's bits, and the reference where it cannot be used."""
 
 import importlib.util
 import subprocess
@@ -7,54 +7,61 @@ import sys
 import pytest
 import torch
 
-from kernels import cpu_dequantize, quantize_4bit, reference
+from kernels import QuantState, Weight, cpu, dequantize_4bit, quantize_4bit, use_backend
 from kernels.codebook import BLOCKSIZES
+from kernels.cpu import nf4 as cpu_nf4
+from kernels.nf4 import _dequantize_4bit
+from kernels.reference import nf4 as reference
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels cannot run here")
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @pytest.fixture
 def fresh():
-    """What was found out about the library is forgotten, before and after."""
-    for remembered in (functions := (cpu_dequantize._symbol, cpu_dequantize._routine)):
+    """Nothing is known about the library, before and after."""
+    for remembered in (functions := (cpu_nf4._symbol, cpu_nf4._routine)):
         remembered.cache_clear()
     yield
     for remembered in functions:
         remembered.cache_clear()
 
 
-def arguments(n: int, blocksize: int, double_quant: bool, dtype: torch.dtype) -> tuple:
+def packed(n: int, blocksize: int, double_quant: bool) -> Weight:
     w = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(1e-4, 100, n)
     w[: n // 7] = 0.0
-    packed, state = quantize_4bit(w, blocksize, double_quant)
-    return packed, *state.tensors(), blocksize, "nf4", [n], dtype
+    return Weight(*quantize_4bit(w, blocksize, double_quant))
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["", "double"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_has_the_bits_of_the_twin(dtype, double_quant):
+def test_has_the_bits_of_the_reference(dtype, double_quant):
     pytest.importorskip("bitsandbytes")
-    assert cpu_dequantize._routine(dtype) is not None
+    assert cpu_nf4._routine(dtype) is not None
     for blocksize in BLOCKSIZES:
         for n in (1, blocksize - 1, blocksize, 3 * blocksize, 16 * blocksize + 7, 33 * blocksize + blocksize // 2):
-            args = arguments(n, blocksize, double_quant, dtype)
-            got, want = cpu_dequantize.dequantize_4bit(*args), reference.dequantize_4bit(*args)
+            weight = packed(n, blocksize, double_quant)
+            assert _dequantize_4bit.column(weight, dtype) == ("reference" if n % blocksize else "cpu")
+            got, want = dequantize_4bit(weight, dtype=dtype), reference.dequantize_4bit(weight, dtype)
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), (blocksize, n)
 
 
 def test_infinities_and_nan_stay():
-    packed = torch.full((96,), 0x0F, dtype=torch.uint8)  # levels -1 and 1
-    absmax = torch.tensor([torch.inf, torch.nan, 2.0])
-    w = cpu_dequantize.dequantize_4bit(packed, absmax, None, None, 64, "nf4", [3, 64], torch.bfloat16)
+    codes = torch.full((96,), 0x0F, dtype=torch.uint8)  # levels -1 and 1
+    state = QuantState(torch.tensor([torch.inf, torch.nan, 2.0]), torch.Size([3, 64]), torch.bfloat16, 64)
+    with use_backend("cpu"):
+        assert _dequantize_4bit.column(Weight(codes, state), torch.bfloat16) == "cpu"
+        w = dequantize_4bit(codes, state)
     assert w[0].isinf().all() and w[1].isnan().all() and (w[2].abs() == 2).all()
 
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("why", ["absent", "without the symbols", "no library", "wrong"])
-def test_the_twin_computes_where_the_routine_cannot(why, monkeypatch, tmp_path):
-    args = arguments(1000, 64, True, torch.float32)
+def test_the_reference_computes_where_the_routine_cannot(why, monkeypatch, tmp_path):
+    weight = packed(1024, 64, True)
     if why == "wrong":
-        monkeypatch.setattr(cpu_dequantize, "_symbol", lambda *_: lambda *pointers_and_sizes: None)
+        monkeypatch.setattr(cpu_nf4, "_symbol", lambda *_: lambda *pointers_and_sizes: None)
     else:
         spec = importlib.util.spec_from_loader("bitsandbytes", None, is_package=True)
         spec.submodule_search_locations[:] = [str(tmp_path)]
@@ -64,8 +71,11 @@ def test_the_twin_computes_where_the_routine_cannot(why, monkeypatch, tmp_path):
         elif why == "without the symbols":
             library.symlink_to(torch._C.__file__)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if why == "absent" else spec)
-    assert cpu_dequantize._routine(torch.float32) is None
-    assert torch.equal(cpu_dequantize.dequantize_4bit(*args), reference.dequantize_4bit(*args))
+    assert cpu_nf4._routine(torch.float32) is None
+    assert _dequantize_4bit.column(weight, torch.float32) == "reference"
+    want = reference.dequantize_4bit(weight, torch.float32)
+    assert torch.equal(dequantize_4bit(weight), want)
+    assert torch.equal(cpu_nf4.dense(weight, torch.float32), want)
 
 
 def test_the_package_is_not_imported():

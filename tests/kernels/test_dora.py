@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import dora_linear, dora_norm, reference, weight_norm_sq
+from kernels import Weight, dora_linear, dora_norm, weight_norm_sq
+from kernels.dora import _dora_linear, _dora_linear_backward, _dora_norm, _weight_norm_sq
 from tests.kernels.linear_cases import (
     BASES,
     DTYPES,
@@ -14,7 +15,7 @@ from tests.kernels.linear_cases import (
     compare_with_peft,
     dropout_seed,
     make_base,
-    op_args,
+    opcheck,
     peft_layer,
     plain_linear,
     quantized_base,
@@ -208,7 +209,7 @@ def test_a_given_norm_is_taken(backend, p):
 def test_a_base_weight_that_wants_a_gradient_is_refused():
     tensors, dy = make_tensors(SHAPES[0], torch.float32)
     w = randn(48, 64, seed=1).requires_grad_()
-    with pytest.raises(RuntimeError, match="frozen"):
+    with pytest.raises(RuntimeError, match=r"gives no gradient for its weight: freeze it with requires_grad_\(False\)"):
         make_op(w, None)(**tensors).backward(dy)
 
 
@@ -260,20 +261,20 @@ def test_opcheck(kind, extras):
     x, lora_A, lora_B, magnitude = (tensors[n].requires_grad_() for n in ("x", "lora_A", "lora_B", "magnitude"))
     bias = randn(48, seed=5) if extras else None
     p, seed = (0.3, dropout_seed()) if extras else (0.0, None)
-    base, norm_sq = op_args(weight, state), weight_norm_sq(weight, state)
+    base, norm_sq = Weight(weight, state), weight_norm_sq(weight, state)
     norm = dora_norm(weight, norm_sq, lora_A, lora_B, 1.5, state) if extras else None
-    forward = (x, *base, norm_sq, norm, lora_A, lora_B, magnitude, bias, 1.5, p, seed)
-    torch.library.opcheck(torch.ops.qdora.dora_linear.default, forward)
-    norm_args = (*base, norm_sq, lora_A.detach(), lora_B.detach(), 1.5, torch.float32)
-    torch.library.opcheck(torch.ops.qdora.dora_norm.default, norm_args)
+    forward = (x, base, norm_sq, norm, lora_A, lora_B, magnitude, bias, 1.5, p, seed)
+    opcheck(_dora_linear, *forward)
+    opcheck(_dora_norm, base, norm_sq, lora_A.detach(), lora_B.detach(), 1.5)
+    opcheck(_weight_norm_sq, base)
 
     with torch.no_grad():
-        y, xa, norm, gain, z = torch.ops.qdora.dora_linear(*forward)
+        y, xa, norm, gain, z = _dora_linear(*forward)
     kept = (None, z) if extras else (y, z)
     adapter = (t.detach() for t in (lora_A, lora_B, magnitude))
-    backward = (dy, x.detach(), xa, *kept, norm, gain, *base, *adapter, 1.5, p, seed)
+    backward = (dy, x.detach(), xa, *kept, norm, gain, base, *adapter, 1.5, p, seed)
     for needs_dx in (True, False):
-        torch.library.opcheck(torch.ops.qdora.dora_linear_backward.default, (*backward, needs_dx))
+        opcheck(_dora_linear_backward, *backward, needs_dx)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
@@ -338,6 +339,8 @@ def test_norm_checks_its_shapes():
 
 
 def test_fp16_sums_of_the_magnitude_gradient_do_not_overflow():
-    dy, gain = torch.full((100, 3), 30.0, dtype=torch.float16), torch.ones(3)
-    _, total = reference.scale_columns(dy, dy, gain)
-    assert torch.equal(total, torch.full((3,), 90000.0))  # fp16 ends at 65504
+    dy, x, xa = torch.full((100, 3), 30.0, dtype=torch.float16), torch.zeros(100, 8).half(), torch.zeros(100, 1).half()
+    w, lora_A, lora_B, ones = torch.zeros(3, 8).half(), torch.zeros(1, 8), torch.zeros(3, 1), torch.ones(3)
+    rest = (ones, ones, Weight(w), lora_A, lora_B, ones, 1.0, 0.0, None, False)  # norm, gain, …, magnitude, …
+    dm = _dora_linear_backward(dy, x, xa, dy, x.new_empty(0), *rest)[3]  # y is dy: dm = Σ dy² / m
+    assert torch.equal(dm, torch.full((3,), 90000.0))  # fp16 ends at 65504

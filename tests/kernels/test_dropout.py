@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from kernels.dropout import dropout, keep_mask, launch_dropout, new_seed
+from kernels.dropout import dropout, keep_mask, new_seed
+from kernels.triton.dropout import dropout as triton_dropout
 from tests.kernels.nf4_cases import guarded_memory, needs_triton, triton_device
 
 SEED = torch.tensor(1234)
@@ -79,9 +80,9 @@ def test_the_generator_decides_the_seed():
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1025), (70, 33)], ids=str)
-def test_the_kernel_is_the_twin_bit_for_bit(shape, dtype, monkeypatch):
+def test_the_triton_kernel_is_the_reference_bit_for_bit(shape, dtype, monkeypatch):
     x = torch.randn(shape, dtype=dtype, device=triton_device())
     for p in (0.1, 0.5):
         with guarded_memory(monkeypatch):
-            y = launch_dropout(x, p, SEED.to(x.device))
+            y = triton_dropout(x, p, SEED.to(x.device))
         assert torch.equal(y, dropout(x, p, SEED.to(x.device)))

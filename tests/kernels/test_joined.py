@@ -1,75 +1,197 @@
-"""Adapted linears of one input together: each as lora_linear and dora_linear give it, gradients against float64."""
+"""joined_linears: each result and every gradient against float64 and against lora_linear and dora_linear; contracts."""
+
+import functools
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import weight_norm_sq
-from kernels.base_weight import base_args
-from kernels.shared_input import Linear, adapted_linears
-from tests.kernels.linear_cases import assert_as_accurate, make_base, plain_linear, randn, to_dtype, with_gradients
+from kernels import Joined, Weight, dora_linear, joined_linears, lora_linear, weight_norm_sq
+from kernels.joined import _joined_linears, _joined_linears_backward
+from tests.kernels.linear_cases import (
+    assert_as_accurate,
+    make_base,
+    opcheck,
+    plain_linear,
+    randn,
+    to_dtype,
+    with_gradients,
+)
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 SIZES = ((48, 3), (17, 16), (130, 5))  # (out, rank) of each linear
 IN, SCALINGS = 64, (1.5, 0.7, 2.0)
+ADAPTERS = {"lora": (False,) * 3, "dora": (True,) * 3, "mixed": (True, False, True)}  # which are DoRA's
+
+adapters = pytest.mark.parametrize("dora", ADAPTERS.values(), ids=ADAPTERS)
 
 
-def joined(kind: str, dora: bool, dtype: torch.dtype):
-    """(op of x and the adapters by name, the same in plain torch, its tensors, the outputs' gradient)"""
-    bases = [make_base(kind, out, IN, dtype) for out, _ in SIZES]
+def make_tensors(dora: tuple[bool, ...], dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """(x and the adapters by name, the gradient of the joined outputs)"""
     tensors: dict[str, Tensor] = {"x": randn(2, 5, IN, seed=2, dtype=dtype)}
     for i, (out, rank) in enumerate(SIZES):
         tensors |= {
             f"A{i}": randn(rank, IN, seed=10 + i) / IN**0.5,
             f"B{i}": randn(out, rank, seed=20 + i) / rank**0.5,
         }
-        if dora:
+        if dora[i]:
             tensors[f"m{i}"] = randn(out, seed=30 + i).abs() + 0.5
             tensors[f"m{i}"][3] = 0
-
-    def op(x, **adapters):
-        linears = [
-            Linear(base_args(weight, state, x), scaling, weight_norm_sq(weight, state) if dora else None)
-            for (weight, state, _), scaling in zip(bases, SCALINGS)
-        ]
-        given = [(adapters[f"A{i}"], adapters[f"B{i}"], adapters.get(f"m{i}")) for i in range(len(SIZES))]
-        return torch.cat(adapted_linears(x, linears, given), -1)
-
-    def plain(x, **adapters):
-        rows = x.flatten(0, -2)
-        outputs = [
-            plain_linear(rows, w.to(x.dtype), adapters[f"A{i}"], adapters[f"B{i}"], s, None, adapters.get(f"m{i}"))
-            for i, ((_, _, w), s) in enumerate(zip(bases, SCALINGS))
-        ]
-        return torch.cat(outputs, -1).view(*x.shape[:-1], -1)
-
-    return op, plain, tensors, randn(2, 5, sum(out for out, _ in SIZES), seed=6, dtype=dtype)
+    return tensors, randn(2, 5, sum(out for out, _ in SIZES), seed=6, dtype=dtype)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("kind", ["dense", "nf4-double"])
+def make_bases(kinds: tuple[str, ...], dtype: torch.dtype) -> list[tuple[Weight, Tensor]]:
+    """(weight, the numbers it stands for in fp32) of each linear"""
+    made = (make_base(kind, out, IN, dtype) for kind, (out, _) in zip(kinds, SIZES))
+    return [(Weight(values, state), w) for values, state, w in made]
+
+
+def linears(bases, tensors: dict[str, Tensor]) -> list[Joined]:
+    found = []
+    for i, ((weight, _), scaling) in enumerate(zip(bases, SCALINGS)):
+        magnitude = tensors.get(f"m{i}")
+        norm_sq = None if magnitude is None else weight_norm_sq(weight)
+        found.append(Joined(weight, tensors[f"A{i}"], tensors[f"B{i}"], scaling, magnitude, norm_sq))
+    return found
+
+
+def joined(bases, x, **adapters):
+    return torch.cat(joined_linears(x, linears(bases, adapters)), -1)
+
+
+def plain(bases, x, **adapters):
+    rows = x.flatten(0, -2)
+    outputs = [
+        plain_linear(rows, w.to(x.dtype), adapters[f"A{i}"], adapters[f"B{i}"], s, None, adapters.get(f"m{i}"))
+        for i, ((_, w), s) in enumerate(zip(bases, SCALINGS))
+    ]
+    return torch.cat(outputs, -1).view(*x.shape[:-1], -1)
+
+
+def one_by_one(bases, x, **adapters):
+    outputs = []
+    for one in linears(bases, adapters):
+        if one.magnitude is None:
+            outputs.append(lora_linear(x, one.weight, one.lora_A, one.lora_B, one.scaling))
+        else:
+            given = (x, one.weight, one.norm_sq, one.lora_A, one.lora_B, one.magnitude, one.scaling)
+            outputs.append(dora_linear(*given))
+    return torch.cat(outputs, -1)
+
+
+@adapters
+@pytest.mark.parametrize(
+    "kinds", [("dense",) * 3, ("nf4-double",) * 3, ("nf4", "dense", "nf4-double")], ids=["dense", "nf4-double", "mixed"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_forward_and_gradients_against_float64(dtype, kind, dora):
-    op, plain, tensors, dy = joined(kind, dora, dtype)
-    got = with_gradients(op, tensors, dy)
+def test_forward_and_gradients_against_float64(dtype, kinds, dora):
+    (tensors, dy), bases = make_tensors(dora, dtype), make_bases(kinds, dtype)
+    got = with_gradients(functools.partial(joined, bases), tensors, dy)
     assert {got[name].dtype for name in ("y", "dx")} == {dtype}
-    exact = with_gradients(plain, to_dtype(tensors, torch.float64), dy)
-    assert_as_accurate(got, with_gradients(plain, to_dtype(tensors, dtype), dy), exact, dtype)
+    in_torch = functools.partial(plain, bases)
+    exact = with_gradients(in_torch, to_dtype(tensors, torch.float64), dy)
+    assert_as_accurate(got, with_gradients(in_torch, to_dtype(tensors, dtype), dy), exact, dtype)
 
 
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@adapters
+@pytest.mark.parametrize("kind", ["dense", "nf4-double"])
+def test_each_is_as_the_op_of_one_linear_gives_it(kind, dora):
+    (tensors, dy), bases = make_tensors(dora, torch.float32), make_bases((kind,) * 3, torch.float32)
+    got = with_gradients(functools.partial(joined, bases), tensors, dy)
+    want = with_gradients(functools.partial(one_by_one, bases), tensors, dy)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
+
+
+@adapters
 def test_an_input_that_needs_no_gradient(dora):
-    op, _, tensors, dy = joined("nf4-double", dora, torch.float32)
-    want = with_gradients(op, tensors, dy)
+    (tensors, dy), bases = make_tensors(dora, torch.float32), make_bases(("nf4-double",) * 3, torch.float32)
+    want = with_gradients(functools.partial(joined, bases), tensors, dy)
     x = tensors.pop("x")
-    got = with_gradients(lambda **adapters: op(x, **adapters), tensors, dy)
+    got = with_gradients(lambda **adapters: joined(bases, x, **adapters), tensors, dy)
     for name, gradient in got.items():
         assert torch.equal(gradient, want[name]), name
 
 
-def test_an_output_that_nobody_uses():
-    op, _, tensors, dy = joined("dense", True, torch.float32)
-    dy[..., : SIZES[0][0]] = 0
-    want = with_gradients(op, tensors, dy)
-    got = with_gradients(lambda **t: op(**t)[..., SIZES[0][0] :], tensors, dy[..., SIZES[0][0] :])
-    for name in set(got) - {"y"}:
+@adapters
+def test_a_result_that_nobody_uses(dora):
+    (tensors, dy), bases = make_tensors(dora, torch.float32), make_bases(("dense",) * 3, torch.float32)
+    first = SIZES[0][0]
+    dy[..., :first] = 0
+    want = with_gradients(functools.partial(joined, bases), tensors, dy)
+    got = with_gradients(lambda **t: joined(bases, **t)[..., first:], tensors, dy[..., first:])
+
+    def others(x, **adapters):
+        return torch.cat(joined_linears(x, linears(bases, adapters))[1:], -1)
+
+    alone = with_gradients(others, tensors, dy[..., first:])
+    for name in set(want) - {"y"}:
         torch.testing.assert_close(got[name], want[name])
+        torch.testing.assert_close(alone[name], want[name])
+
+
+@adapters
+def test_opcheck(dora):
+    (tensors, _), bases = make_tensors(dora, torch.float32), make_bases(("dense", "nf4", "nf4-double"), torch.float32)
+    x = tensors["x"].flatten(0, -2)
+    weights, *rest = map(list, zip(*linears(bases, tensors)))
+    lora_A, lora_B, scaling, magnitude, norm_sq = rest
+    args = (x.requires_grad_(), weights, [A.requires_grad_() for A in lora_A], lora_B, magnitude, norm_sq, scaling)
+    opcheck(_joined_linears, *args)
+    x, lora_A = x.detach(), [A.detach() for A in lora_A]
+    ys, kept = _joined_linears(x, weights, lora_A, lora_B, magnitude, norm_sq, scaling)
+    dys = [randn(*y.shape, seed=i) for i, y in enumerate(ys)]
+    for needs_dx in (True, False):
+        given = (dys, x, ys, kept, weights, lora_A, lora_B, magnitude, scaling, needs_dx)
+        opcheck(_joined_linears_backward, *given)
+
+
+@adapters
+def test_compiles_to_one_graph_forward_and_backward(dora):
+    (tensors, dy), bases = make_tensors(dora, torch.float32), make_bases(("dense", "nf4-double", "nf4"), torch.float32)
+    op = functools.partial(joined, bases)
+    got = with_gradients(torch.compile(op, fullgraph=True, backend="aot_eager"), tensors, dy)
+    want = with_gradients(op, tensors, dy)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=0, atol=0)
+
+
+@adapters
+def test_meta_device(dora):
+    tensors, _ = make_tensors(dora, torch.float32)
+    leaves = {name: t.to("meta").requires_grad_() for name, t in tensors.items()}
+    bases = [(Weight(torch.empty(out, IN, device="meta")), None) for out, _ in SIZES]
+    ys = joined_linears(leaves.pop("x"), linears(bases, leaves))
+    assert [(y.device.type, y.shape) for y in ys] == [("meta", (2, 5, out)) for out, _ in SIZES]
+    sum(y.sum() for y in ys).backward()
+    assert all(leaf.grad.shape == leaf.shape for leaf in leaves.values())
+
+
+def test_no_tokens():
+    tensors, _ = make_tensors(ADAPTERS["mixed"], torch.float32)
+    bases = make_bases(("nf4-double",) * 3, torch.float32)
+    A = tensors["A1"].requires_grad_()
+    ys = joined_linears(tensors["x"][:, :0], linears(bases, tensors))
+    sum(y.sum() for y in ys).backward()
+    assert [y.shape for y in ys] == [(2, 0, out) for out, _ in SIZES] and torch.equal(A.grad, torch.zeros_like(A))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lora_A": (4, 63)}, r"lora_A \(4, 63\).*must be \[rank, in\]"),
+        ({"weight": (48, 63)}, r"x \(5, 64\) does not fit a weight of shape \(48, 63\)"),
+        ({"magnitude": (47,)}, r"magnitude \(47,\) must be \[48\]"),
+        ({"norm_sq": None}, "a DoRA linear needs its magnitude and its norm_sq, a LoRA linear neither"),
+    ],
+    ids=["lora_A", "weight", "magnitude", "norm_sq"],
+)
+def test_bad_input(changed, message):
+    shapes = {"weight": (48, 64), "lora_A": (4, 64), "lora_B": (48, 4), "magnitude": (48,), "norm_sq": (48,)} | changed
+    t = {name: None if shape is None else torch.zeros(shape) for name, shape in shapes.items()}
+    t["weight"] = Weight(t["weight"])
+    with pytest.raises(ValueError, match=message):
+        joined_linears(torch.zeros(5, 64), [Joined(**t, scaling=1.0)])
+    with pytest.raises(ValueError, match="joined_linears needs at least one linear"):
+        joined_linears(torch.zeros(5, 64), [])

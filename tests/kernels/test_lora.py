@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import lora_linear
+from kernels import Weight, lora_linear
+from kernels.lora import _lora_linear, _lora_linear_backward
 from tests.kernels.linear_cases import (
     BASES,
     DTYPES,
@@ -12,7 +13,7 @@ from tests.kernels.linear_cases import (
     compare_with_peft,
     dropout_seed,
     make_base,
-    op_args,
+    opcheck,
     peft_layer,
     plain_linear,
     quantized_base,
@@ -103,16 +104,15 @@ def test_gradients_only_where_they_are_asked_for():
     lora_linear(x, weight, lora_A.detach(), lora_B.detach(), 1.0, quant_state=state).backward(dy)
     assert x.grad is not None
 
-    dx, *_ = torch.ops.qdora.lora_linear_backward(
-        dy, x, x @ lora_A.t(), *op_args(weight, state), lora_A, lora_B, 1.0, 0.0, None, False
-    )
+    xa = x @ lora_A.t()
+    dx, *_ = _lora_linear_backward(dy, x, xa, Weight(weight, state), lora_A, lora_B, 1.0, 0.0, None, False)
     assert dx.numel() == 0, "dx is not computed where x needs no gradient"
 
 
 def test_a_base_weight_that_wants_a_gradient_is_refused():
     tensors, dy = make_tensors(SHAPES[0], torch.float32)
     w = randn(48, 64, seed=1).requires_grad_()
-    with pytest.raises(RuntimeError, match="frozen"):
+    with pytest.raises(RuntimeError, match=r"gives no gradient for its weight: freeze it with requires_grad_\(False\)"):
         lora_linear(tensors["x"], w, tensors["lora_A"], tensors["lora_B"], 1.0).backward(dy)
 
 
@@ -176,11 +176,11 @@ def test_opcheck(kind, extras):
     x, lora_A, lora_B = (tensors[n].requires_grad_() for n in ("x", "lora_A", "lora_B"))
     bias = randn(48, seed=5) if extras else None
     p, seed = (0.3, dropout_seed()) if extras else (0.0, None)
-    base = op_args(weight, state)
-    torch.library.opcheck(torch.ops.qdora.lora_linear.default, (x, *base, lora_A, lora_B, bias, 1.5, p, seed))
-    args = (dy, x.detach(), randn(7, 16, seed=7), *base, lora_A.detach(), lora_B.detach(), 1.5, p, seed)
+    base = Weight(weight, state)
+    opcheck(_lora_linear, x, base, lora_A, lora_B, bias, 1.5, p, seed)
+    args = (dy, x.detach(), randn(7, 16, seed=7), base, lora_A.detach(), lora_B.detach(), 1.5, p, seed)
     for needs_dx in (True, False):
-        torch.library.opcheck(torch.ops.qdora.lora_linear_backward.default, (*args, needs_dx))
+        opcheck(_lora_linear_backward, *args, needs_dx)
 
 
 @pytest.mark.parametrize("kind", ["dense", "nf4-double"])

@@ -1,4 +1,4 @@
-"""NF4: the torch twin is bitsandbytes byte for byte, the Triton kernels are the twin byte for byte.
+"""NF4: the reference and the CPU kernels are bitsandbytes byte for byte, the Triton kernels the reference.
 
 There is no tolerance anywhere in this file. bitsandbytes is asked on the CPU and for flat tensors only: its AVX-512
 code indexes absmax by row and is wrong where a block crosses rows. Two more of its answers depend on the processor and
@@ -9,17 +9,22 @@ are left out: which bf16 a NaN becomes (without AVX-512 some NaNs become -0; our
 import pytest
 import torch
 
-from kernels import QuantState, dequantize_4bit, quantize_4bit, reference, use_backend
+from kernels import QuantState, Weight, dequantize_4bit, quantize_4bit, use_backend
 from kernels.codebook import BLOCKSIZES, decision_bounds, levels
+from kernels.nf4 import _dequantize_4bit, _quantize_4bit
+from kernels.reference import nf4 as reference
+from tests.kernels.linear_cases import opcheck
 from tests.kernels.nf4_cases import (
     DTYPES,
     KINDS,
     assert_same,
     bnb_dequantize,
     bnb_quantize,
+    each_tensor,
     embedded,
     guarded_memory,
     needs_triton,
+    only_supported,
     skip_bf16_in_interpreter,
     triton_device,
     weights,
@@ -40,17 +45,21 @@ def lengths(blocksize: int) -> tuple[int, ...]:
     return 0, 1, blocksize - 1, blocksize, 4 * blocksize, many * blocksize + 17
 
 
-# ------------------------------------------------------------------------------ twin ↔ bitsandbytes
+# ------------------------------------------------------------------------ reference ↔ bitsandbytes
+
+columns = pytest.mark.parametrize("column", ["reference", "cpu"])
 
 
+@columns
 @kinds
 @blocksizes
 @dtypes
-def test_twin_equals_bitsandbytes(dtype, blocksize, kind):
-    for n in lengths(blocksize):
-        w = weights(n, kind, dtype, blocksize)
+def test_quantizes_as_bitsandbytes(dtype, blocksize, kind, column):
+    inputs = [weights(n, kind, dtype, blocksize) for n in lengths(blocksize)]
+    for w in only_supported(_quantize_4bit, column, inputs, blocksize, "nf4"):
+        n = len(w)
         for double_quant in (False, True):
-            with use_backend("torch"):
+            with use_backend(column):
                 packed, state = quantize_4bit(w, blocksize, double_quant)
             bnb_packed, bnb_state = bnb_quantize(w, blocksize, double_quant)
             what = f"n={n}{' double' * double_quant}"
@@ -61,92 +70,92 @@ def test_twin_equals_bitsandbytes(dtype, blocksize, kind):
                 assert_same(state.nested_offset, bnb_state.offset, f"{what}: nested_offset")
 
 
+@columns
 @double_quants
 @blocksizes
 @dtypes
-def test_twin_dequantizes_as_bitsandbytes(dtype, blocksize, double_quant):
+def test_dequantizes_as_bitsandbytes(dtype, blocksize, double_quant, column):
+    inputs, theirs = [], {}
     for kind in KINDS:
         for n in lengths(blocksize)[1:]:  # bitsandbytes refuses an empty tensor
             bnb_packed, bnb_state = bnb_quantize(weights(n, kind, blocksize=blocksize), blocksize, double_quant)
             nested = (bnb_state.state2.absmax, bnb_state.offset) if double_quant else ()
             state = QuantState(bnb_state.absmax, torch.Size([n]), dtype, blocksize, *nested)
-            with use_backend("torch"):
-                w = dequantize_4bit(bnb_packed, state)
-            bnb_w = bnb_dequantize(bnb_packed, bnb_state, dtype)
-            if dtype == torch.bfloat16:
-                bnb_w = torch.where(w.isnan() & ((bnb_w == 0) | bnb_w.isnan()), w, bnb_w)
-            assert_same(w, bnb_w, f"n={n} {kind}")
+            inputs.append(Weight(bnb_packed, state))
+            theirs[id(inputs[-1])] = kind, bnb_state
+    for weight in only_supported(_dequantize_4bit, column, inputs, dtype):
+        kind, bnb_state = theirs[id(weight)]
+        with use_backend(column):
+            w = dequantize_4bit(weight)
+        bnb_w = bnb_dequantize(weight.values, bnb_state, dtype)
+        if dtype == torch.bfloat16:
+            bnb_w = torch.where(w.isnan() & ((bnb_w == 0) | bnb_w.isnan()), w, bnb_w)
+        assert_same(w, bnb_w, f"n={len(w)} {kind}")
 
 
-# ------------------------------------------------------------------------------------ kernel ↔ twin
+# ------------------------------------------------------------------------- Triton ↔ reference
 
 
-# One program takes 16384 values: none, one, a tail alone, several tiles with a tail, exactly one program, two.
-KERNEL_LENGTHS = (0, 1, 31, 4129, 16384, 16384 + 37)
+# One program takes 16384 values: none, one, a tail alone, several tiles with a tail, exactly one program, two, and two
+# with a partial block that is divided in several parts.
+KERNEL_LENGTHS = (0, 1, 31, 4129, 16384, 16384 + 37, 16384 + 2999)
 
 
 @needs_triton
 @pytest.mark.parametrize("n", KERNEL_LENGTHS, ids="n{}".format)
 @blocksizes
 @dtypes
-def test_kernel_quantizes_as_the_twin(dtype, blocksize, n):  # bf16 too: the interpreter reads it right
+def test_the_triton_kernel_quantizes_as_the_reference(dtype, blocksize, n):  # bf16 too: the interpreter reads it right
     for kind in ("normal", "nan") if n else ("normal",):
         w = weights(n, kind, dtype, blocksize)
         with use_backend("triton"):
             packed, state = quantize_4bit(w.to(triton_device()), blocksize)
-        twin_packed, twin_absmax = reference.quantize_4bit(w, blocksize, "nf4")
-        assert_same(packed, twin_packed, f"{kind}: packed")
-        assert_same(state.absmax, twin_absmax, f"{kind}: absmax")
+        want_packed, want_absmax = reference.quantize_4bit(w, blocksize, "nf4")
+        assert_same(packed, want_packed, f"{kind}: packed")
+        assert_same(state.absmax, want_absmax, f"{kind}: absmax")
 
 
 @needs_triton
 @pytest.mark.parametrize("n", KERNEL_LENGTHS, ids="n{}".format)
 @blocksizes
 @dtypes
-def test_kernel_dequantizes_as_the_twin(dtype, blocksize, n):
+def test_the_triton_kernel_dequantizes_as_the_reference(dtype, blocksize, n):
     skip_bf16_in_interpreter(dtype)
     for double_quant in (False, True):
         packed, state = quantized(n, "nan" if n == 4129 else "normal", blocksize, double_quant)
         with use_backend("triton"):
             w = dequantize_4bit(packed, state, dtype)
-        assert_same(w, twin_dequantize(packed, state, dtype), f"double_quant={double_quant}")
+        assert_same(w, dequantized(packed, state, dtype), f"double_quant={double_quant}")
 
 
 def quantized(n: int, kind: str, blocksize: int, double_quant: bool) -> tuple[torch.Tensor, QuantState]:
-    """Codes and state made by the twin, on the device where the kernels run."""
-    with use_backend("torch"):
+    """Codes and state made by the reference, on the device where the kernels run."""
+    with use_backend("reference"):
         packed, state = quantize_4bit(weights(n, kind, blocksize=blocksize), blocksize, double_quant)
     device = triton_device()
-    absmax, *nested = (t if t is None else t.to(device) for t in state.tensors())
-    return packed.to(device), QuantState(absmax, state.shape, state.dtype, blocksize, *nested)
+    return packed.to(device), each_tensor(state, lambda tensor: tensor.to(device))
 
 
-def twin_dequantize(packed, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
-    tensors = [t if t is None else t.cpu() for t in (packed, *state.tensors())]
-    return reference.dequantize_4bit(*tensors, state.blocksize, state.quant_type, list(state.shape), dtype)
+def dequantized(packed, state: QuantState, dtype: torch.dtype) -> torch.Tensor:
+    """The reference's answer."""
+    return reference.dequantize_4bit(Weight(packed.cpu(), each_tensor(state, torch.Tensor.cpu)), dtype)
 
 
 @needs_triton
 @double_quants
 @pytest.mark.parametrize("before", [1, 3, 4, 64], ids="offset{}".format)
-def test_kernel_reads_and_writes_its_own_memory_only(monkeypatch, before, double_quant):
+def test_the_triton_kernels_read_and_write_their_own_memory_only(monkeypatch, before, double_quant):
     blocksize, n = 64, 16384 + 4096 + 77
     w = embedded(weights(n).to(triton_device()), before)
     packed, state = quantized(n, "normal", blocksize, double_quant)
-    state = QuantState(
-        *(t if t is None else embedded(t, before) for t in state.tensors()[:1]),
-        state.shape,
-        state.dtype,
-        blocksize,
-        *(t if t is None else embedded(t, before) for t in state.tensors()[1:]),
-    )
+    state = each_tensor(state, lambda tensor: embedded(tensor, before))
     with use_backend("triton"), guarded_memory(monkeypatch):
         got, got_state = quantize_4bit(w, blocksize, double_quant)
         got_w = dequantize_4bit(embedded(packed, before), state, torch.float16)
     assert_same(got, packed, "packed")
     if triton_device() == "cpu" or not double_quant:  # the mean of absmax is another sum on a GPU
         assert_same(got_state.absmax, state.absmax, "absmax")
-    assert_same(got_w, twin_dequantize(packed, state, torch.float16), "dequantized")
+    assert_same(got_w, dequantized(packed, state, torch.float16), "dequantized")
 
 
 @needs_triton
@@ -160,15 +169,19 @@ def test_more_than_2_31_values():
     start = n // 64 * 64 - 64 * 1000
     w[start:] = tail[: n - start].cuda()
     packed, state = quantize_4bit(w)
-    twin_packed, twin_absmax = reference.quantize_4bit(w[start:].cpu(), 64, "nf4")
-    assert_same(packed[start // 2 :], twin_packed, "packed")
-    assert_same(state.absmax[start // 64 :], twin_absmax, "absmax")
+    want_packed, want_absmax = reference.quantize_4bit(w[start:].cpu(), 64, "nf4")
+    assert_same(packed[start // 2 :], want_packed, "packed")
+    assert_same(state.absmax[start // 64 :], want_absmax, "absmax")
     back = dequantize_4bit(packed, state)
-    want = reference.dequantize_4bit(twin_packed, twin_absmax, None, None, 64, "nf4", [n - start], torch.float16)
-    assert_same(back[start:], want, "dequantized")
+    want_state = QuantState(want_absmax, torch.Size([n - start]), torch.float16, 64)
+    assert_same(back[start:], dequantized(want_packed, want_state, torch.float16), "dequantized")
 
 
 # --------------------------------------------------------------------------------- decision bounds
+
+
+ALL_COLUMNS = ["reference", "cpu", pytest.param("triton", marks=needs_triton)]
+backend_names = pytest.mark.parametrize("backend_name", ALL_COLUMNS)
 
 
 def at_the_bounds(absmax: float, blocksize: int) -> torch.Tensor:
@@ -187,11 +200,12 @@ def at_the_bounds(absmax: float, blocksize: int) -> torch.Tensor:
     return rows.view(-1)
 
 
-@pytest.mark.parametrize("backend_name", ["torch", pytest.param("triton", marks=needs_triton)])
+@backend_names
 @pytest.mark.parametrize("absmax", [1.0, 3.0, 0.0123, 7e-39, 3e38], ids="absmax{}".format)
 def test_codes_at_the_decision_bounds(absmax, backend_name):
     full = at_the_bounds(absmax, 32)
-    for w in (full, full[:-5], torch.cat([full, full[:31]])):  # full blocks multiply by 1 / absmax, partial ones divide
+    inputs = (full, full[:-5], torch.cat([full, full[:31]]))  # full blocks multiply by 1 / absmax, partial ones divide
+    for w in only_supported(_quantize_4bit, backend_name, inputs, 32, "nf4"):
         bnb_packed, bnb_state = bnb_quantize(w, 32, False)
         with use_backend(backend_name):
             packed, state = quantize_4bit(w.to(triton_device() if backend_name == "triton" else "cpu"), 32)
@@ -199,7 +213,7 @@ def test_codes_at_the_decision_bounds(absmax, backend_name):
         assert_same(state.absmax, bnb_state.absmax, "absmax")
 
 
-@pytest.mark.parametrize("backend_name", ["torch", pytest.param("triton", marks=needs_triton)])
+@backend_names
 def test_special_values(backend_name):
     inf, nan = torch.inf, torch.nan
     blocks = torch.ones(5, 32)
@@ -251,10 +265,9 @@ def test_shapes_and_dtypes(shape):
 @double_quants
 def test_opcheck(double_quant):
     w = weights(1000).to(torch.get_default_device())
-    torch.library.opcheck(torch.ops.qdora.quantize_4bit.default, (w, 64, "nf4"))
-    packed, state = quantize_4bit(w, 64, double_quant)
-    args = (packed, *state.tensors(), 64, "nf4", [10, 100], torch.float32)
-    torch.library.opcheck(torch.ops.qdora.dequantize_4bit.default, args)
+    opcheck(_quantize_4bit, w, 64, "nf4")
+    weight = Weight(*quantize_4bit(w.view(10, 100), 64, double_quant))
+    opcheck(_dequantize_4bit, weight, torch.float32)
 
 
 @double_quants

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from kernels import nf4_linear, quantize_4bit
+from kernels import Weight, nf4_linear, quantize_4bit
+from kernels.nf4_linear import _nf4_linear, _nf4_linear_backward
 from tests.kernels.linear_cases import (
     DTYPES,
     assert_as_accurate,
     make_base,
-    op_args,
+    opcheck,
     randn,
     to_dtype,
     with_gradients,
@@ -83,10 +84,10 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("kind", ["nf4", "nf4-double"])
 def test_opcheck(kind):
-    base = op_args(*make_base(kind, 48, 64, torch.float32)[:2])
+    base = Weight(*make_base(kind, 48, 64, torch.float32)[:2])
     x, bias = randn(5, 64, seed=2).requires_grad_(), randn(48, seed=5).requires_grad_()
-    torch.library.opcheck(torch.ops.qdora.nf4_linear.default, (x, *base, 48, bias))
-    torch.library.opcheck(torch.ops.qdora.nf4_linear_backward.default, (randn(5, 48, seed=3), *base, 64))
+    opcheck(_nf4_linear, x, base, bias)
+    opcheck(_nf4_linear_backward, randn(5, 48, seed=3), base)
 
 
 def test_compiles_to_one_graph_forward_and_backward():

@@ -30,7 +30,17 @@ from kernels.codebook import (
     levels,
     normal_float,
 )
-from tests.kernels.nf4_cases import DTYPES, KINDS, assert_same, bnb_dequantize, bnb_quantize, needs_triton, weights
+from kernels.nf4 import _quantize_4bit
+from tests.kernels.nf4_cases import (
+    DTYPES,
+    KINDS,
+    assert_same,
+    bnb_dequantize,
+    bnb_quantize,
+    needs_triton,
+    only_supported,
+    weights,
+)
 from tests.kernels.nf4_cases import triton_device as device_of_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning")
@@ -43,8 +53,8 @@ def unpacked(packed: torch.Tensor) -> torch.Tensor:
 
 
 def on_both(w: torch.Tensor, blocksize: int, double_quant: bool, quant_type: str):
-    """(packed, state, w') of the twin, after the Triton kernels have given the same bytes."""
-    with use_backend("torch"):
+    """(packed, state, w') of the reference, after the Triton kernels have given the same bytes."""
+    with use_backend("reference"):
         packed, state = quantize_4bit(w, blocksize, double_quant, quant_type)
         back = dequantize_4bit(packed, state)
     with use_backend("triton"):
@@ -60,14 +70,16 @@ def on_both(w: torch.Tensor, blocksize: int, double_quant: bool, quant_type: str
 # -------------------------------------------------------------------------------------------- FP4
 
 
+@pytest.mark.parametrize("column", ["reference", "cpu"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocksize", [32, 64, 4096], ids="b{}".format)
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_fp4_equals_bitsandbytes(dtype, blocksize, kind):
-    for n in (1, blocksize - 1, blocksize, 37 * blocksize + 17):
-        w = weights(n, kind, dtype, blocksize)
+def test_fp4_equals_bitsandbytes(dtype, blocksize, kind, column):
+    inputs = [weights(n, kind, dtype, blocksize) for n in (1, blocksize - 1, blocksize, 37 * blocksize + 17)]
+    for w in only_supported(_quantize_4bit, column, inputs, blocksize, "fp4"):
+        n = len(w)
         for double_quant in (False, True):
-            with use_backend("torch"):
+            with use_backend(column):
                 packed, state = quantize_4bit(w, blocksize, double_quant, "fp4")
                 back = dequantize_4bit(packed, state, torch.float32)
             bnb_packed, bnb_state = bnb_quantize(w, blocksize, double_quant, "fp4")
@@ -82,7 +94,7 @@ def test_fp4_equals_bitsandbytes(dtype, blocksize, kind):
 @pytest.mark.parametrize("quant_type", ["fp4", "int4"])
 @pytest.mark.parametrize("blocksize", [32, 64, 4096], ids="b{}".format)
 @pytest.mark.parametrize("kind", ["normal", "nan"])
-def test_the_kernels_are_the_twin(quant_type, blocksize, kind):
+def test_the_triton_kernels_are_the_reference(quant_type, blocksize, kind):
     for dtype in (torch.float32, torch.float16):
         for n in (1, 4129, 16384 + 37):
             on_both(weights(n, kind, dtype, blocksize), blocksize, n == 4129, quant_type)
