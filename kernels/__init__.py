@@ -3,12 +3,17 @@
 from kernels.absmax import dequantize_absmax, quantize_absmax
 from kernels.adamw import adamw
 from kernels.adamw8bit import adamw8bit
+from kernels.attention import attention
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.dora import dora_linear, dora_norm, weight_norm_sq
 from kernels.joined import Joined, joined_linears
 from kernels.lora import lora_linear
 from kernels.nf4 import dequantize_4bit, quantize_4bit
 from kernels.nf4_linear import nf4_linear
-from kernels.op import use_backend
+from kernels.op import has_kernel, use_backend
+from kernels.rms_norm import rms_norm
+from kernels.rotary import rotary
+from kernels.swiglu import swiglu
 from kernels.weight import QuantState, Weight
 
 quantize_nf4, dequantize_nf4 = quantize_4bit, dequantize_4bit
@@ -29,7 +34,13 @@ __all__ = [
     "weight_norm_sq",
     "Joined",
     "joined_linears",
+    "rms_norm",
+    "swiglu",
+    "rotary",
+    "attention",
+    "linear_cross_entropy",
     "adamw",
     "adamw8bit",
     "use_backend",
+    "has_kernel",
 ]

@@ -11,7 +11,8 @@ each with a function of the op's name and arguments. A missing function is a mis
 the Triton cell, CPU tensors the cpu cell if it supports them (`supports_if`), all others the reference. For GPUs before
 sm_80 Triton 3.7 has no matrix instructions: there ops with matrix products run the reference, and a warning says so.
 `QDORA_BACKEND=reference|triton|cpu` in the environment, read once, or `use_backend(...)` chooses the column for all ops
-(`torch` is an alias of `reference`). With `TRITON_INTERPRET=1` in the environment before triton is imported, the Triton
+(`torch` is an alias of `reference`). The cpu column that was asked for also runs on meta tensors: they go through all
+its steps and have no values. With `TRITON_INTERPRET=1` in the environment before triton is imported, the Triton
 column also runs on CPU tensors, in Triton's interpreter: slow, for proofs only.
 
 Each op is a `torch.library` op, qdora::<name>: it works under torch.compile, on the meta device and in graph capture. A
@@ -42,6 +43,7 @@ BACKENDS = ("reference", "triton", "cpu")
 _ALIASES = {"torch": "reference"}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _library = torch.library.Library("qdora", "FRAGMENT")
+_ops: dict[str, "Op"] = {}
 _override: ContextVar[str | None] = ContextVar("qdora_backend", default=None)
 
 
@@ -100,6 +102,18 @@ def _warn_of_reference(name: str, backend: str) -> None:
                   "it runs in plain torch", stacklevel=2)  # fmt: skip
 
 
+def has_kernel(name: str, x: Tensor) -> bool:
+    """True if a kernel, and not plain torch, computes the op `name` of tensors like x: of its device and dtype."""
+    if torch.compiler.is_compiling():
+        return _has_kernel_while_compiling(name, x.device, x.dtype)
+    return _ops[name].choose((x,)) != "reference"
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into a ContextVar
+def _has_kernel_while_compiling(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    return _ops[name].choose((torch.empty(0, device=device, dtype=dtype),)) != "reference"
+
+
 def supports_if(condition: Callable[..., bool]) -> Callable[[Callable], Callable]:
     """Decorator of a function in kernels/cpu: it computes the op only of arguments for which `condition` is true."""
 
@@ -136,6 +150,7 @@ class Op:
         self._has_lists = any(get_origin(annotation) is list for annotation in annotations)
         self.returns_lists = any(get_origin(part) is list for part in get_args(signature.return_annotation))
         self._cells: dict[str, Callable | None] = {}
+        _ops[self.name] = self
         schema = torch.library.infer_schema(_flat_prototype(signature), mutates_args=mutates)
         _library.define(self.name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, lambda *flat: self._run(*self.unflatten(flat)), "CompositeExplicitAutograd")
@@ -159,11 +174,18 @@ class Op:
         return self._cells[column]
 
     def column(self, *args) -> str:
-        """The column that runs the op for these arguments.
+        """The column that runs the op for these arguments. Warns once if another one was asked for.
 
         Raises:
             RuntimeError: a column was asked for on tensors that it cannot run on.
         """
+        column = self.choose(args)
+        if column == "reference" and (asked := _override.get() or _environment()) not in (None, column):
+            _warn_of_reference(self.name, asked)
+        return column
+
+    def choose(self, args: tuple) -> str:
+        """`column`, without the warning."""
         tensor = _first_tensor(args)
         asked = _override.get() or _environment()
         if asked is None:
@@ -175,12 +197,10 @@ class Op:
                 f"backend 'triton' was asked for on a {tensor.device.type} tensor: move it to a GPU, "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
             )
-        if asked == "cpu" and not tensor.is_cpu:
+        if asked == "cpu" and not (tensor.is_cpu or tensor.is_meta):
             raise RuntimeError(f"backend 'cpu' was asked for on a {tensor.device.type} tensor: move it to the CPU")
         if self.cell("triton") if asked == "triton" else asked == "cpu" and self._supported_on_cpu(args):
             return asked
-        if asked != "reference":
-            _warn_of_reference(self.name, asked)
         return "reference"
 
     def _supported_on_cpu(self, args: tuple) -> bool:
@@ -222,16 +242,19 @@ class Op:
 
     # ------------------------------------------------------------------------------- gradients
 
-    def differentiate(self, keep: Callable[..., dict[str, Any]], backward: Callable[..., dict[str, Any]]) -> None:
-        """Make the op differentiable. Of several results only the first has a gradient; it may be a list of tensors.
+    def differentiate(
+        self, keep: Callable[..., dict[str, Any]], backward: Callable[..., dict[str, Any]], results: int = 1
+    ) -> None:
+        """Make the op differentiable.
 
         Args:
             keep: called as keep(inputs, results), inputs by name; returns by name what backward needs.
             backward: called as backward(kept, needs, *gradients of the results); `kept` has what `keep` returned,
                 `needs` says by the name of an input whether its gradient is asked for. Returns gradients by the name
                 of the input; a missing one is None. The gradient of a list of tensors is a list.
+            results: of several results, so many from the first on have gradients. A result may be a list of tensors.
         """
-        self.keep, self.backward = keep, backward
+        self.keep, self.backward, self.differentiable = keep, backward, results
         self._function = type(self.name, (_Function,), {"op": self})
         _library.impl(self.name, self._autograd_key, "Autograd")
 
@@ -309,17 +332,18 @@ class _Function(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # or zeros are made for the results that have no gradient
         if isinstance(results, Tensor):
             return results
+        differentiable = op.differentiable
         if op.returns_lists:
             layout.results = [len(result) if type(result) is list else None for result in results]
+            differentiable = sum(1 if size is None else size for size in layout.results[:differentiable])
             results = tuple(_flat(results))
-            differentiable = layout.results[0] or 1
-        else:
-            differentiable = 1
         ctx.mark_non_differentiable(*results[differentiable:])
         return results
 
     @classmethod
     def backward(cls, ctx, *gradients):
+        if gradients.count(None) == len(gradients):
+            return (None,) * len(ctx.needs_input_grad)
         op, (layout, names, others), tensors = cls.op, ctx.kept, iter(ctx.saved_tensors)
         kept = SimpleNamespace(**others)
         for name, count in names:

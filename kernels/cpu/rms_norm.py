@@ -1,10 +1,12 @@
-"""RMSNorm, and what DoRA does to the rows of a weight and the columns of an output."""
+"""RMSNorm on a CPU, a row at a time: see kernels/rms_norm.py."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.cpu import supports
 from kernels.cpu.code import Kernel, arguments, bf16s, floats, narrow, number, rounded, share, wide
+from kernels.op import supports_if
 
 
 @Kernel
@@ -24,14 +26,11 @@ def _rms_norm(pointer):
             y[i] = narrow(wide(weight[i]) * rounded(wide(x[i]) * scale))
 
 
+@supports_if(lambda x, weight, eps: supports(x, weight))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y = w ⊙ x · scale, rounded where transformers rounds; scale = 1 / √(mean x² + ε), fp32 [..., 1])
-
-    x bf16 [..., n], weight bf16 [n].
-    """
-    y, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    _rms_norm(x, weight, y, scale, scale.numel(), x.shape[-1], eps)
-    return y, scale
+    y, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    _rms_norm(x, weight, y, r, r.numel(), x.shape[-1], eps)
+    return y, r
 
 
 @Kernel
@@ -52,8 +51,8 @@ def _rms_norm_backward(pointer):
             dx[i] = narrow(rounded(wide(dy[i]) * wide(weight[i])) * scale - wide(x[i]) * along)
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """dx = scale · (w ⊙ dy) − x · scale³ · mean(w ⊙ dy ⊙ x), bf16 as dy and x [..., n]."""
+@supports_if(lambda dy, x, weight, r, needs_dweight: not needs_dweight and supports(dy, x, weight))
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x)
-    _rms_norm_backward(dy, x, weight, scale, dx, scale.numel(), x.shape[-1])
-    return dx
+    _rms_norm_backward(dy, x, weight, r, dx, r.numel(), x.shape[-1])
+    return dx, weight.new_empty(0)

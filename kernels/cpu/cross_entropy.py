@@ -1,0 +1,81 @@
+"""Cross-entropy of the logits of a linear on a CPU: see kernels/cross_entropy.py."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernels.cpu import supports
+from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, ints, larger, narrow, share, thread, wide
+from kernels.cross_entropy import by_chunks, precise
+from kernels.op import supports_if
+
+FP32_BYTES = 2**22  # of fp32 softmax: it stays in a CPU's cache
+_LOWEST = np.float32(np.finfo(np.float32).min)
+
+
+@Kernel
+def _cross_entropy(pointer):
+    a = arguments(pointer, 6)
+    rows, classes = a[4], a[5]
+    targets, loss, e = ints(a[1], 0, rows), floats(a[2], 0, rows), floats(a[3], thread() * classes, classes)
+    first, behind = share(rows)
+    for row in range(first, behind):
+        x = bf16s(a[0], row * classes, classes)
+        highest = _LOWEST
+        for i in range(classes):
+            highest = larger(highest, wide(x[i]))
+        total = np.float32(0.0)
+        for i in range(classes):
+            e[i] = exp(wide(x[i]) - highest)
+            total += e[i]
+        target = targets[row]
+        loss[row] = np.log(total) + highest - wide(x[target])
+        scale = np.float32(1.0) / total
+        p = e[target] * scale
+        for i in range(classes):
+            x[i] = narrow(e[i] * scale)
+        x[target] = narrow(p - np.float32(1.0))
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each row in nats, fp32 [rows]. logits bf16 [rows, classes] become their gradient; targets int64
+    [rows].
+
+    Raises:
+        IndexError: a target that is no class.
+    """
+    if targets.numel() and not 0 <= targets.min().item() <= targets.max().item() < logits.shape[1]:
+        raise IndexError(f"a target is not in [0, {logits.shape[1]})")
+    loss = logits.new_empty(len(logits), dtype=torch.float32)
+    buffer = logits.new_empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
+    _cross_entropy(logits, targets, loss, buffer, *logits.shape)
+    return loss
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Σ cross-entropy of logits [rows, vocabulary], in fp32 (fp64 for fp64); they become their gradient."""
+    if supports(logits):
+        return cross_entropy(logits, targets).sum()
+    loss = torch.zeros((), dtype=precise(logits), device=logits.device)
+    rows = max(1, FP32_BYTES // (4 * logits.shape[1]))
+    for part, target in zip(logits.split(rows), targets.unsqueeze(1).split(rows)):
+        x = part.to(precise(logits))
+        p = torch.softmax(x, 1)
+        logsumexp = x.amax(1) - p.amax(1).log()
+        loss += (logsumexp - x.gather(1, target).squeeze(1)).sum()
+        part.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)))
+    return loss
+
+
+@supports_if(lambda *_: True)
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = (needs_dhidden, needs_dweight, needs_dbias)
+    return by_chunks(_loss, hidden, weight, bias, targets, *needs)

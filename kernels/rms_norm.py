@@ -1,0 +1,59 @@
+"""RMSNorm, forward and backward.
+
+    r = 1 / √(mean x² + ε)                                  [..., 1], fp32 (fp64 for fp64)
+    y = w ⊙ x r                                             [..., n]
+
+    dx = r · (w ⊙ dy) − x r³ · mean(w ⊙ dy ⊙ x),   dw = Σ dy ⊙ x r
+
+x r is rounded to x's dtype before it is multiplied with w, as transformers' norms do. Zhang and Sennrich 2019, §4. Kept
+from forward to backward: x as it came, and r. Eager PyTorch keeps x in fp32.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.op import define_op
+
+
+@define_op
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y [..., n], r [..., 1]) of a contiguous x."""
+    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+    return y, x.new_empty(*x.shape[:-1], 1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@define_op
+def _rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool) -> tuple[Tensor, Tensor]:
+    """(dx, dw or no element); dy is contiguous."""
+    return torch.empty_like(x), weight.new_empty(weight.shape if needs_dweight else 0)
+
+
+def _keep(inputs, results) -> dict:
+    return {"x": inputs.x, "weight": inputs.weight, "r": results[1]}
+
+
+def _backward(kept, needs, dy: Tensor, _) -> dict:
+    dx, dweight = _rms_norm_backward(dy.contiguous(), kept.x, kept.weight, kept.r, needs.weight)
+    return {"x": dx if needs.x else None, "weight": dweight if needs.weight else None}
+
+
+_rms_norm.differentiate(_keep, _backward)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension.
+
+    Args:
+        x: [..., n]. weight: [n], of any float dtype.
+
+    Returns:
+        [..., n] in the wider of both dtypes. Differentiable in x and weight.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if not (x.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(f"x is {x.dtype} and the weight {weight.dtype}: both must be floats")
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}: it must be [n], x [..., n]")
+    return _rms_norm(x.contiguous(), weight, eps)[0]
