@@ -102,13 +102,16 @@ def _warn_of_reference(name: str, backend: str) -> None:
                   "it runs in plain torch", stacklevel=2)  # fmt: skip
 
 
-def has_kernel(name: str, *args) -> bool:
-    """True if a kernel, and not plain torch, computes the op `name` for these arguments.
+def has_kernel(name: str, x: Tensor) -> bool:
+    """True if a kernel, and not plain torch, computes the op `name` of tensors like x: of its device and dtype."""
+    if torch.compiler.is_compiling():
+        return _has_kernel_while_compiling(name, x.device, x.dtype)
+    return _ops[name].choose((x,)) != "reference"
 
-    Args:
-        args: as the op's; those that do not matter to the choice may be left out at the end.
-    """
-    return _ops[name].choose(args) != "reference"
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into a ContextVar
+def _has_kernel_while_compiling(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    return _ops[name].choose((torch.empty(0, device=device, dtype=dtype),)) != "reference"
 
 
 def supports_if(condition: Callable[..., bool]) -> Callable[[Callable], Callable]:

@@ -122,6 +122,11 @@ def unflatten(tensors: list[Tensor], text: str) -> Weight:
     return weight
 
 
+def packed_shape(text: str) -> torch.Size:
+    """The shape of a packed weight for which `flatten` gave `text`; of a dense one the tensor has it."""
+    return _parsed(text)[3]
+
+
 def tensor_count(text: str) -> int:
     """How many tensors `flatten` gave with `text`."""
     return 1 if text == _DENSE else 4 if text.endswith(_DOUBLE) else 2

@@ -6,6 +6,7 @@ from modules.adapters.merge import add_weighted_adapter, merge, unmerge
 from modules.adapters.state import adapters, detach, parameter_groups, set_adapter, trainable_parameters
 from modules.adapters.targets import adapted_linears, decoder_linears
 from modules.files.peft import load_adapter, save_adapter
+from modules.fused import fuse, unfuse
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 from modules.optim import AdamW, AdamW8bit
 from modules.paging import Paging
@@ -31,6 +32,8 @@ __all__ = [
     "parameter_groups",
     "save_adapter",
     "load_adapter",
+    "fuse",
+    "unfuse",
     "AdamW",
     "AdamW8bit",
     "Paging",

@@ -172,6 +172,7 @@ class LoRALinear(nn.Module):
         self.register_buffer("init_A", None)
         self.register_buffer("init_B", None)
         self.register_parameter("bias", None)
+        self.group = None  # modules.fuse gives linears that read one input their modules.fused.joined.Group
 
     @property
     def output_bias(self) -> Tensor | None:
@@ -185,6 +186,10 @@ class LoRALinear(nn.Module):
         return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        joined = None if self.group is None else self.group.result(self, x)
+        return self._alone(x) if joined is None else joined
+
+    def _alone(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         weight = weight_of(self.base)
         return kernels.lora_linear(x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout)
@@ -262,7 +267,7 @@ class DoRALinear(LoRALinear):
             self._cached_norm = key, kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
         return self._cached_norm[1]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def _alone(self, x: Tensor) -> Tensor:
         weight = weight_of(self.base)
         return kernels.dora_linear(
             x,

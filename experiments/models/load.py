@@ -27,11 +27,11 @@ from experiments.blocks.quant_map import blocksizes
 from experiments.config import ADAPTER_KEYS, Config, ModelConfig
 from experiments.data.samples import batches, collate, load_data
 from experiments.errors import UserError
-from experiments.models import lean, mapped, siblings
+from experiments.models import mapped
 from experiments.models.gguf import gguf_as_directory, wheel_directory
 from experiments.system.progress import bar
 from experiments.system.quiet import quiet
-from modules import NF4Linear, attach, decoder_linears, quantize
+from modules import NF4Linear, attach, decoder_linears, fuse, quantize
 from modules.adapters.config import quantized_start
 from modules.adapters.targets import biased_modules
 from modules.files.bitsandbytes import load_bnb4, quantization_of
@@ -61,7 +61,7 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
         raise UserError(f"model.source={cfg.source}: choose {', '.join(sources)} or tiny")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    lean.use_on_cpu(model)
+    fuse(model)
     return model.eval(), tokenizer
 
 
@@ -169,7 +169,7 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
     except ValueError as error:
         raise UserError(str(error)) from error
-    siblings.join(model)
+    fuse(model)  # again: now there are adapters that can be computed together
 
 
 def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:

@@ -14,10 +14,10 @@ from experiments.config import Config
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
 from experiments.models.load import adapt, weights_dtype
-from experiments.plan.simulate import Allocations, Step, loss_of, simulate, use_on_cpu
+from experiments.plan.simulate import Allocations, Step, loss_of, simulate
 from experiments.runs import results
 from experiments.training.optim import OPTIMIZERS
-from modules import LoRALinear, NF4Linear, adapters, decoder_linears, parameter_groups
+from modules import LoRALinear, NF4Linear, adapters, decoder_linears, fuse, parameter_groups
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
 
@@ -166,8 +166,8 @@ def _longest(model: PreTrainedModel) -> int:
     return getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
 
 
-def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0, on_cpu: bool = False) -> PreTrainedModel:
-    """The configured model on the meta device, packed and with its adapters; `on_cpu`: as a CPU computes it.
+def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0) -> PreTrainedModel:
+    """The configured model on the meta device, packed and with its adapters.
 
     Raises:
         UserError: no such model, or one without linears, or that cannot take `seq` tokens; settings that do not fit it.
@@ -177,8 +177,7 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0, on_cpu: bool = 
         raise UserError(f"seq={seq} is longer than model={cfg.model.name} takes: {_longest(model)} tokens")
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
-    if on_cpu:
-        use_on_cpu(model)
+    fuse(model)
     # eva reads data, and gives tensors of the default's shapes
     with Allocations():
         adapt(replace(cfg, init="default") if cfg.init == "eva" else cfg, model, None, torch.device("meta"))
@@ -201,7 +200,7 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     Raises:
         UserError: see `planned_model`; more GPUs than a linear has rows.
     """
-    model = planned_model(cfg, dtype, seq, on_cpu)
+    model = planned_model(cfg, dtype, seq)
     most, narrowest = most_gpus(model)
     if gpus > most:
         raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")

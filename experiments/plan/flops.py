@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.weight import packed_shape
+
 qdora, aten = torch.ops.qdora, torch.ops.aten
 LINEARS = (
     *(qdora.nf4_linear, qdora.nf4_linear_backward, qdora.lora_linear, qdora.lora_linear_backward),
@@ -32,13 +34,13 @@ def _base(tokens: int, lora_A: tuple, lora_B: tuple) -> int:
 
 
 @_formula(qdora.nf4_linear)
-def _(x, out_features, **_):
-    return 2 * x[0] * x[1] * out_features
+def _(x, weight_format, **_):
+    return 2 * x[0] * packed_shape(weight_format).numel()
 
 
 @_formula(qdora.nf4_linear_backward)
-def _(dy, in_features, **_):
-    return 2 * dy[0] * dy[1] * in_features
+def _(dy, weight_format, **_):
+    return 2 * dy[0] * packed_shape(weight_format).numel()
 
 
 @_formula(qdora.lora_linear)

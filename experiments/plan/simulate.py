@@ -12,9 +12,8 @@ Beside what the operations return, these are known:
 - a linear over packed codes has its dense weight while it computes: the Triton launcher makes one in the compute dtype;
 - autocast, which torch does not have on the meta device, casts the arguments of products.
 
-For a CPU the code is run that runs there: the torch twins of the ops with all that they make on the way, the memory
-that kernels/cpu/ writes to, and lean.py, attention.py and siblings.py. (Dequantization is the
-twin's, which makes more than bitsandbytes' routine does.)
+Ops without a Triton kernel are taken apart into the torch operations of their reference. For a CPU all ops are, into
+those of kernels/cpu/, whose kernels have no work on meta tensors but write to memory that is counted.
 
 Not seen: what libraries allocate inside one operation (cuBLAS workspaces, a GPU's blocks of attention), the CUDA
 context, and what an allocator loses to fragmentation.
@@ -35,15 +34,23 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
-from experiments.models import lean
 from experiments.plan import flops
 from experiments.training.loop import checkpoint_blocks
 from experiments.training.loss import LabelLoss
+from kernels import use_backend
 from modules import AdamW
 
 aten = torch.ops.aten
 PHASES = ("forward", "loss", "backward", "optimizer")
-ATTENTION = (torch.ops.qdora.blocked_attention, torch.ops.qdora.blocked_attention_backward)  # a CPU's
+qdora = torch.ops.qdora
+IN_TORCH = (  # on every device but a CPU, which has kernels for them
+    *(qdora.rms_norm, qdora.rms_norm_backward, qdora.swiglu, qdora.swiglu_backward),
+    *(qdora.rotary, qdora.rotary_backward, qdora.linear_cross_entropy),
+)
+ON_CPU = (
+    *(*IN_TORCH, *flops.LINEARS, qdora.joined_linears, qdora.joined_linears_backward),
+    *(qdora.attention, qdora.attention_backward),
+)
 POSITIONS = (aten.index, aten.index_put, aten._index_put_impl_)  # which tokens carry labels decides shapes
 
 
@@ -72,12 +79,12 @@ class Allocations(TorchDispatchMode):
     """Counts the bytes of live meta tensors, and answers for their values, which they do not have.
 
     Args:
-        on_cpu: run the torch twins of our linears, as a CPU does.
+        on_cpu: compute as a CPU does.
     """
 
     def __init__(self, on_cpu: bool = False):
         super().__init__()
-        self.on_cpu = on_cpu
+        self.taken_apart = ON_CPU if on_cpu else IN_TORCH
         self.live = self.weight = self.flops = 0
         self.peaks = dict.fromkeys(PHASES, 0)
         self.phase = PHASES[0]
@@ -102,8 +109,6 @@ class Allocations(TorchDispatchMode):
         on_meta = True in given
         if func is aten._local_scalar_dense.default and on_meta:
             return 1  # what .item() reads: a loss, a norm, whether tokens are padding (none is)
-        if func is aten.equal.default and on_meta:
-            return True  # whether code that keeps less computes the same (experiments/models/lean.py)
         if func is aten.nonzero.default and on_meta:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)  # rows for special care: none
         packet = func.overloadpacket
@@ -114,7 +119,7 @@ class Allocations(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         scratch = _dense_weight(func, args)
         self.weight = max(self.weight, scratch)
-        if self.on_cpu and (packet in flops.LINEARS or packet in ATTENTION):
+        if packet in self.taken_apart:
             with self:
                 return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
         out = func(*args, **kwargs)
@@ -147,8 +152,8 @@ def _dense_weight(func: torch._ops.OpOverload, args: tuple) -> int:
     if func.overloadpacket not in flops.LINEARS:
         return 0
     given = dict(zip((argument.name for argument in func._schema.arguments), args))
-    packed = given.get("weight", given.get("packed"))
-    return 0 if given["absmax"] is None else 2 * packed.numel() * args[0].element_size()
+    codes, *constants = given["weight"]
+    return 2 * codes.numel() * args[0].element_size() if constants else 0
 
 
 def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
@@ -194,36 +199,21 @@ class _Casts:
 
 
 @contextlib.contextmanager
-def _as_on_a_device(casts: _Casts, on_cpu: bool) -> Iterator[None]:
-    """What torch does on every device but the meta device: fused attention, autocast of products.
-
-    Args:
-        on_cpu: tensors say that they are on a CPU, so that the code for one runs. Packed codes do not: the routine that
-            unpacks them there reads memory.
-    """
+def _as_on_a_device(casts: _Casts) -> Iterator[None]:
+    """What torch does on every device but the meta device: fused attention, autocast of products."""
     attention, linear, bmm = F.scaled_dot_product_attention, F.linear, torch.bmm
     F.scaled_dot_product_attention = casts.around(_fused_attention)
     F.linear, torch.bmm = casts.around(linear), casts.around(bmm)
-    if on_cpu:
-        Tensor.is_cpu = property(lambda tensor: tensor.dtype != torch.uint8)  # hides that of Tensor's base class
     try:
         yield
     finally:
         F.scaled_dot_product_attention, F.linear, torch.bmm = attention, linear, bmm
-        if on_cpu:
-            del Tensor.is_cpu
 
 
 def loss_of(model: PreTrainedModel) -> LabelLoss:
     """The loss of `model`, which is on the meta device."""
     with Allocations():
         return LabelLoss(model)
-
-
-def use_on_cpu(model: PreTrainedModel) -> None:
-    """`lean.use_on_cpu` of a model on the meta device."""
-    with Allocations(on_cpu=True):
-        lean.use_on_cpu(model)
 
 
 def simulate(
@@ -245,7 +235,7 @@ def simulate(
         autocast: the dtype in which linears run whose weights train in fp32.
         checkpointing: of each block.
         accumulating: a second forward pass follows the first, with its gradients there.
-        on_cpu: as on a CPU, of a model that `use_on_cpu` was called on.
+        on_cpu: as on a CPU.
 
     Raises:
         UserError: checkpointing of a model that cannot.
@@ -260,7 +250,8 @@ def simulate(
     tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     memory, casts = Allocations(on_cpu), _Casts(autocast)
-    with memory, _as_on_a_device(casts, on_cpu):
+    column = use_backend("cpu") if on_cpu else contextlib.nullcontext()
+    with memory, column, _as_on_a_device(casts):
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state

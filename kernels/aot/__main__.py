@@ -10,42 +10,41 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import kernels
-from kernels import aot
+from kernels import aot, triton
 from kernels.aot.compiler import Row, cache_dir, compile_all
 from kernels.aot.peers import peers
 from kernels.aot.plot import plot
 from kernels.aot.report import NOTES, table, write_csv
 from kernels.aot.targets import TARGETS
 from kernels.op import interpreting
-from kernels.spec import KernelSpec
+from kernels.triton.case import Case
 
 
-def all_specs() -> list[KernelSpec]:
-    """The `AOT_SPECS` of every file in kernels/."""
-    files = [module.name for module in pkgutil.iter_modules(kernels.__path__, "kernels.") if not module.ispkg]
-    return [spec for name in files for spec in getattr(importlib.import_module(name), "AOT_SPECS", ())]
+def all_cases() -> list[Case]:
+    """The `CASES` of every file in kernels/triton/."""
+    files = [module.name for module in pkgutil.iter_modules(triton.__path__, "kernels.triton.")]
+    return [case for name in files for case in getattr(importlib.import_module(name), "CASES", ())]
 
 
-def select(specs: Iterable[KernelSpec], patterns: list[str]) -> list[KernelSpec]:
-    """Specs that match any pattern, all without a pattern.
+def select(cases: Iterable[Case], patterns: list[str]) -> list[Case]:
+    """The cases that match any pattern, all without a pattern.
 
     Raises:
         ValueError: a pattern matches nothing.
     """
-    specs = list(specs)
+    cases = list(cases)
     chosen = []
     for pattern in patterns or ["*"]:
-        found = [s for s in specs if s.kernel == pattern or fnmatch.fnmatch(f"{s.kernel}/{s.config}", pattern)]
+        found = [c for c in cases if c.kernel == pattern or fnmatch.fnmatch(f"{c.kernel}/{c.config}", pattern)]
         if not found:
-            names = ", ".join(sorted({s.kernel for s in specs}))
+            names = ", ".join(sorted({case.kernel for case in cases}))
             raise ValueError(f"no kernel matches {pattern!r}; there are {names}")
-        chosen += [s for s in found if s not in chosen]
+        chosen += [case for case in found if case not in chosen]
     return chosen
 
 
-def violations(spec: KernelSpec, row: Row) -> list[str]:
-    """What of `row` is over the budget of `spec` or beyond the hardware."""
+def violations(case: Case, row: Row) -> list[str]:
+    """Each way in which `row` is over the budget of `case` or beyond the hardware."""
     target = TARGETS[row.target]
     found = []
     if row.spill_bytes:
@@ -54,44 +53,44 @@ def violations(spec: KernelSpec, row: Row) -> list[str]:
         found.append(f"needs {row.shared_bytes} bytes of shared memory, the GPU has {target.shared_limit}")
     if not target.nvidia:
         return found
-    max_instr = spec.max_instr_on.get(row.target, spec.max_instr)
+    max_instr = case.max_instr_on.get(row.target, case.max_instr)
     if max_instr is not None and row.instr_per_weight > max_instr:
         found.append(f"{row.instr_per_weight} instructions a weight, budget {max_instr}")
-    if row.registers > spec.max_registers:
-        found.append(f"{row.registers} registers, budget {spec.max_registers}")
-    if row.load_bits < spec.min_load_bits:
-        found.append(f"{row.load_bits}-bit loads, budget {spec.min_load_bits}")
-    if row.store_bits < spec.min_store_bits:
-        found.append(f"{row.store_bits}-bit stores, budget {spec.min_store_bits}")
-    if spec.mma and not row.mma:
+    if row.registers > case.max_registers:
+        found.append(f"{row.registers} registers, budget {case.max_registers}")
+    if row.load_bits < case.min_load_bits:
+        found.append(f"{row.load_bits}-bit loads, budget {case.min_load_bits}")
+    if row.store_bits < case.min_store_bits:
+        found.append(f"{row.store_bits}-bit stores, budget {case.min_store_bits}")
+    if case.mma and not row.mma:
         found.append("does not use the matrix units")
     return found
 
 
 def run(
-    specs: list[KernelSpec],
+    cases: list[Case],
     targets: list[str],
     jobs: int = 2,
     with_peers: bool = False,
     csv_file: Path | None = None,
     plot_file: Path | None = None,
 ) -> int:
-    """Compile `specs` for `targets`, print a table, write the files; the exit status: 1 if any is over budget."""
+    """Compile `cases` for `targets`, print a table, write the files. Returns 1 if any is over budget, else 0."""
     results, failures, over = [], [], set()
     for target in targets:
         start = time.perf_counter()
-        here = [spec for spec in specs if _runs_on(spec, target)]
-        for spec, row in zip(here, compile_all(here, target, jobs)):
-            name = f"{spec.kernel}/{spec.config} on {target}"
+        here = [case for case in cases if _runs_on(case, target)]
+        for case, row in zip(here, compile_all(here, target, jobs)):
+            name = f"{case.kernel}/{case.config} on {target}"
             if isinstance(row, Exception):
                 failures.append(f"{name}: does not compile: {type(row).__name__}: {row}")
                 continue
-            results.append((spec, row))
-            if broken := violations(spec, row):
+            results.append((case, row))
+            if broken := violations(case, row):
                 over.add(row)
                 failures += [f"{name}: {what}" for what in broken]
         print(f"{target}: {len(here)} configurations, {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    theirs, notes = peers({spec.kernel for spec in specs}, targets, jobs) if with_peers or plot_file else ([], [])
+    theirs, notes = peers({case.kernel for case in cases}, targets, jobs) if with_peers or plot_file else ([], [])
     results = _in_order(results + theirs)
     rows = [row for _, row in results]
     print(table(results, over), "\n".join([NOTES, *notes]), sep="\n\n")
@@ -105,14 +104,14 @@ def run(
     return 1 if failures else 0
 
 
-def _runs_on(spec: KernelSpec, target: str) -> bool:
+def _runs_on(case: Case, target: str) -> bool:
     has = TARGETS[target]
-    if spec.only_on and target not in spec.only_on:
+    if case.only_on and target not in case.only_on:
         return False
-    return (has.bf16 or not spec.uses_bf16) and (has.mma or not spec.mma)
+    return (has.bf16 or not case.uses_bf16) and (has.mma or not case.mma)
 
 
-def _in_order(results: list[tuple[KernelSpec, Row]]) -> list[tuple[KernelSpec, Row]]:
+def _in_order(results: list[tuple[Case, Row]]) -> list[tuple[Case, Row]]:
     """Sorted by kernel, then configuration, then target, each in the order in which they first come."""
     kernels = list(dict.fromkeys(row.kernel for _, row in results))
     configs = list(dict.fromkeys((row.kernel, row.config) for _, row in results))
@@ -134,7 +133,7 @@ def main(argv: list[str]) -> int:
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
     try:
-        specs = select(all_specs(), options.pattern)
+        cases = select(all_cases(), options.pattern)
         cache_dir().mkdir(parents=True, exist_ok=True)
     except ValueError as error:
         parser.error(str(error))
@@ -144,7 +143,7 @@ def main(argv: list[str]) -> int:
         print("TRITON_INTERPRET=1 leaves nothing to compile: starting again without it", file=sys.stderr, flush=True)
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         os.execve(sys.executable, [sys.executable, "-m", "kernels.aot", *argv], environment)
-    return run(specs, targets, options.jobs, options.peers, options.csv, options.plot)
+    return run(cases, targets, options.jobs, options.peers, options.csv, options.plot)
 
 
 if __name__ == "__main__":

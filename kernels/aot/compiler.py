@@ -1,4 +1,4 @@
-"""Compile specs for one target and read what came out. Rows are cached: only what has changed is compiled again."""
+"""Compile cases for one target and read the machine code. Rows are cached: only a changed case is compiled again."""
 
 import hashlib
 import json
@@ -6,20 +6,22 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from kernels.aot import cubin, machine_code
 from kernels.aot.targets import TARGETS
-from kernels.spec import KernelSpec
+from kernels.triton.case import Case
+from kernels.triton.launch import Launch
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one configuration compiled to on one target: a line of the table and of the CSV file."""
+    """The machine code of one case on one target: a line of the table and of the CSV file."""
 
     kernel: str
     config: str
@@ -35,11 +37,11 @@ class Row:
     mma: bool
 
 
-def compile_all(specs: Sequence[KernelSpec], target: str, jobs: int) -> list[Row | Exception]:
-    """A row for each spec, or what the compiler threw."""
-    keys = [_key(spec, target) for spec in specs]
+def compile_all(cases: Sequence[Case], target: str, jobs: int) -> list[Row | Exception]:
+    """A row for each case, or the exception that stopped it."""
+    keys = [_key(case, target) for case in cases]
     results: dict[str, Row | Exception] = {key: row for key in keys if (row := _load(key))}
-    todo = {key: spec for key, spec in zip(keys, specs) if key not in results}
+    todo = {key: case for key, case in zip(keys, cases) if key not in results}
     results |= zip(todo, _compile(list(todo.values()), target, jobs))
     for key in todo:
         if isinstance(row := results[key], Row):
@@ -47,57 +49,63 @@ def compile_all(specs: Sequence[KernelSpec], target: str, jobs: int) -> list[Row
     return [results[key] for key in keys]
 
 
-def _compile(specs: list[KernelSpec], target: str, jobs: int) -> list[Row | Exception]:
-    def kernel(spec: KernelSpec):
+def _compile(cases: list[Case], target: str, jobs: int) -> list[Row | Exception]:
+    def kernel(case: Case):
         try:
-            return _compile_one(spec, target)
-        except Exception as error:  # whatever the compiler throws, the other configurations still count
+            return _compile_one(case, target)
+        except Exception as error:  # the compiler may throw anything, and the other cases still count
             return error
 
     with ThreadPoolExecutor(jobs) as pool:  # threads: LLVM runs without the GIL, ptxas in a process of its own
-        kernels = list(pool.map(kernel, specs))
+        kernels = list(pool.map(kernel, cases))
     compiled = [i for i, found in enumerate(kernels) if not isinstance(found, Exception)]
     read = _read_nvidia if TARGETS[target].nvidia else _read_amd
     results = list(kernels)
     for i, (code, registers, spilled) in zip(compiled, read([kernels[i] for i in compiled], target)):
         try:
-            results[i] = row_of(specs[i], target, code, registers, spilled, kernels[i].metadata.shared)
+            made = kernels[i].metadata
+            results[i] = row_of(cases[i], target, code, made.num_warps, registers, spilled, made.shared)
         except ValueError as error:  # its machine code has no path, or loop, to count
             results[i] = error
     return results
 
 
-def _compile_one(spec: KernelSpec, target: str):
-    signature = {name: spec.signature.get(name, "constexpr") for name in spec.fn.arg_names}
-    divisible = [name for name, kind in signature.items() if kind.startswith("*") or name in spec.divisible]
-    source = ASTSource(
-        spec.fn,
-        signature,
-        constexprs=dict(spec.constexprs),
-        attrs={(spec.fn.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible},
-    )
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "enable_fp_fusion": spec.fp_fusion}
+def _compile_one(case: Case, target: str):
+    source, options = source_of(case.launch, target)
     return triton.compile(source, target=TARGETS[target].gpu, options=options)
 
 
-def row_of(spec: KernelSpec, target: str, code: list, registers: int, spilled: int, shared: int) -> Row:
-    """The row of machine code `code` for `spec`.
+def source_of(launch: Launch, target: str) -> tuple[ASTSource, dict]:
+    """The source and the options that Triton compiles for this launch on this target.
+
+    Triton's own code derives them from the arguments, as `kernel[grid](...)` does: the types, the constants (an integer
+    that is 1 is one), which integers and addresses are multiples of 16, and the options that the launcher leaves open.
+    """
+    kernel, backend = launch.kernel, make_backend(TARGETS[target].gpu)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments, specialization, options = bind(**launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes), options.__dict__
+
+
+def row_of(case: Case, target: str, code: list, num_warps: int, registers: int, spilled: int, shared: int) -> Row:
+    """The row of machine code `code` for `case`.
 
     Raises:
         ValueError: the code has no path, or loop, to count.
     """
-    per_thread = spec.values / (TARGETS[target].gpu.warp_size * spec.num_warps)
+    per_thread = case.count(case.values) / (TARGETS[target].gpu.warp_size * num_warps)
     load_bits, store_bits = machine_code.access_bits(code)
     return Row(
-        spec.kernel,
-        spec.config,
+        case.kernel,
+        case.config,
         target,
         registers,
         spilled,
         shared,
-        round(machine_code.count_path(code, spec.loop) / per_thread, 4),
-        round(spec.bytes_per_value, 5),
-        spec.launches,
+        round(machine_code.count_path(code, case.count(case.loop)) / per_thread, 4),
+        round(case.bytes_per_value, 5),
+        case.launches,
         load_bits,
         store_bits,
         machine_code.uses_mma(code),
@@ -126,11 +134,13 @@ def _read_amd(kernels: list, target: str) -> list[tuple[list[machine_code.Instru
     ]
 
 
-def _key(spec: KernelSpec, target: str) -> str:
-    """Names a row in the cache: the kernel with all it calls, its configuration, the compiler, the counting."""
-    stated = [(field.name, getattr(spec, field.name)) for field in fields(spec) if field.name != "fn"]
+def _key(case: Case, target: str) -> str:
+    """Names a row in the cache: the kernel with all it calls, its launch, what the case states, the compiler, ours."""
+    source, options = source_of(case.launch, target)
+    launch = (source.signature, source.constants, source.attrs, options)
+    stated = (case.kernel, case.config, case.count(case.values), case.bytes_per_value, case.count(case.loop))
     counting = [Path(module.__file__).read_bytes() for module in (cubin, machine_code)] + [Path(__file__).read_bytes()]
-    text = repr((spec.fn.cache_key, stated, target, TARGETS[target], triton.__version__, counting))
+    text = repr((case.fn.cache_key, launch, stated, case.launches, TARGETS[target], triton.__version__, counting))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

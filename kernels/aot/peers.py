@@ -1,7 +1,7 @@
 """bitsandbytes' machine code, from the installed package, counted by the same rule as ours.
 
-Its CUDA library is disassembled, its Triton kernels (with which it serves Intel GPUs) are compiled for NVIDIA's. Other
-libraries' kernels are not to be had here: unsloth calls bitsandbytes', PEFT's DoRA norm is torch operations.
+Its CUDA library is disassembled. Its Triton kernels, which it has for Intel GPUs, are compiled for NVIDIA's. No other
+library has such kernels: unsloth calls bitsandbytes', PEFT's DoRA norm consists of torch operations.
 """
 
 import importlib.metadata
@@ -9,17 +9,21 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from kernels.aot import cubin, machine_code
 from kernels.aot.compiler import Row, compile_all, row_of
 from kernels.aot.targets import TARGETS
-from kernels.spec import KernelSpec
+from kernels.triton.case import Case, meta
+from kernels.triton.launch import launch
 
 
 @dataclass(frozen=True)
 class _CudaKernel:
-    """A kernel of the CUDA library as it is launched for the configuration of ours that `config` names.
+    """A kernel of the CUDA library as it is launched for our configuration `config`.
 
-    values are those of one of its `threads`; bitsandbytes 0.50, csrc/kernels.cu and csrc/ops.cu.
+    A block has `threads` threads, and each of them handles `values` values: bitsandbytes 0.50, csrc/kernels.cu and
+    csrc/ops.cu.
     """
 
     kernel: str
@@ -63,8 +67,8 @@ _CUDA = (
 )
 
 
-def peers(kernels: set[str], targets: list[str], jobs: int) -> tuple[list[tuple[KernelSpec, Row]], list[str]]:
-    """(what of bitsandbytes does the same as `kernels`, lines about where it is from and what could not be had)."""
+def peers(kernels: set[str], targets: list[str], jobs: int) -> tuple[list[tuple[Case, Row]], list[str]]:
+    """(bitsandbytes' counterparts of `kernels`, lines about their origin and about those that are left out)."""
     if not (package := importlib.util.find_spec("bitsandbytes")):
         return [], ["left out: bitsandbytes is not installed"]
     found, notes = [], []
@@ -79,86 +83,84 @@ def peers(kernels: set[str], targets: list[str], jobs: int) -> tuple[list[tuple[
                 found += _from_library(libraries[-1], target)
             except (FileNotFoundError, ValueError) as error:
                 notes.append(f"left out: bitsandbytes-cuda on {target}: {error}")
-        specs = _triton_specs()
-        for spec, row in zip(specs, compile_all(specs, target, jobs)):
+        cases = _triton_cases()
+        for case, row in zip(cases, compile_all(cases, target, jobs)):
             if isinstance(row, Row):
-                found.append((spec, row))
+                found.append((case, row))
             else:
-                notes.append(f"left out: {spec.config} on {target}: {type(row).__name__}: {row}")
-    return [(spec, row) for spec, row in found if row.kernel in kernels], notes
+                notes.append(f"left out: {case.config} on {target}: {type(row).__name__}: {row}")
+    return [(case, row) for case, row in found if row.kernel in kernels], notes
 
 
-def _from_library(library: Path, target: str) -> list[tuple[KernelSpec, Row]]:
+def _from_library(library: Path, target: str) -> list[tuple[Case, Row]]:
     image = cubin.extract(library, target)
     texts = [cubin.text_section(image, peer.symbol) for peer in _CUDA]
     rows = []
     for peer, listing in zip(_CUDA, cubin.disassemble(texts, TARGETS[target].gpu.arch)):
         code, used = machine_code.parse_sass(listing), cubin.usage(image, peer.symbol)
-        spec = KernelSpec(
+        case = Case(
             kernel=peer.kernel,
             config=f"bitsandbytes-cuda-{peer.config}",
-            fn=None,  # not Triton's
-            signature={},
-            constexprs={},
+            call=lambda: None,  # not a Triton kernel: there is nothing to compile
+            fn=None,
             values=peer.threads * peer.values,
             bytes_per_value=peer.bytes_per_value,
-            num_warps=peer.threads // 32,
             launches=peer.launches,
         )
         spilled = max(used.stack_bytes, machine_code.spilled_bytes(code))
-        rows.append((spec, row_of(spec, target, code, used.registers, spilled, used.shared_bytes)))
+        row = row_of(case, target, code, peer.threads // 32, used.registers, spilled, used.shared_bytes)
+        rows.append((case, row))
     return rows
 
 
-def _triton_specs() -> list[KernelSpec]:
+def _triton_cases() -> list[Case]:
     """Its Triton kernels as backends/triton/ops.py launches them: for a bf16 weight at blocksize 64, for fp32 AdamW."""
     from bitsandbytes.backends.triton import kernels_4bit, kernels_optim
 
-    split_bytes, split_blocks = 256, 4
+    n, blocksize, split_bytes, split_blocks = 4096 * 4096, 64, 256, 4
+    w, packed, absmax = meta(n, dtype="bf16"), meta(n // 2, dtype=torch.uint8), meta(n // blocksize)
+    p, codes, code_map, codes_absmax = meta(n), meta(n, dtype=torch.uint8), meta(256), meta(n // 256)
+
+    def launched(kernel, **arguments) -> dict:
+        # one program will do: the grid is not a part of the machine code
+        return {"fn": kernel, "call": lambda: launch(kernel, (1,), **arguments, fp_fusion=True)}
+
     return [
-        KernelSpec(
+        Case(
             kernel="nf4_dequantize",
             config="bitsandbytes-triton-b64-bf16",
-            fn=kernels_4bit.dequant_nf4_kernel,
-            signature={"a_ptr": "*u8", "c_ptr": "*bf16", "absmax_ptr": "*fp32"}
-            | dict.fromkeys(("num_paired_elements", "num_output_elements"), "i32"),
-            constexprs={"QUANT_BLOCK": 64, "SPLIT_SIZE": split_bytes},
+            **launched(
+                kernels_4bit.dequant_nf4_kernel,
+                a_ptr=packed, c_ptr=w, absmax_ptr=absmax, num_paired_elements=n // 2, num_output_elements=n,
+                QUANT_BLOCK=blocksize, SPLIT_SIZE=split_bytes,
+            ),
             values=2 * split_bytes,
             bytes_per_value=_CUDA[0].bytes_per_value,
             launches=3,
-            num_stages=3,
-            fp_fusion=True,
-            divisible=("num_paired_elements", "num_output_elements"),
         ),
-        KernelSpec(
+        Case(
             kernel="nf4_quantize",
             config="bitsandbytes-triton-b64-bf16",
-            fn=kernels_4bit.quantize_nf4_blockwise_kernel,
-            signature={"A_ptr": "*bf16", "absmax_ptr": "*bf16", "out_ptr": "*u8"}
-            | dict.fromkeys(("n_elements", "absmax_elements"), "i32"),
-            constexprs={"BLOCK_SIZE": 64, "SPLIT_NUM_BLOCKS": split_blocks},
-            values=2 * split_blocks * 64,
-            bytes_per_value=2 + 0.5 + 2 / 64,
+            **launched(
+                kernels_4bit.quantize_nf4_blockwise_kernel,
+                A_ptr=w, absmax_ptr=absmax.bfloat16(), out_ptr=packed, n_elements=n, absmax_elements=n // blocksize,
+                BLOCK_SIZE=blocksize, SPLIT_NUM_BLOCKS=split_blocks,
+            ),
+            values=2 * split_blocks * blocksize,
+            bytes_per_value=2 + 0.5 + 2 / blocksize,
             launches=2,  # absmax comes in bf16 and is then converted
-            num_stages=3,
-            fp_fusion=True,
-            divisible=("n_elements", "absmax_elements"),
         ),
-        KernelSpec(
+        Case(
             kernel="adamw8bit",
             config="bitsandbytes-triton-fp32",
-            fn=kernels_optim._optimizer_update_2state_8bit_blockwise_triton_kernel,
-            signature=dict.fromkeys(("p_ptr", "g_ptr", "qmap1_ptr", "qmap2_ptr", "absmax1_ptr", "absmax2_ptr"), "*fp32")
-            | dict.fromkeys(("state1_ptr", "state2_ptr"), "*u8")
-            | dict.fromkeys(("beta3", "alpha", "beta1_step", "beta2_step", "lr"), "fp32")
-            | dict.fromkeys(("step", "n_elements"), "i32"),
-            constexprs={"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01, "gnorm_scale": 1.0}
-            | {"BLOCK_SIZE_N": 256, "N_PER_TH": 1, "OPTIMIZER_ID": kernels_optim.ADAM},
+            **launched(
+                kernels_optim._optimizer_update_2state_8bit_blockwise_triton_kernel,
+                p_ptr=p, g_ptr=p, state1_ptr=codes, state2_ptr=codes, beta1=0.9, beta2=0.999, beta3=0.0, alpha=0.0,
+                eps=1e-8, step=3, beta1_step=0.1, beta2_step=0.001, lr=1e-3, qmap1_ptr=code_map, qmap2_ptr=code_map,
+                absmax1_ptr=codes_absmax, absmax2_ptr=codes_absmax, weight_decay=0.01, gnorm_scale=1.0, n_elements=n,
+                BLOCK_SIZE_N=256, N_PER_TH=1, OPTIMIZER_ID=kernels_optim.ADAM, num_warps=2,
+            ),
             values=256,
             bytes_per_value=_CUDA[2].bytes_per_value,
-            num_warps=2,
-            num_stages=3,
-            fp_fusion=True,
-            divisible=("n_elements",),
         ),
-    ]
+    ]  # fmt: skip

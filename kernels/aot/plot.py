@@ -4,9 +4,9 @@ from pathlib import Path
 
 from kernels.aot.compiler import Row
 from kernels.aot.roofline import GPUS
-from kernels.spec import KernelSpec
+from kernels.triton.case import Case
 
-# What is drawn: a configuration or two of each op whose values are weights, with a label. Panels from top to bottom.
+# Drawn are one configuration or more of each op whose values are weights, with a label. Panels from top to bottom.
 _OURS = {
     "nf4_dequantize": {"b64-double-bf16": "ours, absmax in 8 bits", "b64-bf16": "ours, absmax in fp32"},
     "nf4_quantize": {"b64-bf16": "ours"},
@@ -25,7 +25,7 @@ _TITLES = {
 _STYLES = {"sm_80": ("#0072b2", "o"), "sm_90": ("#d55e00", "s"), "sm_100": ("#009e73", "^")}
 
 
-def plot(path: Path, results: list[tuple[KernelSpec, Row]]) -> None:
+def plot(path: Path, results: list[tuple[Case, Row]]) -> None:
     """Draw those of `results` that are named above, one panel an op.
 
     Raises:
@@ -59,10 +59,10 @@ def plot(path: Path, results: list[tuple[KernelSpec, Row]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _lines(kernel: str, results: list[tuple[KernelSpec, Row]]) -> dict[str, list[tuple[KernelSpec, Row]]]:
+def _lines(kernel: str, results: list[tuple[Case, Row]]) -> dict[str, list[tuple[Case, Row]]]:
     """Results to draw in the panel of `kernel`, by label."""
     labels = _OURS[kernel] | _PEERS
-    lines: dict[str, list[tuple[KernelSpec, Row]]] = {}
+    lines: dict[str, list[tuple[Case, Row]]] = {}
     for config, label in labels.items():
         here = [r for r in results if r[1].kernel == kernel and r[1].config == config and r[1].target in GPUS]
         if here:
@@ -70,7 +70,7 @@ def _lines(kernel: str, results: list[tuple[KernelSpec, Row]]) -> dict[str, list
     return lines
 
 
-def _draw(axes, lines: dict[str, list[tuple[KernelSpec, Row]]]) -> None:
+def _draw(axes, lines: dict[str, list[tuple[Case, Row]]]) -> None:
     ours, _ = next(iter(lines.values()))[0]
     for step, (target, gpu) in enumerate(GPUS.items()):
         colour, marker = _STYLES[target]

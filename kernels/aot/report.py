@@ -8,7 +8,7 @@ from pathlib import Path
 from kernels.aot.compiler import Row
 from kernels.aot.roofline import GPUS
 from kernels.aot.targets import TARGETS
-from kernels.spec import KernelSpec
+from kernels.triton.case import Case
 
 _LINE = "{:1} {:<28} {:<7} {:>4} {:>6} {:>9} {:>8} {:>8} {:>7} {:>7} {:>5} {:>6} {:>4}  {}"
 _HEAD = (
@@ -17,26 +17,27 @@ _HEAD = (
 )
 NOTES = """\
 A weight is a value of the kernel: of a matrix product, a multiply-add of its main loop, or an element of its input.
-shared: of what the GPU lets a block have. Roofline: a bound from public figures of that GPU (kernels/aot/roofline.py),
-not a measurement, and what sets it: memory; mma, the matrix units; issue, the rate of instructions; mix, memory or
-issue, depending on which instructions they are. sm_75: it has no bf16, and Triton no matrix instructions for it; there
+shared: used / allowed for a block. Roofline: a bound from public figures of that GPU (kernels/aot/roofline.py), not a
+measurement, and its cause: memory; mma, the matrix units; issue, the rate of instructions; mix, memory or issue,
+depending on which instructions they are. sm_75 has no bf16, and Triton has no matrix instructions for it. There
 products are the library's, so their kernels are not compiled for it."""
 
 
-def table(results: Iterable[tuple[KernelSpec, Row]], marked: set[Row]) -> str:
+def table(results: Iterable[tuple[Case, Row]], marked: set[Row]) -> str:
     """A line a row, grouped by kernel; rows in `marked` carry a "!"."""
     lines = [_LINE.format(*_HEAD[0]), _LINE.format(*_HEAD[1], "time a weight")]
     kernel = config = None
-    for spec, row in results:
+    for case, row in results:
         if row.kernel != kernel:
             kernel, config = row.kernel, None
             lines.append(f"\n{kernel}")
-        lines.append(_line(spec, row, "" if row.config == config else row.config, row in marked))
+        lines.append(_line(case, row, "" if row.config == config else row.config, row in marked))
         config = row.config
     return "\n".join(lines)
 
 
-def _line(spec: KernelSpec, row: Row, config: str, marked: bool) -> str:
+def _line(case: Case, row: Row, config: str, marked: bool) -> str:
+    flops = case.count(case.flops_per_value)
     limit = TARGETS[row.target].shared_limit
     return _LINE.format(
         "!" if marked else "",
@@ -48,19 +49,19 @@ def _line(spec: KernelSpec, row: Row, config: str, marked: bool) -> str:
         f"{row.instr_per_weight:.2f}" if row.instr_per_weight >= 1 else _short(row.instr_per_weight),
         _short(row.bytes_per_weight) if row.bytes_per_weight < 0.1 else f"{row.bytes_per_weight:.3f}",
         row.launches,
-        _short(spec.flops_per_value / spec.bytes_per_value) if spec.flops_per_value else "-",
+        _short(flops / case.bytes_per_value) if flops else "-",
         row.load_bits,
         row.store_bits,
         "yes" if row.mma else "-",
-        _roofline(spec, row),
+        _roofline(case, row),
     ).rstrip()
 
 
-def _roofline(spec: KernelSpec, row: Row) -> str:
+def _roofline(case: Case, row: Row) -> str:
     if not (gpu := GPUS.get(row.target)):
         return ""
-    flops = spec.flops_per_value if row.mma else 0.0  # elsewhere they are among the instructions
-    seconds, what = gpu.bound(row.instr_per_weight, spec.bytes_per_value, flops)
+    flops = case.count(case.flops_per_value) if row.mma else 0.0  # elsewhere they are among the instructions
+    seconds, what = gpu.bound(row.instr_per_weight, case.bytes_per_value, flops)
     return f"{gpu.name} {_short(seconds * 1e12)} ps, {what}"
 
 

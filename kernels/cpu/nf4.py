@@ -136,7 +136,8 @@ def _routine(dtype: torch.dtype) -> Callable[..., None] | None:
 def _has_routine(weight: Weight, dtype: torch.dtype) -> bool:
     state = weight.quant_state
     n = state.shape.numel()
-    return state.quant_type == "nf4" and n > 0 and n % state.blocksize == 0 and _routine(dtype) is not None
+    whole_blocks = n > 0 and n % state.blocksize == 0 and not weight.values.is_meta
+    return state.quant_type == "nf4" and whole_blocks and _routine(dtype) is not None
 
 
 def _dequantize(weight: Weight, out: Tensor) -> Tensor:

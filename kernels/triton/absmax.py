@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_codes, dynamic_map
+from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
 from kernels.weight import nested_blocks
 
@@ -100,44 +101,21 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tenso
     return absmax
 
 
-# TODO specs
-# _BYTES_PER_VALUE = 4 + 1 + 4 / NESTED_BLOCKSIZE
-# AOT_SPECS = [
-#     KernelSpec(
-#         kernel="absmax_quantize",
-#         config="b256",
-#         fn=_quantize_absmax_kernel,
-#         signature={
-#             "absmax_ptr": "*fp32",
-#             "offset_ptr": "*fp32",
-#             "code_of_point_ptr": "*u8",
-#             "codes_ptr": "*u8",
-#             "nested_absmax_ptr": "*fp32",
-#             "n": "i64",
-#         },
-#         constexprs={},
-#         values=NESTED_BLOCKSIZE,
-#         bytes_per_value=_BYTES_PER_VALUE,
-#         num_warps=NUM_WARPS,
-#         max_registers=64,
-#     ),
-#     KernelSpec(
-#         kernel="absmax_dequantize",
-#         config="b256",
-#         fn=_dequantize_absmax_kernel,
-#         signature={
-#             "codes_ptr": "*u8",
-#             "nested_absmax_ptr": "*fp32",
-#             "nested_offset_ptr": "*fp32",
-#             "map_ptr": "*fp32",
-#             "absmax_ptr": "*fp32",
-#             "n": "i64",
-#         },
-#         constexprs={},
-#         values=NESTED_BLOCKSIZE,
-#         bytes_per_value=_BYTES_PER_VALUE,
-#         num_warps=NUM_WARPS,
-#         max_registers=64,
-#     ),
-# ]
-#
+def _case(kernel: str, fn, call) -> Case:
+    return Case(
+        kernel=kernel,
+        config="b256",
+        call=call,
+        fn=fn,
+        values=NESTED_BLOCKSIZE,
+        bytes_per_value=4 + 1 + 4 / NESTED_BLOCKSIZE,
+        max_registers=64,
+    )
+
+
+_CODES = (meta(2**18, dtype=torch.uint8), meta(2**10), meta())
+
+CASES = [
+    _case("absmax_quantize", _quantize_absmax_kernel, lambda: quantize_absmax(meta(2**18))),
+    _case("absmax_dequantize", _dequantize_absmax_kernel, lambda: dequantize_absmax(*_CODES)),
+]

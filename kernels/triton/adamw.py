@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.adamw import coefficients
+from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
 from kernels.triton.multi_tensor import plan, pointer, tensor_of_program
 
@@ -86,22 +87,20 @@ def adamw(
     launch(_adamw_kernel, (programs,), *args, ALIGNED=aligned, TILE=TILE, fp_fusion=False)
 
 
-# TODO specs
-# AOT_SPECS = [
-#     KernelSpec(
-#         kernel="adamw",
-#         config="fp32" if aligned else "fp32-unaligned",
-#         fn=_adamw_kernel,
-#         signature={"table_ptr": "*i64", "owner_ptr": "*i32", "tensors": "i32"}
-#         | dict.fromkeys(Coefficients._fields, "fp32"),
-#         constexprs={"ALIGNED": aligned, "TILE": TILE},
-#         values=TILE,
-#         bytes_per_value=28.0,
-#         max_instr=43.0 if aligned else 49.0,
-#         max_registers=64,
-#         min_load_bits=128 if aligned else 32,
-#         min_store_bits=128 if aligned else 32,
-#     )
-#     for aligned in (True, False)
-# ]
-#
+def _case(aligned: bool) -> Case:
+    tensors = [meta(TILE + 1)[0 if aligned else 1 :] for _ in range(3)]
+    return Case(
+        kernel="adamw",
+        config="fp32" if aligned else "fp32-unaligned",
+        call=lambda: adamw(tensors, tensors, tensors, tensors, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1),
+        fn=_adamw_kernel,
+        values=TILE,
+        bytes_per_value=28.0,
+        max_instr=43.0 if aligned else 49.0,
+        max_registers=64,
+        min_load_bits=128 if aligned else 32,
+        min_store_bits=128 if aligned else 32,
+    )
+
+
+CASES = [_case(aligned=True), _case(aligned=False)]

@@ -11,6 +11,7 @@ from kernels.adamw import coefficients
 from kernels.adamw8bit import BLOCKSIZE
 from kernels.codebook import dynamic_bounds, dynamic_map
 from kernels.triton.adamw import moments, updated
+from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
 from kernels.triton.multi_tensor import plan, pointer, tensor_of_program
 
@@ -152,25 +153,21 @@ def adamw8bit(
     launch(_adamw8bit_kernel, (programs,), *args, **options, fp_fusion=False)
 
 
-# TODO specs
-# AOT_SPECS = [
-#     KernelSpec(
-#         kernel="adamw8bit",
-#         config="fp32" if aligned else "fp32-unaligned",
-#         fn=_adamw8bit_kernel,
-#         signature={"table_ptr": "*i64", "owner_ptr": "*i32"}
-#         | dict.fromkeys(("m_map_ptr", "v_map_ptr", "m_bounds_ptr", "v_bounds_ptr"), "*fp32")
-#         | {"tensors": "i32"}
-#         | dict.fromkeys(Coefficients._fields, "fp32"),
-#         constexprs={"ALIGNED": aligned, "BLOCKS": BLOCKS},
-#         num_warps=NUM_WARPS,
-#         values=BLOCKS * BLOCKSIZE,
-#         bytes_per_value=16 + 4 * 4 / BLOCKSIZE,
-#         max_instr=119.0 if aligned else 135.0,
-#         max_registers=96,
-#         min_load_bits=128 if aligned else 32,
-#         min_store_bits=128 if aligned else 32,
-#     )
-#     for aligned in (True, False)
-# ]
-#
+def _case(aligned: bool) -> Case:
+    params = [meta(BLOCKSIZE + 1)[0 if aligned else 1 :] for _ in range(3)]
+    codes, absmax = [meta(BLOCKSIZE, dtype=torch.uint8)] * 3, [meta(1)] * 3
+    return Case(
+        kernel="adamw8bit",
+        config="fp32" if aligned else "fp32-unaligned",
+        call=lambda: adamw8bit(params, params, codes, codes, absmax, absmax, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1),
+        fn=_adamw8bit_kernel,
+        values=BLOCKS * BLOCKSIZE,
+        bytes_per_value=16 + 4 * 4 / BLOCKSIZE,
+        max_instr=119.0 if aligned else 135.0,
+        max_registers=96,
+        min_load_bits=128 if aligned else 32,
+        min_store_bits=128 if aligned else 32,
+    )
+
+
+CASES = [_case(aligned=True), _case(aligned=False)]

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.case import Case, meta
 from kernels.triton.dora_norm import divide, norm_and_gain, sums_of_squares
 from kernels.triton.dropout import dropout as drop
 from kernels.triton.gemm import gemm
@@ -236,47 +237,32 @@ def dora_linear_backward(
     return dx, dA, dB, dm
 
 
-# TODO specs
-# def _spec(dtype: str) -> KernelSpec:
-#     """The spec of what `_scale` does."""
-#     signature = {f"{operand}_ptr": f"*{dtype}" for operand in ("dy", "kept", "dz")}
-#     signature |= {"gain_ptr": "*fp32", "partial_ptr": "*fp32", "M": "i32", "N": "i32"}
-#     return KernelSpec(
-#         kernel="dora_scale",
-#         config=dtype,
-#         fn=_scale_kernel,
-#         signature=signature,
-#         constexprs={"BLOCK_M": BLOCK_M, "BLOCK_N": BLOCK_N},
-#         values=BLOCK_M * BLOCK_N,
-#         bytes_per_value={"bf16": 6.0, "fp32": 12.0}[dtype] + 4 / BLOCK_M,
-#         fp_fusion=True,
-#         divisible=("N",),
-#         min_load_bits=128,
-#         min_store_bits=128,
-#     )
-#
-#
-# def _finish_spec(kept_y: bool) -> KernelSpec:
-#     """The spec of what `_magnitude_grad` does, the rare case left out."""
-#     signature = {f"{operand}_ptr": "*bf16" for operand in ("dy", "x", "w", "xa")}
-#     signature |= {f"{operand}_ptr": "*fp32" for operand in ("partial", "divisor", "norm", "b", "dm")}
-#     signature |= dict.fromkeys(("tiles", "M", "N", "K", "stride_wn", "stride_bn"), "i32")
-#     tiles = {"BLOCK_M": FINISH_M, "BLOCK_N": FINISH_N, "BLOCK_K": FINISH_K, "BLOCK_R": 16}
-#     return KernelSpec(
-#         kernel="dora_magnitude",
-#         config="y" if kept_y else "z",
-#         fn=_magnitude_grad_kernel,
-#         signature=signature | ({"gain_ptr": "*fp32"} if kept_y else {}),
-#         constexprs={"stride_wk": 1, "stride_br": 1, "R": 64, "SMALL": 1e-38, **tiles}
-#         | ({} if kept_y else {"gain_ptr": None}),
-#         values=FINISH_N,
-#         bytes_per_value=4.0,
-#         num_warps=4,
-#         num_stages=3,
-#         fp_fusion=True,
-#         divisible=("N", "K", "stride_wn", "stride_bn"),
-#     )
-#
-#
-# AOT_SPECS = [_spec("bf16"), _spec("fp32"), _finish_spec(True), _finish_spec(False)]
-#
+def _scale_case(dtype: str) -> Case:
+    dy = meta(4096, 4096, dtype=dtype)
+    return Case(
+        kernel="dora_scale",
+        config=dtype,
+        call=lambda: _scale(dy, dy, meta(4096)),
+        fn=_scale_kernel,
+        values=BLOCK_M * BLOCK_N,
+        bytes_per_value={"bf16": 6.0, "fp32": 12.0}[dtype] + 4 / BLOCK_M,
+        min_load_bits=128,
+        min_store_bits=128,
+    )
+
+
+def _magnitude_case(kept_y: bool) -> Case:
+    """`_magnitude_grad`, counted without the rare columns of small gain."""
+    dy, xa, lora_B = meta(4096, 4096, dtype="bf16"), meta(4096, 64, dtype="bf16"), meta(4096, 64)
+    partial, per_row = meta(cdiv(4096, BLOCK_M), 4096), meta(4096)
+    return Case(
+        kernel="dora_magnitude",
+        config="y" if kept_y else "z",
+        call=lambda: _magnitude_grad(partial, dy, dy, dy, xa, lora_B, per_row, per_row, per_row, kept_y),
+        fn=_magnitude_grad_kernel,
+        values=FINISH_N,
+        bytes_per_value=4.0,
+    )
+
+
+CASES = [_scale_case("bf16"), _scale_case("fp32"), _magnitude_case(kept_y=True), _magnitude_case(kept_y=False)]

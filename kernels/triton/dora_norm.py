@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import dynamic_map, levels
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.triton.absmax import load_row_absmax
+from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch, next_power_of_2
 from kernels.triton.nf4 import dense
 from kernels.weight import Weight
@@ -158,7 +159,7 @@ def divide(x, norm):
 
 
 def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
-    """Tile sizes and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
+    """Tile sizes and stages. Every choice fits 99 KiB of shared memory and 255 registers (see CASES)."""
     padded = max(16, next_power_of_2(rank))
     if dtype == torch.float32:  # no matrix units: small products, or their operands spill
         tiles = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_R": 16, "num_stages": 2}
@@ -235,66 +236,51 @@ def norm_and_gain(
     return norm, gain
 
 
-# TODO specs
-# def _spec(rank: int, kind: str, dtype: torch.dtype = torch.bfloat16, block_k: int = 64) -> KernelSpec:
-#     """The spec of what `sums_of_squares` does for a rank on an "nf4", "nf4-double" or "dense" weight."""
-#     tiles = _tiles(rank, block_k, dtype, kind != "dense")
-#     num_stages = tiles.pop("num_stages")
-#     name = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
-#     signature = {"a_ptr": f"*{name}", "b_ptr": "*fp32"} if rank else {}
-#     signature |= {"partial_ptr": "*fp32", "N": "i32", "K": "i32", "K_SPLIT": "i32", "scaling": "fp32"}
-#     constexprs = {"R": rank, **tiles} | ({} if rank else {"a_ptr": None, "b_ptr": None})
-#     if kind == "dense":
-#         fn, signature = _norm_dense_kernel, {"w_ptr": f"*{name}"} | signature
-#         bytes_per_value = dtype.itemsize
-#     else:
-#         nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
-#         fn, signature = _norm_nf4_kernel, {"packed_ptr": "*u8", "levels_ptr": "*fp32"} | signature
-#         signature |= {"absmax_ptr": "*u8", **nested} if kind == "nf4-double" else {"absmax_ptr": "*fp32"}
-#         constexprs |= {"BLOCKSIZE": block_k} | ({} if kind == "nf4-double" else dict.fromkeys(nested))
-#         bytes_per_value = 0.5 + (1 + 4 / NESTED_BLOCKSIZE if kind == "nf4-double" else 4) / block_k
-#     whole_rank = tiles["BLOCK_R"] >= rank  # otherwise the innermost loop runs over ranks, not over weights
-#     budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != torch.float32 else {}
-#     return KernelSpec(
-#         kernel=f"dora_norm_{kind.split('-')[0]}",
-#         config=f"r{rank}-b{block_k}-{kind.removeprefix('nf4-')}-{name}",
-#         fn=fn,
-#         signature=signature,
-#         constexprs=constexprs,
-#         values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
-#         bytes_per_value=bytes_per_value,
-#         flops_per_value=2 * tiles["BLOCK_R"] if rank else 0,
-#         num_warps=NUM_WARPS,
-#         num_stages=num_stages,
-#         divisible=("N", "K", "K_SPLIT"),
-#         loop=whole_rank,
-#         launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
-#         max_instr=budgets.get(rank) if block_k == 64 else None,
-#         min_load_bits=128 if rank else 64,
-#         mma=rank > 0 and dtype != torch.float32,
-#     )
-#
-#
-# _FINISH_SPEC = KernelSpec(
-#     kernel="dora_norm_finish",
-#     config="gain",
-#     fn=_finish_kernel,
-#     signature={
-#         **{"partial_ptr": "*fp32", "magnitude_ptr": "*fp32", "norm_ptr": "*fp32", "gain_ptr": "*fp32"},
-#         **{"N": "i32", "splits": "i32"},
-#     },
-#     constexprs={"BLOCK": FINISH_BLOCK},
-#     values=FINISH_BLOCK,
-#     bytes_per_value=4.0,
-#     divisible=("N",),
-#     launches=3,
-# )
-#
-# AOT_SPECS = (
-#     [_FINISH_SPEC]
-#     + [_spec(rank, "nf4-double") for rank in (0, 16, 64, 128, 256, 512, 1024)]
-#     + [_spec(64, "nf4"), _spec(64, "nf4-double", block_k=32), _spec(64, "nf4-double", torch.float32)]
-#     + [_spec(rank, "dense") for rank in (0, 64, 128, 256, 512)]
-#     + [_spec(64, "dense", torch.float32)]
-# )
-#
+def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64) -> Case:
+    """`sums_of_squares` for a rank, over a "double", "single" or "dense" weight."""
+    if kind == "dense":
+        weight, bytes_per_value = Weight(meta(4096, 4096, dtype=dtype)), DTYPES[dtype].itemsize
+    else:
+        weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=kind == "double")
+        bytes_per_value = 0.5 + (1 + 4 / NESTED_BLOCKSIZE if kind == "double" else 4) / blocksize
+    # the norm of a packed W alone is computed in fp32 (`weight_norm_sq` in dora.py)
+    compute = DTYPES[dtype] if rank or kind == "dense" else torch.float32
+    adapter = (meta(rank, 4096), meta(4096, rank)) if rank else (None, None)
+    budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != "fp32" else {}
+    return Case(
+        kernel="dora_norm_dense" if kind == "dense" else "dora_norm_nf4",
+        config=f"r{rank}-b{blocksize}-{'nf4' if kind == 'single' else kind}-{dtype}",
+        call=lambda: sums_of_squares(weight, compute, *adapter, 2.0),
+        fn=_norm_dense_kernel if kind == "dense" else _norm_nf4_kernel,
+        values=lambda a: a.BLOCK_N * a.BLOCK_K,
+        bytes_per_value=bytes_per_value,
+        flops_per_value=(lambda a: 2 * a.BLOCK_R) if rank else 0.0,
+        loop=lambda a: a.BLOCK_R >= a.R,  # else the innermost loop runs over ranks, not over weights
+        launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
+        max_instr=budgets.get(rank) if blocksize == 64 else None,
+        min_load_bits=128 if rank else 64,
+        mma=rank > 0 and dtype != "fp32",
+    )
+
+
+def _finish() -> None:
+    """`norm_and_gain` of a weight of 4096 rows."""
+    weight, adapter = meta_packed(4096, 4096), (meta(16, 4096), meta(4096, 16))
+    norm_and_gain(weight, torch.bfloat16, *adapter, 2.0, meta(4096))
+
+
+CASES = [
+    Case(
+        kernel="dora_norm_finish",
+        config="gain",
+        call=_finish,
+        fn=_finish_kernel,
+        values=FINISH_BLOCK,
+        bytes_per_value=4.0,
+        launches=3,
+    ),
+    *[_case(rank, "double") for rank in (0, 16, 64, 128, 256, 512, 1024)],
+    *[_case(64, "single"), _case(64, "double", blocksize=32), _case(64, "double", "fp32")],
+    *[_case(rank, "dense") for rank in (0, 64, 128, 256, 512)],
+    _case(64, "dense", "fp32"),
+]

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import threshold
+from kernels.triton.case import Case, meta
 from kernels.triton.launch import cdiv, launch
 
 _TILE = {"BLOCK_ROWS": 16, "BLOCK_COLS": 256}
@@ -55,22 +56,15 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     return y
 
 
-# TODO specs
-# AOT_SPECS = [
-#     KernelSpec(
-#         kernel="dropout",
-#         config="bf16",
-#         fn=_dropout_kernel,
-#         signature={
-#             **{"x_ptr": "*bf16", "seed_ptr": "*i64", "y_ptr": "*bf16"},
-#             **{"rows": "i32", "cols": "i32", "scale": "fp32"},
-#         },
-#         constexprs={"THRESHOLD": threshold(0.1), **_TILE},
-#         values=_TILE["BLOCK_ROWS"] * _TILE["BLOCK_COLS"],
-#         bytes_per_value=4.0,
-#         divisible=("cols",),
-#         min_load_bits=128,
-#         min_store_bits=128,
-#     )
-# ]
-#
+CASES = [
+    Case(
+        kernel="dropout",
+        config="bf16",
+        call=lambda: dropout(meta(4096, 4096, dtype="bf16"), 0.1, meta(dtype=torch.int64)),
+        fn=_dropout_kernel,
+        values=lambda a: a.BLOCK_ROWS * a.BLOCK_COLS,
+        bytes_per_value=4.0,
+        min_load_bits=128,
+        min_store_bits=128,
+    )
+]

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import threshold
+from kernels.triton.case import DTYPES, Case, meta
 from kernels.triton.dropout import keep
 from kernels.triton.launch import cdiv, launch, next_power_of_2
 
@@ -115,7 +116,7 @@ def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.con
 
 
 def _tiles(dtype: torch.dtype, rank: int, tokens: int, epilogue: bool) -> dict[str, int]:
-    """Tile sizes, warps and stages. Every choice fits 99 KiB of shared memory and 255 registers (see AOT_SPECS)."""
+    """Tile sizes, warps and stages. Every choice fits 99 KiB of shared memory and 255 registers (see CASES)."""
     block_r = min(64, max(16, next_power_of_2(rank)))
     if epilogue and tokens <= 16:  # decoding: narrow tiles, or there are too few of them for a GPU
         m, n, k, block_r, warps, stages = 16, 64, 16, 16, 4, 1
@@ -182,60 +183,46 @@ def gemm(
     return y, z
 
 
-# TODO specs
-# _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-#
-#
-# def _spec(
-#     config: str, rank: int, dtype: str = "bf16", backward: bool = False, xw: str | None = None, tokens: int = 4096
-# ) -> KernelSpec:
-#     """The spec of what `gemm` does in forward (with a gain, a bias and z) or backward (with dropout).
-#
-#     Args:
-#         xw: dtype of x w where it is known and only the epilogue is left.
-#     """
-#     tiles = _tiles(_DTYPES[dtype], rank, tokens, xw is not None)
-#     num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-#     pointers = {"y": dtype, "s": dtype, "v": "fp32"} | ({"xw": xw} if xw else {"x": dtype, "w": dtype})
-#     pointers |= {"seed": "i64"} if backward else {"z": dtype, "gain": "fp32", "bias": dtype}
-#     absent = {f"{name}_ptr" for name in ("x", "w", "xw", "seed", "z", "gain", "bias") if name not in pointers}
-#     strided, unit = (("wk", "vr"), ("wn", "vn")) if backward else (("wn", "vn"), ("wk", "vr"))
-#     strides = {f"stride_{name}" for name in strided}
-#     constexprs = {f"stride_{name}": 1 for name in unit} | {"R": rank, "THRESHOLD": threshold(0.1)} | tiles
-#     if xw:
-#         strides = {name for name in strides if "_v" in name}
-#         constexprs |= {"stride_wk": 0, "stride_wn": 0}
-#     sizes = dict.fromkeys(("M", "N", "K", "splits", *strides), "i32") | {"scale": "fp32"}
-#     tile = tiles["BLOCK_M"] * tiles["BLOCK_N"]
-#     return KernelSpec(
-#         kernel="gemm_epilogue" if xw else "gemm",
-#         config=config,
-#         fn=gemm_kernel,
-#         signature={f"{name}_ptr": f"*{kind}" for name, kind in pointers.items()} | sizes,
-#         constexprs=constexprs | dict.fromkeys(absent),
-#         # a value is one multiply-add of the main loop; of the epilogue it is one element of y
-#         values=tile if xw else tile * tiles["BLOCK_K"],
-#         # of a product of 4096 tokens and features in and out, what its tiles read again coming from the L2 cache
-#         bytes_per_value=(_DTYPES[xw].itemsize + _DTYPES[dtype].itemsize) if xw else 3 * 2 / 4096,
-#         flops_per_value=2 * rank if xw else 2,
-#         num_warps=num_warps,
-#         num_stages=num_stages,
-#         fp_fusion=True,
-#         divisible=("N", "K", *strides),
-#         loop=not xw,
-#         mma=dtype != "fp32",
-#     )
-#
-#
-# # fp32's main loop is not among them: on a GPU it is always the library's.
-# AOT_SPECS = [
-#     *[_spec(f"forward-r{rank}-bf16", rank) for rank in (16, 64, 512)],
-#     *[_spec(f"backward-r{rank}-bf16", rank, backward=True) for rank in (16, 64, 512)],
-#     *[_spec(f"{way}-r64-fp16", 64, "fp16", backward=way == "backward") for way in ("forward", "backward")],
-#     _spec("forward-r64-bf16", 64, xw="bf16"),
-#     _spec("backward-r64-bf16", 64, backward=True, xw="bf16"),
-#     _spec("backward-r16-fp32", 16, "fp32", backward=True, xw="fp32"),
-#     *[_spec(f"few-{tokens}-r64-bf16", 64, xw="fp32", tokens=tokens) for tokens in (16, 64)],
-#     _spec("few-16-r16-fp32", 16, "fp32", xw="fp32", tokens=16),
-# ]
-#
+def _case(
+    config: str, rank: int, dtype: str = "bf16", backward: bool = False, xw: str | None = None, tokens: int = 4096
+) -> Case:
+    """`gemm` in DoRA's forward, which keeps z, or in LoRA's backward with dropout.
+
+    Args:
+        xw: dtype of x w where it is known and only the epilogue is left; None where it is not.
+        tokens: rows of x. Up to 64 the terms of x w are those of `few_tokens` in nf4_linear.py.
+    """
+    x, w = meta(tokens, 4096, dtype=dtype), meta(4096, 4096, dtype=dtype)
+    splits = 16 if tokens <= 64 else 1
+    product = {"w": w if backward else w.t()} if xw is None else {"w": None, "xw": meta(splits, tokens, 4096, dtype=xw)}
+    s, v = meta(tokens, rank, dtype=dtype), meta(rank, 4096) if backward else meta(4096, rank).t()
+    if backward:
+        others = {"p": 0.1, "seed": meta(dtype=torch.int64)}
+    else:
+        others = {"bias": meta(4096, dtype=dtype), "gain": meta(4096), "keep_z": True}
+    return Case(
+        kernel="gemm_epilogue" if xw else "gemm",
+        config=config,
+        call=lambda: gemm(x, s=s, v=v, **product, **others),
+        fn=gemm_kernel,
+        # a value is one multiply-add of the main loop; of the epilogue it is one element of y
+        values=lambda a: a.BLOCK_M * a.BLOCK_N * (1 if xw else a.BLOCK_K),
+        # of a product of 4096 tokens and features in and out, what its tiles read again coming from the L2 cache
+        bytes_per_value=(DTYPES[xw].itemsize + DTYPES[dtype].itemsize) if xw else 3 * 2 / 4096,
+        flops_per_value=2 * rank if xw else 2,
+        loop=not xw,
+        mma=dtype != "fp32",
+    )
+
+
+# fp32's main loop is not among them: on a GPU it is always the library's.
+CASES = [
+    *[_case(f"forward-r{rank}-bf16", rank) for rank in (16, 64, 512)],
+    *[_case(f"backward-r{rank}-bf16", rank, backward=True) for rank in (16, 64, 512)],
+    *[_case(f"{way}-r64-fp16", 64, "fp16", backward=way == "backward") for way in ("forward", "backward")],
+    _case("forward-r64-bf16", 64, xw="bf16"),
+    _case("backward-r64-bf16", 64, backward=True, xw="bf16"),
+    _case("backward-r16-fp32", 16, "fp32", backward=True, xw="fp32"),
+    *[_case(f"few-{tokens}-r64-bf16", 64, xw="fp32", tokens=tokens) for tokens in (16, 64)],
+    _case("few-16-r16-fp32", 16, "fp32", xw="fp32", tokens=16),
+]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dropout import threshold
+from kernels.triton.case import DTYPES, Case, meta
 from kernels.triton.dropout import keep
 from kernels.triton.launch import cdiv, launch, next_power_of_2
 
@@ -101,7 +102,7 @@ def _transposed_product(
 
 
 def _project_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
-    """Tile sizes, warps and stages. Every choice fits 64 KiB of shared memory and 255 registers (see AOT_SPECS)."""
+    """Tile sizes, warps and stages. Every choice fits 64 KiB of shared memory and 255 registers (see CASES)."""
     if dtype == torch.float32:  # no matrix units
         return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
     block_r = min(128, max(16, next_power_of_2(rank)))
@@ -152,49 +153,34 @@ def outer(
     return da, db
 
 
-# TODO specs
-# def _spec(kernel: str, rank: int, backward: bool = False, dropout: bool = False, dtype: str = "bf16") -> KernelSpec:
-#     """The spec of what `project` (of x, or of dY in backward) or `outer` does for a rank."""
-#     tiles = (_project_tiles if kernel == "project" else _outer_tiles)(_DTYPES[dtype], rank)
-#     num_warps, num_stages = tiles.pop("num_warps"), tiles.pop("num_stages")
-#     signature = {"M": "i32", "K": "i32", "scale": "fp32"} | ({"seed_ptr": "*i64"} if dropout else {})
-#     constexprs = {"R": rank, "THRESHOLD": threshold(0.1), **tiles} | ({} if dropout else {"seed_ptr": None})
-#     if kernel == "project":
-#         signature |= {"x_ptr": f"*{dtype}", "v_ptr": "*fp32", "s_ptr": f"*{dtype}"}
-#         stride, unit = ("stride_vk", "stride_vr") if backward else ("stride_vr", "stride_vk")
-#         signature |= {stride: "i32"}
-#         constexprs |= {unit: 1}
-#     else:
-#         signature |= {f"{operand}_ptr": f"*{dtype}" for operand in ("x", "ds", "dy", "s")}
-#         signature |= {"N": "i32", "da_ptr": "*fp32", "db_ptr": "*fp32"}
-#     return KernelSpec(
-#         kernel=f"lora_{kernel}",
-#         config="-".join([f"r{rank}", dtype] + ["backward"] * backward + ["dropout"] * dropout),
-#         fn=project_kernel if kernel == "project" else outer_kernel,
-#         signature=signature,
-#         constexprs=constexprs,
-#         values=tiles["BLOCK_M"] * tiles["BLOCK_K" if kernel == "project" else "BLOCK_C"],
-#         bytes_per_value=_DTYPES[dtype].itemsize,
-#         flops_per_value=2 * tiles["BLOCK_R"],
-#         num_warps=num_warps,
-#         num_stages=num_stages,
-#         fp_fusion=True,
-#         divisible=("K", "N", "stride_vk", "stride_vr"),
-#         loop=True,
-#         # An H100 reads 2-byte elements at the rate of 17 instructions an element: beyond, memory is not the bound.
-#         # The hash of dropout takes about 14 of them.
-#         max_instr=None if dtype == "fp32" else 28.0 if dropout else 17.0 if rank <= 128 else 22.0,
-#         min_load_bits=128,
-#         mma=dtype != "fp32",
-#     )
-#
-#
-# _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#
-# AOT_SPECS = [
-#     *[_spec("project", rank, backward) for rank in (16, 64, 512) for backward in (False, True)],
-#     *[_spec("outer", rank) for rank in (16, 64, 512)],
-#     *[_spec(kernel, 64, dropout=True) for kernel in ("project", "outer")],
-#     *[_spec(kernel, 64, dropout=True, dtype="fp32") for kernel in ("project", "outer")],
-# ]
-#
+def _case(kernel: str, rank: int, backward: bool = False, p: float = 0.0, dtype: str = "bf16") -> Case:
+    """`project` (of x, or of dY in backward) or `outer` for a rank."""
+    x, s = meta(4096, 4096, dtype=dtype), meta(4096, rank, dtype=dtype)
+    dropout = (p, meta(dtype=torch.int64) if p else None)
+    if kernel == "project":
+        v = meta(4096, rank) if backward else meta(rank, 4096).t()
+        fn, call = project_kernel, lambda: project(x, v, 2.0, *dropout)
+    else:
+        fn, call = outer_kernel, lambda: outer(x, s, x, s, (torch.float32, torch.float32), *dropout)
+    return Case(
+        kernel=f"lora_{kernel}",
+        config="-".join([f"r{rank}", dtype] + ["backward"] * backward + ["dropout"] * bool(p)),
+        call=call,
+        fn=fn,
+        values=lambda a: a.BLOCK_M * (a.BLOCK_K if kernel == "project" else a.BLOCK_C),
+        bytes_per_value=DTYPES[dtype].itemsize,
+        flops_per_value=lambda a: 2 * a.BLOCK_R,
+        loop=True,
+        # An H100 reads 2-byte elements at the rate of 17 instructions an element: beyond, memory is not the bound.
+        # The hash of dropout takes about 14 of them.
+        max_instr=None if dtype == "fp32" else 28.0 if p else 17.0 if rank <= 128 else 22.0,
+        min_load_bits=128,
+        mma=dtype != "fp32",
+    )
+
+
+CASES = [
+    *[_case("project", rank, backward) for rank in (16, 64, 512) for backward in (False, True)],
+    *[_case("outer", rank) for rank in (16, 64, 512)],
+    *[_case(kernel, 64, p=0.1, dtype=dtype) for dtype in ("bf16", "fp32") for kernel in ("project", "outer")],
+]

@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import code_table, dynamic_map, levels
+from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, code_table, dynamic_map, levels
 from kernels.triton.absmax import load_absmax
+from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch
 from kernels.weight import Weight, packed_sizes
 
@@ -251,65 +252,53 @@ def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
     return packed, absmax
 
 
-# TODO specs
-# def _spec(blocksize: int, double: bool, dtype: str) -> KernelSpec:
-#     nested = ("nested_absmax_ptr", "nested_offset_ptr", "map_ptr")
-#     absmax_bytes = 1 + 4 / NESTED_BLOCKSIZE if double else 4
-#     fp32 = dtype == "fp32"  # half as many values to a 128-bit store: more absmax and addresses a value
-#     return KernelSpec(
-#         kernel="nf4_dequantize",
-#         config=f"b{blocksize}-{'double-' if double else ''}{dtype}",
-#         fn=_dequantize_kernel,
-#         signature={"packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32", "levels_ptr": "*fp32"}
-#         | {"out_ptr": f"*{dtype}", "n": "i64"}
-#         | dict.fromkeys(nested if double else (), "*fp32"),
-#         constexprs=tiles(STEP, blocksize) | dict.fromkeys(() if double else nested),
-#         values=PROGRAM,
-#         bytes_per_value=0.5 + (4 if fp32 else 2) + absmax_bytes / blocksize,
-#         max_instr=8.5 if fp32 else 6.5,
-#         max_instr_on={} if fp32 else {"sm_75": 7.5},
-#         max_registers=80 if fp32 else 64,
-#         min_load_bits=128,
-#         min_store_bits=128,
-#         only_on=("sm_75",) if dtype == "fp16" and blocksize != 64 else (),
-#     )
-#
-#
-# # All that a launcher may be asked for, except that 16 bits are bf16: fp16 differs in the conversion alone, and is
-# # compiled at the default blocksize, and where there is no bf16.
-# AOT_SPECS = [
-#     _spec(blocksize, double, dtype)
-#     for blocksize in BLOCKSIZES
-#     for double in (True, False)
-#     for dtype in ("bf16", "fp16", "fp32")
-# ]
-#
-#
-# def _spec(blocksize: int, dtype: str, bins: bool = True) -> KernelSpec:
-#     fp32 = dtype == "fp32"
-#     if bins:
-#         max_instr, max_instr_on = (21.0, {"sm_75": 21.5}) if fp32 else (18.0, {"sm_75": 18.5, "sm_120": 18.5})
-#     else:
-#         max_instr, max_instr_on = 31.0 if fp32 else 28.5, {}
-#     return KernelSpec(
-#         kernel="nf4_quantize",
-#         config=f"b{blocksize}-{dtype}" if bins else f"search-b{blocksize}-{dtype}",
-#         fn=_quantize_kernel,
-#         signature={"w_ptr": f"*{dtype}", "codes_ptr": "*i32", "bounds_ptr": "*fp32"}
-#         | {"packed_ptr": "*u8", "absmax_ptr": "*fp32", "n": "i64"},
-#         constexprs={"BINS": bins} | tiles(STEP, blocksize),
-#         values=PROGRAM,
-#         bytes_per_value=(4 if fp32 else 2) + 0.5 + 4 / blocksize,
-#         max_instr=max_instr,
-#         max_instr_on=max_instr_on,
-#         min_load_bits=128,
-#         min_store_bits=32,
-#         only_on=("sm_75",) if dtype == "fp16" and blocksize != 64 else (),
-#     )
-#
-#
-# # All that a launcher may be asked for, fp16 as in nf4.py; the search of other data types, which differs from the bins
-# # in a few instructions a value, at the default and the largest blocksize.
-# AOT_SPECS = [_spec(blocksize, dtype) for blocksize in BLOCKSIZES for dtype in ("bf16", "fp16", "fp32")]
-# AOT_SPECS += [_spec(blocksize, dtype, bins=False) for blocksize in (64, 4096) for dtype in ("bf16", "fp16", "fp32")]
-#
+def _dequantize_case(blocksize: int, double_quant: bool, dtype: str) -> Case:
+    weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=double_quant)
+    absmax_bytes = 1 + 4 / NESTED_BLOCKSIZE if double_quant else 4
+    fp32 = dtype == "fp32"  # half as many values to a 128-bit store: more absmax and addresses a value
+    return Case(
+        kernel="nf4_dequantize",
+        config=f"b{blocksize}-{'double-' if double_quant else ''}{dtype}",
+        call=lambda: dequantize_4bit(weight, DTYPES[dtype]),
+        fn=_dequantize_kernel,
+        values=PROGRAM,
+        bytes_per_value=0.5 + (4 if fp32 else 2) + absmax_bytes / blocksize,
+        max_instr=8.5 if fp32 else 6.5,
+        max_instr_on={} if fp32 else {"sm_75": 7.5},
+        max_registers=80 if fp32 else 64,
+        min_load_bits=128,
+        min_store_bits=128,
+        only_on=("sm_75",) if dtype == "fp16" and blocksize != 64 else (),
+    )
+
+
+def _quantize_case(blocksize: int, dtype: str, bins: bool = True) -> Case:
+    w = meta(4096, 4096, dtype=dtype)
+    fp32 = dtype == "fp32"
+    if bins:
+        max_instr, max_instr_on = (21.0, {"sm_75": 21.5}) if fp32 else (18.0, {"sm_75": 18.5, "sm_120": 18.5})
+    else:
+        max_instr, max_instr_on = 31.0 if fp32 else 28.5, {}
+    return Case(
+        kernel="nf4_quantize",
+        config=f"b{blocksize}-{dtype}" if bins else f"search-b{blocksize}-{dtype}",
+        call=lambda: quantize_4bit(w, blocksize, "nf4" if bins else "fp4"),
+        fn=_quantize_kernel,
+        values=PROGRAM,
+        bytes_per_value=(4 if fp32 else 2) + 0.5 + 4 / blocksize,
+        max_instr=max_instr,
+        max_instr_on=max_instr_on,
+        min_load_bits=128,
+        min_store_bits=32,
+        only_on=("sm_75",) if dtype == "fp16" and blocksize != 64 else (),
+    )
+
+
+# All that the launchers may be asked for, with three exceptions. 16 bits are bf16: fp16 differs in the conversion
+# alone, and is compiled at the default blocksize, and where there is no bf16. The search of other data types differs
+# from the bins in a few instructions a value, and is compiled at the default and the largest blocksize.
+CASES = [
+    *[_dequantize_case(size, double, dtype) for size in BLOCKSIZES for double in (True, False) for dtype in DTYPES],
+    *[_quantize_case(size, dtype) for size in BLOCKSIZES for dtype in DTYPES],
+    *[_quantize_case(size, dtype, bins=False) for size in (64, 4096) for dtype in DTYPES],
+]

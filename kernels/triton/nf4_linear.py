@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import dynamic_map, levels
+from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.triton.absmax import load_row_absmax
+from kernels.triton.case import Case, meta, meta_packed
 from kernels.triton.gemm import gemm
 from kernels.triton.launch import cdiv, launch, next_power_of_2
 from kernels.triton.nf4 import dense
@@ -75,7 +76,7 @@ def _few_tokens_kernel(
 
 
 def _tiles(m: int, columns: int, blocksize: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile sizes. Every choice fits 64 KiB of shared memory and 255 registers (see AOT_SPECS)."""
+    """Tile sizes. Every choice fits 64 KiB of shared memory and 255 registers (see CASES)."""
     block_m = max(16, next_power_of_2(m))
     block_n = 128 if block_m == 16 else 64
     return {
@@ -121,32 +122,27 @@ def nf4_linear_backward(dy: Tensor, weight: Weight) -> Tensor:
     return dy @ dense(weight, dy.dtype)
 
 
-# TODO specs
-# def _spec(m: int, double: bool = True, dtype: str = "bf16") -> KernelSpec:
-#     """The spec of what `nf4_gemm` does for m tokens."""
-#     tiles = _tiles(m, 64, 64, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype])
-#     nested = {"nested_absmax_ptr": "*fp32", "nested_offset_ptr": "*fp32", "map_ptr": "*fp32"}
-#     signature = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32"}
-#     signature |= {"levels_ptr": "*fp32", "partial_ptr": "*fp32"} | (nested if double else {})
-#     signature |= dict.fromkeys(("M", "N", "K", "K_SPLIT"), "i32")
-#     return KernelSpec(
-#         kernel="nf4_gemm",
-#         config=f"m{m}-b64-{'double-' if double else ''}{dtype}",
-#         fn=_few_tokens_kernel,
-#         signature=signature,
-#         constexprs={"BLOCKSIZE": 64, **tiles} | ({} if double else dict.fromkeys(nested)),
-#         values=tiles["BLOCK_N"] * tiles["BLOCK_K"],
-#         bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double else 4) / 64,
-#         flops_per_value=2 * tiles["BLOCK_M"],
-#         num_warps=NUM_WARPS,
-#         num_stages=2,
-#         divisible=("N", "K", "K_SPLIT"),
-#         loop=True,
-#         launches=2,
-#         max_instr={16: 7.5, 32: 12.0, 64: 15.0}[tiles["BLOCK_M"]] if dtype == "bf16" else None,
-#         min_load_bits=128,
-#         mma=dtype != "fp32",
-#     )
-#
-#
-#
+def _case(tokens: int, double_quant: bool = True, dtype: str = "bf16") -> Case:
+    x, weight = meta(tokens, 4096, dtype=dtype), meta_packed(4096, 4096, double_quant=double_quant)
+    max_instr = 7.5 if tokens <= 16 else 12.0 if tokens <= 32 else 15.0
+    return Case(
+        kernel="nf4_gemm",
+        config=f"m{tokens}-b64-{'double-' if double_quant else ''}{dtype}",
+        call=lambda: few_tokens(x, weight),
+        fn=_few_tokens_kernel,
+        values=lambda a: a.BLOCK_N * a.BLOCK_K,
+        bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double_quant else 4) / 64,
+        flops_per_value=lambda a: 2 * a.BLOCK_M,
+        loop=True,
+        launches=2,
+        max_instr=max_instr if dtype == "bf16" else None,
+        min_load_bits=128,
+        mma=dtype != "fp32",
+    )
+
+
+CASES = [
+    *[_case(tokens) for tokens in (1, 32, 64)],
+    _case(16, double_quant=False),
+    *[_case(tokens, dtype="fp32") for tokens in (16, 64)],
+]

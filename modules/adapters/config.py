@@ -164,17 +164,17 @@ def _entries(name: str, value, pattern: dict) -> list[tuple[str, object]]:
     return [(name, value), *((f"{name} of {key}", number) for key, number in pattern.items())]
 
 
-def compile_patterns(what: str, patterns: Iterable[str]) -> None:
+def compile_patterns(setting: str, patterns: Iterable[str]) -> None:
     """Raise ValueError if one of `patterns` is not a regular expression.
 
     Args:
-        what: the setting that holds them, for the message.
+        setting: the name of the setting that holds them, for the message.
     """
     for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
-            raise ValueError(f"{what}={pattern!r} is not a regular expression: {error}") from error
+            raise ValueError(f"{setting}={pattern!r} is not a regular expression: {error}") from error
 
 
 def matching_key(patterns: Iterable[str], name: str) -> str | None:

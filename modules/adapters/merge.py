@@ -124,13 +124,13 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str)
     if not parts:
         raise ValueError("no adapter to add: name one or more")
     for part, adapter in parts.items():
-        for what, found in (
+        for feature, found in (
             (adapter.config.adapter, adapter.config.adapter != "lora"),
             ("modules_to_save", adapter.config.modules_to_save),
             ("bias", adapter.config.bias != "none"),
         ):
             if found:
-                raise ValueError(f"the adapter {part!r} has {what}, which cannot be summed: only LoRA layers can")
+                raise ValueError(f"the adapter {part!r} has {feature}, which cannot be summed: only LoRA layers can")
     factors: dict[str, list[tuple]] = {}
     for part, adapter in parts.items():
         for path, layer in adapter.modules.items():

@@ -159,10 +159,12 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         names = [name for name in names if name not in excluded]
     if not names:
         raise ValueError("exclude_modules and modules_to_save leave no linear to put an adapter on")
-    for what in ("rank_pattern", "alpha_pattern"):
-        used = {matching_key(getattr(config, what), name) for name in names}
-        if idle := [key for key in getattr(config, what) if key not in used]:
-            raise ValueError(f"{what}: {', '.join(idle)} matches no adapted linear that an earlier key does not match")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        used = {matching_key(getattr(config, setting), name) for name in names}
+        if idle := [key for key in getattr(config, setting) if key not in used]:
+            raise ValueError(
+                f"{setting}: {', '.join(idle)} matches no adapted linear that an earlier key does not match"
+            )
     for name in names:
         largest = min(weight_shape(linears[name]))
         if config.rank_of(name) > largest:

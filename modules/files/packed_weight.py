@@ -81,9 +81,9 @@ def _read_quant_state(files: TensorFiles, weight: str, shape: torch.Size, quant_
     except ValueError as error:
         raise ValueError(f"{files.path(name)}: {name} is not JSON: {error}") from error
 
-    def check(key: str, allowed: bool, what: str) -> None:
+    def check(key: str, allowed: bool, expected: str) -> None:
         if not allowed:
-            raise ValueError(f"{files.path(name)}: {name} has {key}={state.get(key)!r}; it must be {what}")
+            raise ValueError(f"{files.path(name)}: {name} has {key}={state.get(key)!r}; it must be {expected}")
 
     floats = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
     check("quant_type", state.get("quant_type") == quant_type, quant_type)

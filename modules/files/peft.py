@@ -177,7 +177,7 @@ def _contents(
         return read_prompt_tuning(raw), [], {}, {}
     config = read_config(raw)
     names = targets_in_file(model, raw, config)
-    own, unknown = _own_tensors(model, names, tensors)
+    own, unknown = _tensors_of_base(model, names, tensors)
     modules = [name for name, _ in model.named_modules()]
     there = [suffix for suffix in config.modules_to_save if any(matches([suffix], name) for name in modules)]
     # PEFT lists modules that only some classifiers have, such as `score`. Those that the model lacks are dropped.
@@ -212,13 +212,13 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         name = WEIGHTS_FILE
         return raw, load_file(directory / name)
     except SafetensorError as error:
-        what = f"{name} is damaged or not a safetensors file: {error}"
-        raise ValueError(f"{directory} holds no readable adapter: {what}") from error
+        reason = f"{name} is damaged or not a safetensors file: {error}"
+        raise ValueError(f"{directory} holds no readable adapter: {reason}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
 
 
-def _own_tensors(
+def _tensors_of_base(
     model: nn.Module, adapted: list[str], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, list[str]], dict[str, str]]:
     """The tensors of a file that replace the base's own: their names by module, and the errors of others, by key.
@@ -284,5 +284,5 @@ def _other_ranks(state: dict[str, Tensor], tensors: dict[str, Tensor], wrong: It
 
 
 def _first_three(wrong: dict[str, str]) -> str:
-    first = "; ".join(f"{key.removeprefix(PREFIX)} {what}" for key, what in list(wrong.items())[:3])
+    first = "; ".join(f"{key.removeprefix(PREFIX)} {error}" for key, error in list(wrong.items())[:3])
     return first + (f"; … {len(wrong)} in all" if len(wrong) > 3 else "")

@@ -131,7 +131,7 @@ BAD = {
     "unknown method": (["+method=vera"], "Could not find 'method/vera' Available options in 'method': adapter bitfit"),
     "rank 0": (["+method=lora", "rank=0"], "rank=0: choose 1 or more"),
     "negative rank": (["+method=lora", "rank=-3"], "rank=-3: choose 1 or more"),
-    "rank too large": (["+method=lora", "rank=65"], "rank 65 is out of range: model.layers.0.self_attn.q_proj takes"),
+    "rank too large": (["+method=lora", "rank=65"], "rank 65 is out of range: model.layers.0.self_attn.q_proj can"),
     "rank not a number": (["+method=lora", "rank=ten"], "Value 'ten' of type 'str' could not be converted to Integer"),
     "unquoted regex": (
         ["+method=lora", "target_modules=.*[01].*"],

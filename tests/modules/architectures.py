@@ -81,7 +81,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 @torch.no_grad()
 def scramble(model: nn.Module, seed: int = 1) -> None:
-    """Move every parameter that trains, so that an adapter changes what the model computes."""
+    """Move every parameter that trains, so that an adapter changes the output of the model."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""PEFT's models and files, and what load_adapter says of bad ones."""
+"""PEFT's models and files, and the error of load_adapter on a bad file."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def saved(tmp_path, architecture="llama", **settings):
 
 
 def refusal(model, directory, **kwargs) -> str:
-    """What load_adapter says; `model` is as before."""
+    """The error of load_adapter, after which `model` must be as before."""
     before, plain = logits(model), dict(model.named_parameters())
     with pytest.raises(ValueError) as error:
         load_adapter(model, directory, **kwargs)

@@ -97,7 +97,7 @@ def test_a_run_goes_on_from_its_saved_state_bit_for_bit(cls, before, after, tmp_
         i, _, name = key.partition(".")
         state.setdefault(int(i), {})[name] = tensor
     resumed = cls([nn.Parameter(p.detach().clone()) for p in part], lr=1.0, paging=paging(tmp_path) if after else None)
-    train(resumed, range(1))  # what it has learned by itself is replaced
+    train(resumed, range(1))  # its own state is replaced below
     part = resumed.param_groups[0]["params"]
     with torch.no_grad():
         for p, q in zip(part, optimizer.param_groups[0]["params"]):

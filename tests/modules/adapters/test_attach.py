@@ -1,4 +1,4 @@
-"""Attach adapters to a model: which linears get one, what trains, bad input, compilation."""
+"""Attach adapters to a model: adapted linears, trained parameters, bad input, compilation."""
 
 import pytest
 import torch

@@ -77,7 +77,7 @@ def test_merged_in_the_dtype_of_the_base():
     merge(model, unload=True)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
-    assert isinstance(model.model.layers[0].self_attn.k_proj, NF4Linear), "what had no adapter stays packed"
+    assert isinstance(model.model.layers[0].self_attn.k_proj, NF4Linear), "linears without an adapter stay packed"
 
 
 def test_a_tied_head_that_changed_is_no_longer_tied(tmp_path):

@@ -1,4 +1,4 @@
-"""nearest_lora and nearest_dora: what is of rank r comes back, DoRA is never further than LoRA, bad input."""
+"""nearest_lora and nearest_dora: a change of rank r is found exactly, DoRA is never further than LoRA, bad input."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Own copies and BitFit: what they share with the base, what trains, and their precision."""
+"""Own copies and BitFit: shared tensors, trained tensors, and their precision."""
 
 import copy
 from types import MethodType
@@ -131,7 +131,7 @@ def test_bitfit_trains_the_biases_and_nothing_else(architecture):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "nf4"])
 def test_bitfit_gives_a_linear_a_bias(packed):
-    """Over bf16 weights the bias is fp32, and what is computed is xWᵀ + b in bf16."""
+    """Over bf16 weights the bias is fp32, and the layer computes xWᵀ + b in bf16."""
     model = dense_model("llama").bfloat16()
     if packed:
         quantize(model)

@@ -143,7 +143,7 @@ def test_names_that_are_taken_or_not_there(base):
         detach(model, "c")
     with pytest.raises(ValueError, match="v_prj of target_modules matches no linear"):
         attach(model, "lora", 4, target_modules=["v_prj", "q_proj"], name="c")
-    assert torch.equal(logits(model), shown), "what was shown still is"
+    assert torch.equal(logits(model), shown), "the active adapter stays active"
     set_adapter(model, None)
     with pytest.raises(ValueError, match="the model has no adapter in use; it has a, b"):
         save_adapter(model, "unused")

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 SMALL = {"vocab_size": 99, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
 # Rows of whole blocks: with AVX-512 bitsandbytes 0.50.2 dequantizes others wrongly (rows of 96 in blocks of 64).
 GATED = SMALL | {"intermediate_size": 128, "num_key_value_heads": 2}
+# Other models than architectures.py's: Llama's head is not tied, Qwen3's is, and OPT projects its embeddings.
 CONFIGS = {
     "llama": transformers.LlamaConfig(**GATED),
     "gpt2": transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=99, n_positions=64),

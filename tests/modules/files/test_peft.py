@@ -21,7 +21,7 @@ def base(llama):
 
 
 def trained(base, adapter="lora", target_modules="all-linear", **kwargs):
-    """A copy of `base` with an adapter that changes what it computes."""
+    """A copy of `base` with an adapter that changes its output."""
     model = copy.deepcopy(base)
     attach(model, adapter, rank=4, lora_alpha=6, target_modules=target_modules, **kwargs)
     torch.manual_seed(1)
@@ -125,7 +125,7 @@ def test_embeddings_that_peft_saved_without_training(tmp_path):
     ours = dense_model("qwen3")
     load_adapter(ours, tmp_path)
     torch.testing.assert_close(logits(ours), logits(model), rtol=1e-4, atol=1e-5)
-    assert not any("embed" in name or "lm_head" in name for name in trainable_parameters(ours)), "nobody trained them"
+    assert not any("embed" in name or "lm_head" in name for name in trainable_parameters(ours)), "they were not trained"
 
 
 def test_a_classifier(tmp_path):

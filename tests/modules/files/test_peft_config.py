@@ -10,7 +10,7 @@ from modules import adapters, attach, load_adapter, quantize, save_adapter, set_
 from tests.modules.architectures import bnb4_model, dense_model, logits, scramble
 from tests.modules.peft_cases import peft_model, refusal, saved
 
-# What both sides call by the same name but for rank/r, rslora/use_rslora, dropout/lora_dropout.
+# PEFT's names. Ours are the same except rank for r, rslora for use_rslora and dropout for lora_dropout.
 SETTINGS = {
     "rslora": {"use_rslora": True},
     "patterns": {

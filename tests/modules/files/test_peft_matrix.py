@@ -1,7 +1,7 @@
 """Method × quantization × initialisation × direction on five architectures: real files, PEFT computes the same logits.
 
 PEFT's base is the dense model, or the one that transformers and bitsandbytes packed in NF4. PEFT's own LoftQ runs on
-CUDA alone; what it saves is a plain LoRA, and so is ours. tests/experiments/test_smollm2.py has the real model.
+CUDA alone; its files are plain LoRA, and so are ours. tests/experiments/test_smollm2.py has the real model.
 """
 
 import pytest
@@ -20,7 +20,7 @@ OURS = [cell for cell in OURS if cell[1].startswith("q") or cell[2] != "loftq"] 
 OURS += [
     (a, *c) for a in OTHERS for c in (("lora", "default"), ("qdora", "default"), ("dora", "pissa"), ("qlora", "pissa"))
 ]
-# PEFT's other initialisations begin on dense weights only; OLoRA, which it packs again, and Conv1D: test_checkpoint.py.
+# PEFT's other initialisations need dense weights. It packs OLoRA's base again: test_peft_config.py.
 THEIRS = [("llama", method, init) for method in METHODS for init in (True, "gaussian")]
 THEIRS += [("llama", method, init) for method in ("lora", "dora") for init in ("orthogonal", "pissa", "olora")]
 THEIRS += [(a, *c) for a in OTHERS for c in (("lora", True), ("qdora", True), ("dora", "pissa"))]

@@ -1,0 +1,62 @@
+"""A model's rotary position embedding by the op rotary.
+
+transformers' attention modules call a function of the file that they are in. It is not an attribute of a module that
+another module could take the place of, and their forward has no other seam between projections and cache. So ours takes
+the function's place in that file, for every model of the kind in this process: both give the same bits. `release` of
+the last fused model of a kind puts the function back.
+"""
+
+import sys
+from collections.abc import Callable
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+
+NAME = "apply_rotary_pos_emb"
+_fused: dict[str, WeakSet] = {}  # names of Python modules that have our function, and the fused models that call it
+
+
+def use(model: nn.Module) -> None:
+    """Have `model`, and others of its kind, rotate queries and keys here, if that gives the same bits."""
+    for name in {type(module).__module__ for module in model.modules()}:
+        own = getattr(sys.modules[name], NAME, None)
+        if own is not None and name not in _fused and _gives_the_same_bits(own):
+            setattr(sys.modules[name], NAME, _ours_or_own(own))
+            _fused[name] = WeakSet()
+        if name in _fused:
+            _fused[name].add(model)
+
+
+def release(model: nn.Module) -> None:
+    """Undo `use`."""
+    for name, models in list(_fused.items()):
+        models.discard(model)
+        if not models:
+            setattr(sys.modules[name], NAME, getattr(sys.modules[name], NAME).own)
+            del _fused[name]
+
+
+def _ours_or_own(own: Callable) -> Callable:
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
+        fits = q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[-1] == cos.shape[-1] and q.dtype == cos.dtype
+        ours = fits and not torch.compiler.is_compiling()
+        return (kernels.rotary if ours else own)(q, k, cos, sin, *args, **kwargs)
+
+    rotary.own = own
+    return rotary
+
+
+def _gives_the_same_bits(own: Callable) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (
+        torch.randn(size, generator=generator, device="cpu")
+        for size in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))
+    )
+    try:
+        with kernels.use_backend("reference"):
+            return all(map(torch.equal, own(q, k, cos, sin), kernels.rotary(q, k, cos, sin)))
+    except (TypeError, RuntimeError):  # the function takes or does something else
+        return False
