@@ -71,6 +71,10 @@ def _case(dtype: str) -> Case:
         values=BLOCK,
         bytes_per_value=3 * logits.element_size(),
         loop=True,
+        max_instr=21.5,
+        max_registers=80,
+        min_load_bits=128,
+        min_store_bits=128,
     )
 
 

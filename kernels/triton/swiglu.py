@@ -70,6 +70,10 @@ def _case(dtype: str, backward: bool) -> Case:
         fn=_swiglu_backward_kernel if backward else _swiglu_kernel,
         values=BLOCK,
         bytes_per_value=(5 if backward else 3) * x.element_size(),
+        max_instr=31.0 if backward else 19.5,
+        max_registers=64,
+        min_load_bits=128,
+        min_store_bits=128,
     )
 
 
