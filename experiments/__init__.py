@@ -1,4 +1,8 @@
-"""Experiments on the modules: configuration, models, data, training, evaluation, results."""
+"""Experiments on the modules. At this level are the commands, config.py and errors.py; libraries are in folders.
+
+Each may import from those to its left, and commands do not import commands (tests/test_imports.py):
+errors, config, system, data, training, blocks, models, runs, commands.
+"""
 
 import importlib.metadata
 import logging
@@ -7,7 +11,7 @@ import sys
 
 # torch reads it at its first allocation: large CPU tensors in huge pages, 512 times fewer page faults
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-# and this one when it is loaded: torch's DDP warns of what several processes ask of it on purpose (engines.py)
+# and this one when it is loaded: torch's DDP warns of settings that are on purpose (engines.py)
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 # bitsandbytes takes the folder kernels/ for a package of that name, warns, and goes on without it

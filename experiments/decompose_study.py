@@ -1,4 +1,4 @@
-"""What a low rank keeps of a matrix, by which decomposition and in what time; where adapters over packed weights begin.
+"""Compare decompositions of a matrix at low rank by error and time, and the starts of adapters over packed weights.
 
     python -m experiments.decompose_study
     python -m experiments.run +method=full output_dir=outputs/full
@@ -10,16 +10,12 @@ begin: nothing but Q (QLoRA's init=default), LoftQ and quantized PiSSA with one 
 tables; written to output_dir: decompose.csv and starts.csv with a row a layer, and decompose.png.
 """
 
-import csv
-import io
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
@@ -29,12 +25,12 @@ from torch import Tensor
 from experiments.blocks.quant_types import quantize_dequantize
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.extract import load_pair, model_config
 from experiments.models.load import load_model
-from experiments.report.drawing import COLOURS, MARKERS
+from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.system import machine
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.cli import hydra_command
+from experiments.system.files import as_csv, writable_dir, write_atomically
+from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from kernels.codebook import BLOCKSIZES, CODEBOOKS
 from modules import NF4Linear, decoder_linears
@@ -42,7 +38,7 @@ from modules.adapters.decompose import METHODS, decompose
 from modules.adapters.quantized_init import quantized_init
 
 WEIGHTS, CHANGES = "W", "ΔW"
-STARTS = {  # what each is called as init=, and what quantized_init takes for it
+STARTS = {  # by their names as init=: the arguments of quantized_init
     "default": None,
     "loftq": ("loftq", 1),
     "loftq_iter_5": ("loftq", 5),
@@ -146,7 +142,7 @@ def pooled(rows: list[dict], **chosen) -> tuple[float, float]:
 
 
 def tables(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[dict]) -> str:
-    """What the terminal shows."""
+    """The tables for the terminal."""
     lines = []
     heads = "".join(f"{f'rank {rank}':>18}" for rank in cfg.ranks)
     for kind, rows in decomposed.items():
@@ -192,38 +188,23 @@ def plot(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[d
     return figure
 
 
-def as_csv(rows: list[dict]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
-
-
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="decompose_study")
+@hydra_command("decompose_study")
 def main(cfg: DictConfig) -> None:
-    try:
-        config: DecomposeConfig = OmegaConf.to_object(cfg)
-        check(config)
-        machine.set_up_cpu(TrainerConfig())
-        found = matrices(config)
-        directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
+    config: DecomposeConfig = OmegaConf.to_object(cfg)
+    check(config)
+    machine.set_up_cpu(TrainerConfig())
+    found = matrices(config)
+    directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
     decomposed = {kind: measure_decompositions(tensors, config.ranks) for kind, tensors in found.items()}
     starts = measure_starts(found[WEIGHTS], config)
     print(tables(config, decomposed, starts))
     rows = [{"matrix": kind, **row} for kind, rows in decomposed.items() for row in rows]
-    write_atomically(directory / "decompose.csv", as_csv(rows))
-    write_atomically(directory / "starts.csv", as_csv(starts))
+    write_atomically(directory / "decompose.csv", as_csv(list(rows[0]), rows))
+    write_atomically(directory / "starts.csv", as_csv(list(starts[0]), starts))
     plot(config, decomposed, starts).savefig(directory / "decompose.png", dpi=120)
     files = (directory / name for name in ("decompose.csv", "starts.csv", "decompose.png"))
     print("\nWritten:", *files, sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

@@ -1,11 +1,11 @@
 """Measure the model of a finished run: held-out loss, perplexity and token accuracy, or benchmarks.
 
-    python -m experiments.evaluate run=outputs/mine                                 on what the run held out
+    python -m experiments.evaluate run=outputs/mine                                 on the samples that the run held out
     python -m experiments.evaluate run=outputs/mine data=jsonl data.path=FILE       on every sample of a file
     python -m experiments.evaluate run=outputs/mine tasks=arc_easy,hellaswag        with lm-evaluation-harness
 
 run=DIR               a run's directory, or one of its checkpoints'
-data=… data.…=…       as in a run: docstrings, arithmetic, jsonl, text; data.max_heldout=N takes so many samples
+data=… data.…=…       as in a run: docstrings, arithmetic, jsonl, text; data.max_heldout=N uses so many samples
 tasks=A,B             of lm-evaluation-harness; include_path=DIR has tasks of your own; limit=N samples of each
 merge=true            make dense weights of NF4 codes and adapters first: more memory, faster
 trainer.…             device, dtype, threads and eval_batch_size, as in a run
@@ -17,16 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 from experiments.config import DataConfig, resolve
 from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.runs import harness
-from experiments.runs.directory import FinishedRun, load_run
+from experiments.runs import lm_eval_harness
+from experiments.runs.finished import FinishedRun, load_run
 from experiments.system import machine
-from experiments.system.cli import read_options, run_command
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.cli import command, composed, read_options
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
 
@@ -41,11 +38,10 @@ class Options:
 
 
 def _data(run: FinishedRun, changes: list[str]) -> DataConfig:
-    """What to measure on: the run's data or what the arguments choose; of a file that they name, every sample."""
+    """The data to measure on: the run's, or as the arguments choose; every sample of a file that they name."""
     data = run.cfg.data
     if _chooses(changes):
-        with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-            data = resolve(compose("config", ["+method=lora", "output_dir=unused", *changes])).data
+        data = resolve(composed("+method=lora", "output_dir=unused", *changes)).data
     if data.path and not data.heldout_path and any(change.startswith("data.path=") for change in changes):
         data = dataclasses.replace(data, heldout_path=data.path, max_train=1)
     return data
@@ -75,28 +71,25 @@ def _measure(run: FinishedRun, data: DataConfig) -> str:
     )
 
 
+@command
 def main() -> None:
     options, changes = read_options(Options, __doc__, changes=("trainer.", "data.", "data="))
     if (options.limit or options.include_path) and not options.tasks:
-        raise UserError("limit=… and include_path=… are for tasks=…; data.max_heldout=N takes so many samples")
+        raise UserError("limit=… and include_path=… are for tasks=…; data.max_heldout=N uses so many samples")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"limit={options.limit}: choose 1 or more")
     if options.tasks:
         if about_data := [change for change in changes if change.startswith("data")]:
             raise UserError(f"{about_data[0]}: tasks bring their own data")
-        harness.check_installed()
+        lm_eval_harness.check_installed()
     of_run = [change for change in changes if not (_chooses(changes) and change.startswith("data"))]
     run = load_run(Path(options.run), of_run, options.merge)
     print(machine.describe(run.model.device, run.dtype), file=sys.stderr)
     if options.tasks:
-        print(harness.measure(run, options.tasks.split(","), options.limit, options.include_path))
+        print(lm_eval_harness.measure(run, options.tasks.split(","), options.limit, options.include_path))
     else:
         print(_measure(run, _data(run, changes)))
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

@@ -3,8 +3,8 @@
     python -m experiments.export run=outputs/mine to=merged
 
 to=merged     a Hugging Face directory with dense weights, which transformers loads by itself
-to=peft       the adapter in PEFT's format with the tokenizer, for peft.PeftModel or AutoPeftModelForCausalLM; what
-              prefix_layer learned as the keys and values of PEFT's prefix tuning
+to=peft       the adapter in PEFT's format with the tokenizer, for peft.PeftModel or AutoPeftModelForCausalLM;
+              prefix_layer becomes the keys and values of PEFT's prefix tuning
 to=bnb4       a Hugging Face directory packed in NF4, or FP4 if the base was, which transformers loads with
               bitsandbytes; the adapter is merged first and the result packed again, which loses some of it: how much
               is printed
@@ -32,9 +32,10 @@ from experiments.config import QuantConfig
 from experiments.data.chat import tokenize
 from experiments.errors import UserError
 from experiments.models.load import load_base, model_directory
-from experiments.runs.directory import ADAPTER, FinishedRun, load_run, make_dense, over_own_base, run_of
+from experiments.runs.finished import FinishedRun, load_run, make_dense
+from experiments.runs.model_files import ADAPTER, over_own_base, run_of
 from experiments.system import machine
-from experiments.system.cli import read_options, run_command
+from experiments.system.cli import command, read_options
 from experiments.system.files import directory_atomically
 from experiments.system.progress import bar
 from experiments.system.quiet import quiet
@@ -52,7 +53,7 @@ CHECK_TOKENS = 256  # of this file's text
 # ‖logits − the run's‖ / ‖the run's‖ above which an export is wrong. Merging rounds each weight once more.
 LARGEST_ERROR = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
-Reader = Callable[[], nn.Module]  # loads what was written with somebody else's library
+Reader = Callable[[], nn.Module]  # loads the export with the library that it is for
 
 
 @dataclass
@@ -113,7 +114,7 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
         config, tensors = prefix_tuning(run.model)
         (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-        print("PEFT's prefix tuning trains keys and values: these are what the trained activations give")
+        print("PEFT's prefix tuning trains keys and values: these follow from the trained activations")
     elif (source / ADAPTER / OUR_CONFIG_FILE).is_file():
         infix = " with infix tokens" if cfg.infix_tokens else ""
         raise UserError(f"to=peft: PEFT has nothing that computes method={cfg.method.name}{infix}")
@@ -169,10 +170,10 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
-    """Write the model of the run in `source` to `target` in the format `to`, read it back, compare, say what came out.
+    """Write the model of the run in `source` to `target` in the format `to`, read it back, print how far it differs.
 
     Raises:
-        UserError: nothing to export, `target` exists, or what was written gives other logits; nothing is left then.
+        UserError: there is nothing to export, `target` exists, or the export gives other logits. Nothing is left then.
     """
     if to not in EXPORTS:
         raise UserError(f"to={to}: choose {', '.join(EXPORTS)}")
@@ -196,6 +197,7 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
             raise UserError(f"the export is wrong, {error:.2g} is more than rounding does: nothing is kept")
 
 
+@command
 def main() -> None:
     options, changes = read_options(Options, __doc__, changes=("trainer.",))
     target = Path(options.output_dir) if options.output_dir else Path(options.run) / options.to
@@ -203,9 +205,5 @@ def main() -> None:
     print("Written:", *sorted(target.iterdir()), sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

@@ -1,35 +1,33 @@
-"""Turn a fully fine-tuned model into a LoRA or DoRA adapter, and say what was lost.
+"""Turn a fully fine-tuned model into a LoRA or DoRA adapter, and report the loss of doing so.
 
     python -m experiments.run +method=full output_dir=outputs/full
     python -m experiments.extract base=smollm2 tuned=outputs/full rank=16
     python -m experiments.extract base=DIR tuned=DIR rank=16 adapter=dora
 
-Each target linear's change W′ − W is cut to rank r (modules/adapters/nearest.py). What changed elsewhere, in norms,
-embeddings or other linears, cannot be in such an adapter and is listed. Written to output_dir: adapter/ in PEFT's
+Each target linear's change W′ − W is cut to rank r (modules/adapters/nearest.py). Changes elsewhere, in norms,
+embeddings or other linears, cannot be in such an adapter: they are listed. Written to output_dir: adapter/ in PEFT's
 format, and extract.json with every layer's error and the held-out loss of base, tuned and extracted model.
 """
 
 import json
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from experiments.config import DataConfig, ModelConfig, TrainerConfig
+from experiments.config import DataConfig, TrainerConfig
 from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.models.load import load_model
-from experiments.runs.directory import ADAPTER, MODEL
+from experiments.runs.base_and_tuned import load_pair, model_config
+from experiments.runs.model_files import ADAPTER
 from experiments.system import machine
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, directory_atomically, writable_dir, write_atomically
+from experiments.system.cli import hydra_command
+from experiments.system.files import directory_atomically, writable_dir, write_atomically
 from experiments.system.progress import bar
 from experiments.training.evaluation import Evaluation, evaluate
 from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_linears, save_adapter
@@ -55,48 +53,12 @@ class ExtractConfig:
 ConfigStore.instance().store(name="extract_schema", node=ExtractConfig)
 
 
-def model_config(where: str) -> ModelConfig:
-    """The model that `where` names: a name in conf/model, a Hugging Face directory or a GGUF file.
-
-    Raises:
-        UserError: nothing of that name.
-    """
-    named = {file.stem: file for file in (PROJECT_ROOT / "conf" / "model").glob("*.yaml")}
-    if where in named:
-        return ModelConfig(**{key: value for key, value in OmegaConf.load(named[where]).items() if key != "defaults"})
-    path = Path(where).expanduser()
-    if not path.exists():
-        names = ", ".join(sorted(named))
-        raise UserError(f"{where}: no such directory or file, and no model of that name; there are {names}")
-    if path.is_dir() and (path / MODEL).is_dir():  # a run's directory
-        path = path / MODEL
-    return ModelConfig(name=path.name, source="hf" if path.is_dir() else "gguf", path=str(path))
-
-
-def load_pair(base: str, tuned: str) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedTokenizerBase]:
-    """Two models of one architecture, dense in fp32 on the CPU, and the tokenizer of the first.
-
-    Raises:
-        UserError: one is not there, or they differ in names or shapes of parameters.
-    """
-    first, tokenizer = load_model(model_config(base), torch.float32, seed=0)
-    second, _ = load_model(model_config(tuned), torch.float32, seed=0)
-    shapes = [{name: tuple(p.shape) for name, p in model.named_parameters()} for model in (first, second)]
-    if wrong := sorted(dict(shapes[0].items() ^ shapes[1].items())):
-        name = wrong[0]
-        raise UserError(
-            f"{tuned} is no fine-tuned {base}: {name} is {shapes[1].get(name, 'missing')} there, "
-            f"not {shapes[0].get(name, 'missing')}"
-        )
-    return first, second, tokenizer
-
-
 @torch.no_grad()
 def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
-    """Set a new adapter of `layer` to what comes nearest to the weight `tuned` [out, in].
+    """Set a new adapter of `layer` to the values that bring it nearest to the weight `tuned` [out, in].
 
     Returns:
-        What it lacks as a share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
+        The missing share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
     """
     w = dense_weight(layer.base).float()
     if isinstance(layer, DoRALinear):
@@ -111,10 +73,10 @@ def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
 
 
 def extract(cfg: ExtractConfig) -> dict:
-    """Do as `cfg` says, write everything to `cfg.output_dir`, return what extract.json holds.
+    """Do as `cfg` says, write everything to `cfg.output_dir`, return the content of extract.json.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     if cfg.adapter not in ("lora", "dora"):
         raise UserError(f"adapter={cfg.adapter}: choose lora or dora")
@@ -192,22 +154,15 @@ def table(result: dict) -> str:
     return "\n".join(rows)
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="extract")
+@hydra_command("extract")
 def main(cfg: DictConfig) -> None:
-    try:
-        for key in ("base", "tuned"):
-            if OmegaConf.is_missing(cfg, key):
-                raise UserError(f"no {key}: add {key}=DIR")
-        config: ExtractConfig = OmegaConf.to_object(cfg)
-        result = extract(config)
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
+    for key in ("base", "tuned"):
+        if OmegaConf.is_missing(cfg, key):
+            raise UserError(f"no {key}: add {key}=DIR")
+    config: ExtractConfig = OmegaConf.to_object(cfg)
+    result = extract(config)
     print(f"{table(result)}\n\nWritten:", config.output_dir, sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

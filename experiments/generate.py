@@ -33,9 +33,9 @@ from experiments.data.samples import TASKS
 from experiments.data.user_files import read_text
 from experiments.errors import UserError
 from experiments.models.generation import Generated, Sampling, decode, generate
-from experiments.runs.directory import FinishedRun, load_run
+from experiments.runs.finished import FinishedRun, load_run
 from experiments.system import machine
-from experiments.system.cli import read_options, run_command
+from experiments.system.cli import command, read_options
 from modules.adapters.prefix import virtual_tokens
 
 QUOTES = '"""'  # around a message of several lines
@@ -93,7 +93,7 @@ class Writer:
         if longest and len(ids) + self.sampling.max_new_tokens > longest:
             raise UserError(
                 f"{len(ids)} tokens of prompt and max_new_tokens={self.sampling.max_new_tokens} are more than the "
-                f"{longest} that the model takes"
+                f"{longest} that the model can have"
             )
         return ids
 
@@ -132,7 +132,7 @@ def answer_all(writer: Writer, prompts: list[str], batch_size: int) -> None:
 
 
 def converse(writer: Writer) -> None:
-    """Answer what is typed, turn by turn. Keys and values of the turns so far are kept, unless there is a prefix."""
+    """Answer each message that is typed. Keys and values of the turns so far are kept, unless there is a prefix."""
     if not writer.chat:
         raise UserError("a conversation needs the chat template: give prompt=… to continue a text")
     interactive = sys.stdin.isatty()
@@ -179,6 +179,7 @@ def _read_message(interactive: bool) -> str | None:
         return None
 
 
+@command
 def main() -> None:
     options, changes = read_options(Options, __doc__, changes=("trainer.",))
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k).check()
@@ -198,9 +199,5 @@ def main() -> None:
         answer_all(writer, prompts, options.batch_size)
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

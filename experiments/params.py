@@ -2,18 +2,17 @@
 
     python -m experiments.params model=gpt3-175b
 
-Hu et al. 2021 (https://arxiv.org/abs/2106.09685), tables 4 and 15 and section 5.1, whose formulas the headings give: L
-is the number of layers, d the width of the model, r the rank, l_p and l_i the numbers of prefix and infix tokens. No
-LayerNorm trains in Adapter-H (of the paper's 2 L_LN d, L_LN = 0): so its five numbers agree. Every row is a count on
-the model itself with the modules of +method=lora, bitfit, adapter, prefix_embed and prefix_layer attached, on the meta
-device, so without weights. The paper's figures are for GPT-3 175B; of another model= there are ours alone.
+Hu et al. 2021 (https://arxiv.org/abs/2106.09685), tables 4 and 15 and section 5.1, which have the formulas in the
+headings: L is the number of layers, d the width of the model, r the rank, l_p and l_i the numbers of prefix and infix
+tokens. No LayerNorm trains in Adapter-H (of the paper's 2 L_LN d, L_LN = 0): so its five numbers agree. Every row is a
+count on the model itself with the modules of +method=lora, bitfit, houlsby, prefix_embed and prefix_layer attached, on
+the meta device, so without weights. The paper's figures are for GPT-3 175B; for another model= there are our counts
+alone.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -23,15 +22,14 @@ from transformers import PreTrainedModel
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.cli import hydra_command
 from modules import LoRALinear, attach, decoder_linears, detach, trainable_parameters
 from modules.linear import weight_shape
 
 PAPERS_MODEL = "gpt3-175b"
 PROJECTIONS = {"q": ["q_proj"], "k": ["k_proj"], "v": ["v_proj"], "o": ["o_proj", "out_proj"]}  # as models name them
 
-# What the paper printed, in millions, by what it was printed for.
+# The paper's printed numbers, in millions, by the setting.
 LORA = {  # (adapted projections, rank)
     ("v", 2): "4.7",
     ("qv", 1): "4.7",
@@ -50,7 +48,7 @@ PREFIX_EMBED = {(32, 8): "0.4", (64, 8): "0.9", (128, 8): "1.7", (256, 8): "3.2"
 PREFIX_LAYER = {(2, 2): "5.1", (8, 0): "10.1", (8, 8): "20.2", (32, 4): "44.1", (64, 0): "76.1"}  # (l_p, l_i)
 
 
-# Why a printed number that differs may do so, where it was not merely cut: what was checked by hand.
+# Why a printed number differs from the count, where it was not merely cut off. Checked by hand.
 NOT_THE_FORMULA = {
     ("LoRA", "r_q = r_k = r_v = r_o = 64"): "twice the 301.9 above, which was cut",
     (
@@ -91,7 +89,7 @@ class Row:
 
     @property
     def why(self) -> str:
-        """What is known of why the paper's number is another."""
+        """The known reason why the paper has another number."""
         if f"{self.parameters // 10**5 / 10:.1f}" == self.published:
             return "the formula's number cut off after one decimal, not rounded"
         return NOT_THE_FORMULA.get((self.method, self.setting)) or NOT_THE_FORMULA[self.method, None]
@@ -180,7 +178,7 @@ def table(name: str, rows: list[Row]) -> str:
         lines.append(line)
     if beside:
         different = sum(not row.agrees for row in rows)
-        lines += ["", f"≠  {different} of {len(rows)} were printed otherwise than what trains, counted, rounds to:"]
+        lines += ["", f"≠  {different} of {len(rows)} were printed otherwise than the count rounds to:"]
         lines += [f"   {number}  {reason}" for number, reason in enumerate(reasons, start=1)]
     lines += ["", "LoRA on one matrix: (in + out) r"]
     for out_features, in_features, rank in ((512, 512, 2), (8000, 2000, 10)):
@@ -189,18 +187,11 @@ def table(name: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="params")
+@hydra_command("params")
 def main(cfg: DictConfig) -> None:
-    try:
-        config: ParamsConfig = OmegaConf.to_object(cfg)
-        print(table(config.model.name, count_all(config.model)))
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
-
-
-def cli() -> None:
-    run_command(main)
+    config: ParamsConfig = OmegaConf.to_object(cfg)
+    print(table(config.model.name, count_all(config.model)))
 
 
 if __name__ == "__main__":
-    cli()
+    main()

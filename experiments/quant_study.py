@@ -1,23 +1,19 @@
-"""Which 4-bit data type, at which block size: what it loses and what it costs.
+"""Compare 4-bit data types and block sizes: error, held-out loss and bits a weight.
 
     python -m experiments.quant_study
     python -m experiments.quant_study quant_types=[nf4,fp4] blocksizes=[64] double=[true] loss=false
 
 Every data type × block size × double quantization: the error on a model's linears and on random weights (Gaussian,
-Laplace, heavy-tailed), and the held-out loss of the model with what all its decoder's linears become in their place.
+Laplace, heavy-tailed), and the held-out loss of the model with all linears of its decoder packed and unpacked.
 Printed as a table; written to output_dir: study.csv with a row for every setting and every linear or kind of weights,
 errors.png and loss.png.
 """
 
-import csv
-import io
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
@@ -37,10 +33,10 @@ from experiments.config import DataConfig, ModelConfig, TrainerConfig
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.load import load_model
-from experiments.report.drawing import COLOURS, MARKERS
 from experiments.system import machine
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.cli import hydra_command
+from experiments.system.files import as_csv, writable_dir, write_atomically
+from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
 from kernels.codebook import BLOCKSIZES
@@ -132,13 +128,12 @@ def _row(weights: str, setting: Setting, bits: int, errors: Errors) -> dict:
 class HeldoutLoss:
     """The held-out loss of a model, in nats a token, with the linears of its decoder packed and unpacked."""
 
-    def __init__(self, cfg: StudyConfig, model: PreTrainedModel, device: torch.device, examples: list, pad_id: int):
+    def __init__(self, cfg: StudyConfig, model: PreTrainedModel, where: tuple, examples: list, pad_id: int):
         self.examples, self.batch_size, self.pad_id = examples, cfg.batch_size, pad_id
         self.exact = {name: linear.weight.detach() for name, linear in decoder_linears(model).items()}
-        dtype = machine.pick_dtype(TrainerConfig(), device)
         self.model = type(model)(model.config)
         self.model.load_state_dict(model.state_dict())
-        self.model.to(device, dtype).eval()
+        self.model.to(*where).eval()
         self.weights = {name: linear.weight for name, linear in decoder_linears(self.model).items()}
 
     def dense(self) -> float:
@@ -153,7 +148,7 @@ class HeldoutLoss:
 
 @dataclass(frozen=True)
 class Study:
-    """What was measured.
+    """The measurements.
 
     Attributes:
         model: name of the model, whose linears together are the rows with these `weights`.
@@ -167,22 +162,20 @@ class Study:
 
 
 def study(cfg: StudyConfig) -> Study:
-    """Measure what `cfg` asks for.
+    """Measure every setting of `cfg`.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     check(cfg)
-    device = machine.pick_device(TrainerConfig())
-    if device.type == "cpu":
-        machine.set_up_cpu(TrainerConfig())
+    device, dtype = machine.set_up(TrainerConfig())
     model, tokenizer = load_model(cfg.model, torch.float32, cfg.seed)
     linears = decoder_linears(model)
     if any(isinstance(linear, NF4Linear) for linear in linears.values()):
         raise UserError(f"model={cfg.model.name} is packed already: choose a dense one")
     heldout = load_data(cfg.data, tokenizer).heldout if cfg.loss else []
     layers = {name: linear.weight.detach() for name, linear in list(linears.items())[:: cfg.every]}
-    loss = HeldoutLoss(cfg, model, device, heldout, tokenizer.pad_token_id) if cfg.loss else None
+    loss = HeldoutLoss(cfg, model, (device, dtype), heldout, tokenizer.pad_token_id) if cfg.loss else None
     dense_loss = loss.dense() if loss else None
     name, rows = f"{cfg.model.name}'s linears", []
     random = random_weights(cfg.values, cfg.seed)
@@ -216,14 +209,6 @@ def table(found: Study) -> str:
     sizes = sorted({row["blocksize"] for row in found.rows})
     costs = [f"{b}: {constant_bits_per_weight(b, False):.3f}, {constant_bits_per_weight(b, True):.3f}" for b in sizes]
     return "\n".join([*lines, "block " + "; ".join(costs)])
-
-
-def as_csv(rows: list[dict]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    return file.getvalue()
 
 
 def _curves(axes, rows: list[dict], measure: str, zoom: bool) -> None:
@@ -272,27 +257,20 @@ def plot_loss(found: Study) -> Figure:
     return figure
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="quant_study")
+@hydra_command("quant_study")
 def main(cfg: DictConfig) -> None:
-    try:
-        config: StudyConfig = OmegaConf.to_object(cfg)
-        found = study(config)
-        directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
+    config: StudyConfig = OmegaConf.to_object(cfg)
+    found = study(config)
+    directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
     print(table(found))
     if config.model.source in ("wheel", "gguf"):
         print(f"\n{ON_A_GRID.format(name=config.model.name)}")
-    write_atomically(directory / "study.csv", as_csv(found.rows))
+    write_atomically(directory / "study.csv", as_csv(COLUMNS, found.rows))
     pictures = {"errors.png": plot_errors(found)} | ({"loss.png": plot_loss(found)} if config.loss else {})
     for name, figure in pictures.items():
         figure.savefig(directory / name, dpi=120)
     print("\nWritten:", *(directory / name for name in ("study.csv", *pictures)), sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

@@ -21,14 +21,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments.config import Config, resolve
+from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.runs import results, sweep
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, writable_dir
+from experiments.runs import sweep
+from experiments.system.cli import HELP, command, composed
+from experiments.system.files import RESULT, writable_dir
 
 try:
     import optuna
@@ -42,13 +41,13 @@ REASON = "reason"  # why a trial failed; one that was cut off has none
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
-    """What to search, what is fixed, and the number of trials.
+    """Read the command line: the search space, the fixed overrides and the number of trials.
 
     Returns:
         By key a function that draws a value from an Optuna trial; the other overrides; trials.
 
     Raises:
-        UserError: bounds that are none, no key to search, no method, or trials= not a number.
+        UserError: bounds that are not numbers, no key to search, no method, or trials= not a number.
     """
     space, fixed, trials = {}, [], 20
     for argument in arguments:
@@ -92,16 +91,11 @@ def _choice(key: str, values: list[str]) -> Callable:
     return lambda trial: trial.suggest_categorical(key, values)
 
 
-def configured(overrides: list[str]) -> Config:
-    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-        return resolve(compose("config", overrides=overrides))
-
-
 def open_study(folder: Path, arguments: list[str]) -> "optuna.Study":
     """The study in `folder`, a new one if there is none; trials that were cut off wait to be done again.
 
     Raises:
-        UserError: it is of other arguments, or no file of Optuna's.
+        UserError: it is of other arguments, or not a file of Optuna's.
     """
     path = folder / STUDY
     try:
@@ -125,7 +119,7 @@ def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str]
     chosen = {key: draw(trial) for key, draw in space.items()}
     print(f"\ntrial {trial.number}: {' '.join(_shown(chosen))}")
     try:
-        cfg = configured([*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"output_dir={folder}"])
+        cfg = resolve(composed(*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"output_dir={folder}"))
     except UserError as error:
         outcome = sweep.Outcome(sweep.FAILED, str(error))
     else:
@@ -136,7 +130,7 @@ def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str]
 
         outcome = sweep.job(cfg, ",".join(_shown(chosen)), watch)
     if outcome.directory:
-        loss = json.loads((Path(outcome.directory) / results.RESULT).read_text(encoding="utf-8"))["loss_after"]
+        loss = json.loads((Path(outcome.directory) / RESULT).read_text(encoding="utf-8"))["loss_after"]
         study.tell(trial, loss)
         return f"held-out loss {loss:.4f}"
     if outcome.status == sweep.STOPPED:
@@ -148,13 +142,17 @@ def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str]
 
 
 def search(arguments: list[str]) -> None:
-    """Do what the module says. UserError: no Optuna, wrong arguments, or no trial that succeeded."""
+    """Search as `arguments` say.
+
+    Raises:
+        UserError: Optuna is missing, an argument is wrong, or no trial succeeded.
+    """
     if optuna is None:
         raise UserError("a search needs Optuna: pip install optuna==5.0.0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space, fixed, trials = parse(arguments)
-    # the first thing that is wrong with what is fixed is said before anything is written
-    folder = Path(configured([*fixed, *_any_values(arguments, space)]).output_dir)
+    # a mistake in the fixed overrides shows here, before anything is written
+    folder = Path(resolve(composed(*fixed, *_any_values(space))).output_dir)
     fixed = [argument for argument in fixed if not argument.startswith("output_dir=")]
     writable_dir(folder, "set output_dir to a folder")
     with sweep.claim(folder / ".locks" / STUDY) as claimed:
@@ -167,7 +165,7 @@ def search(arguments: list[str]) -> None:
     _summarize(study, folder)
 
 
-def _any_values(arguments: list[str], space: dict[str, Callable]) -> list[str]:
+def _any_values(space: dict[str, Callable]) -> list[str]:
     trial = optuna.create_study().ask()
     return [f"{key}={draw(trial)}" for key, draw in space.items()]
 
@@ -179,7 +177,7 @@ def _counts(trial: "optuna.trial.FrozenTrial") -> bool:
 
 
 def _summarize(study: "optuna.Study", folder: Path) -> None:
-    """Print every trial, best first, and what to do with the best."""
+    """Print every trial, best first, and how to confirm the best."""
     states = optuna.trial.TrialState
     complete = sorted(study.get_trials(states=(states.COMPLETE,)), key=lambda trial: trial.value)
     pruned = study.get_trials(states=(states.PRUNED,))
@@ -203,12 +201,13 @@ def _shown(params: dict) -> list[str]:
     return [f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in params.items()]
 
 
-def cli() -> None:
-    if {"-h", "--help"} & set(sys.argv):
+@command
+def main() -> None:
+    if HELP & set(sys.argv):
         print(__doc__.strip())
         return
-    run_command(lambda: search(sys.argv[1:]))
+    search(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    cli()
+    main()

@@ -1,4 +1,4 @@
-"""Measure what tuned block sizes are worth: held-out loss beside uniform ones at the same bits.
+"""Compare tuned block sizes with uniform ones at the same bits, by held-out loss.
 
     python -m experiments.tune_blocks output_dir=outputs/tuned
     python -m experiments.try_maps profile=outputs/tuned/profile.csv
@@ -12,12 +12,10 @@ the measured ones is printed too. Written to output_dir: the maps, trials.csv, t
 """
 
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
@@ -27,15 +25,16 @@ from experiments.blocks.profile import Profile
 from experiments.blocks.quant_map import QuantMap, Shapes, blocksizes, write_map
 from experiments.blocks.report import as_csv, plot, table
 from experiments.blocks.trials import Losses, Packable, Trial, measure
+from experiments.blocks.tuning import TuneConfig, budget_of, by_kind, check, load_profile, problem_of
 from experiments.config import DataConfig, QuantConfig, TrainerConfig
 from experiments.data.samples import load_data
 from experiments.errors import UserError
+from experiments.models.architecture import architecture_for_heads
 from experiments.models.load import load_model
 from experiments.system import machine
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT, writable_dir, write_atomically
+from experiments.system.cli import hydra_command
+from experiments.system.files import writable_dir, write_atomically
 from experiments.system.progress import bar
-from experiments.tune_blocks import TuneConfig, budget_of, by_kind, check, load_profile, problem_of
 from kernels.codebook import BLOCKSIZES
 from modules import decoder_linears
 from modules.linear import weight_shape
@@ -53,17 +52,22 @@ ConfigStore.instance().store(name="try_maps_schema", node=TrialConfig)
 
 
 def plan(cfg: TrialConfig, profile: Profile) -> list[Trial]:
-    """What is tried, the dense model first."""
+    """Every choice to try, the dense model first."""
     shapes, double = profile.shapes, cfg.quant.double
 
     def constants(choice: Mapping[str, int]) -> int:
         return sum(constant_bits(math.prod(shapes[name]), size, double) for name, size in choice.items())
 
-    problem = problem_of(cfg, profile, budget_of(cfg, shapes))
+    architecture = architecture_for_heads(cfg.model, cfg.quant.align)
+    problem = problem_of(cfg, profile, budget_of(cfg, shapes), architecture)
     everywhere = [size for size in sorted(set(cfg.candidates)) if all(size in sizes for sizes in problem.bits.values())]
     uniform = [Trial(f"all {size}", "uniform", dict.fromkeys(shapes, size), beside=size) for size in everywhere]
     tuned = [
-        Trial(f"tuned as {trial.beside}", "tuned", solve(problem_of(cfg, profile, constants(trial.blocksizes))))
+        Trial(
+            f"tuned as {trial.beside}",
+            "tuned",
+            solve(problem_of(cfg, profile, constants(trial.blocksizes), architecture)),
+        )
         for trial in uniform
     ]
     tuned.append(Trial("tuned, budget", "tuned", solve(problem)))
@@ -81,7 +85,7 @@ def plan(cfg: TrialConfig, profile: Profile) -> list[Trial]:
 def _alone(cfg: TrialConfig, profile: Profile) -> Iterator[Trial]:
     for size in cfg.alone:
         if size not in BLOCKSIZES:
-            raise UserError(f"alone: {size} is no block size; choose from {', '.join(map(str, BLOCKSIZES))}")
+            raise UserError(f"alone: {size} is not a block size; choose from {', '.join(map(str, BLOCKSIZES))}")
         for kind, names in by_kind(profile.layers).items():
             fitting = {name: size for name in names if size in profile.layers[name].sizes}
             if fitting:
@@ -95,10 +99,7 @@ def run_trials(cfg: TrialConfig, shapes: Shapes, trials: list[Trial]) -> None:
         UserError: the model's linears do not have `shapes`; there are no data.
     """
     trainer = TrainerConfig(dtype=cfg.dtype)
-    device = machine.pick_device(trainer)
-    if device.type == "cpu":
-        machine.set_up_cpu(trainer)
-    dtype = machine.pick_dtype(trainer, device)
+    device, dtype = machine.set_up(trainer)
     print(f"trying {len(trials)} choices on {cfg.model.name}: {machine.describe(device, dtype)}")
     model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
     if shapes != {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}:
@@ -124,10 +125,10 @@ def run_trials(cfg: TrialConfig, shapes: Shapes, trials: list[Trial]) -> None:
 
 
 def try_maps(cfg: TrialConfig) -> str:
-    """Do as `cfg` says, write everything to `cfg.output_dir`, return what the terminal shows.
+    """Do as `cfg` says, write everything to `cfg.output_dir`, return the text for the terminal.
 
     Raises:
-        UserError: something in the configuration or the files it names is wrong; the message says what to do.
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
     check(cfg)
     if cfg.batch_size < 1:
@@ -135,7 +136,9 @@ def try_maps(cfg: TrialConfig) -> str:
     if not cfg.profile:
         raise UserError("no profile: python -m experiments.tune_blocks writes one: add profile=FILE")
     if cfg.second.name == cfg.data.name:
-        raise UserError(f"data@second={cfg.second.name} is what data={cfg.data.name} already measures on")
+        raise UserError(
+            f"data@second={cfg.second.name} is the same data as data={cfg.data.name}: choose another, or leave it out"
+        )
     profile = load_profile(cfg)
     trials = plan(cfg, profile)
     run_trials(cfg, profile.shapes, trials)
@@ -150,19 +153,12 @@ def try_maps(cfg: TrialConfig) -> str:
     return text
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="try_maps")
+@hydra_command("try_maps")
 def main(cfg: DictConfig) -> None:
-    try:
-        config: TrialConfig = OmegaConf.to_object(cfg)
-        text = try_maps(config)
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
+    config: TrialConfig = OmegaConf.to_object(cfg)
+    text = try_maps(config)
     print(f"{text}\n\nWritten:", *sorted(Path(config.output_dir).iterdir()), sep="\n  ")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

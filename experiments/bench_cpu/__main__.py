@@ -8,12 +8,13 @@ import importlib.metadata
 import statistics
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import experiments.bench_cpu
+from experiments.bench_cpu.cases import CASES, Case, Row
 from experiments.bench_cpu.pair import SIDES, Pair, batches, random_model, tokens_of
 from experiments.bench_cpu.plot import plot
 from experiments.bench_cpu.worker import PEER_NOTE, Job
@@ -24,46 +25,10 @@ from experiments.system import machine
 from kernels.bench.nf4 import BENCHES as NF4
 from kernels.bench.timing import times
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative: what rounding may make of the same training
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative: the same training may differ so much by rounding
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
 REPETITIONS = 5  # of generation, and of the products
 PACKED = 2**22  # weights to quantize and dequantize: more than caches hold
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison of training."""
-
-    method: str
-    rank: int = 16
-    batch: int = 4
-    length: int = 128
-    model: str = "SmolLM2-135M"
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.method} r={self.rank} {self.batch}×{self.length}"
-
-
-CASES = (
-    *(Case(method) for method in ("qdora", "dora", "qlora", "lora")),
-    *(Case("qdora", batch=batch, length=length) for batch, length in ((1, 512), (8, 64))),
-    *(Case("qdora", rank=rank) for rank in (4, 64)),
-    Case("qdora", model="Qwen3-like"),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the CSV file: one side of one comparison; ratio is theirs over ours of the metric (speed: inverse)."""
-
-    case: str
-    metric: str
-    side: str
-    p20: float
-    p50: float
-    p80: float
-    ratio: float
-    note: str = ""
 
 
 def compare(case: Case, pair: Pair, tokens: list[int], dtype: str, steps: int, generates: bool) -> list[Row]:

@@ -3,7 +3,7 @@
     python -m experiments.bench_cpu.curves
 
 SmolLM2 with QDoRA, rank 16, on the same real text in the same order; a seed decides each lora_A. Steps as small as one
-sequence take a few minutes a run. Finished runs are kept in the CSV file, and only what is missing is run:
+sequence take a few minutes a run. Finished runs are kept in the CSV file, and only the missing ones are made:
 `curves peft-1` does one of them, another time the rest.
 """
 

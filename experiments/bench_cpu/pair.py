@@ -98,7 +98,7 @@ def tokens_of(model_dir: Path, count: int) -> list[int]:
 
 
 def batches(tokens: list[int], batch: int, length: int) -> list[list[list[int]]]:
-    """`tokens` cut into batches of `batch` rows of `length` tokens; what is left over is dropped."""
+    """`tokens` cut into batches of `batch` rows of `length` tokens; the rest is dropped."""
     rows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
     return [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)]
 

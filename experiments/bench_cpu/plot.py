@@ -1,10 +1,8 @@
 """A picture of the comparison: how many times as fast, or as small, each case is."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from experiments.bench_cpu.__main__ import Row
+from experiments.bench_cpu.cases import Row
 
 # Okabe and Ito's palette: distinct to colour-blind readers and in grey
 COLOURS = {
@@ -21,7 +19,7 @@ LABELS = {
 }
 
 
-def plot(path: Path, rows: "list[Row]") -> None:
+def plot(path: Path, rows: list[Row]) -> None:
     from matplotlib.figure import Figure  # not pyplot: no display, and no global state
 
     ours = [row for row in rows if row.side == "ours"]

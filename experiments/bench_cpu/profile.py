@@ -13,29 +13,29 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from experiments.bench_cpu.__main__ import CASES
+from experiments.bench_cpu.cases import CASES
 from experiments.bench_cpu.pair import batches, tokens_of
 from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig
 from experiments.models.load import wheel_directory
 from experiments.system import machine
-from kernels import cpu_dequantize, reference
+from kernels.cpu import dora, joined, lora, nf4_linear
 from modules import decoder_linears
 
 FEW = 16  # tokens
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
-LABELLED = {(cpu_dequantize, "dequantize_4bit"): "dequantize", (reference, "norm_and_gain"): "DoRA norm"}
-BY_NAME = {  # of an operation or one that it is part of
-    "_LinearCrossEntropy": "loss",
-    "blocked_attention": "attention",
-    "scaled_dot_product": "attention",
-    "_RMSNorm": "norms, activations, rotary embedding",
-    "_Gated": "norms, activations, rotary embedding",
+LABELLED = {(module, "dense"): "dequantize" for module in (dora, joined, lora, nf4_linear)}
+LABELLED[dora, "norm_and_gain"] = "DoRA norm"
+BY_NAME = {  # of an op or one that it is part of; backward passes have the op's name in theirs
+    "linear_cross_entropy": "loss",
+    "attention": "attention",
+    "rms_norm": "norms, activations, rotary embedding",
+    "swiglu": "norms, activations, rotary embedding",
+    "rotary": "norms, activations, rotary embedding",
     "Optimizer": "optimizer",
     "lora_linear": "adapter, elementwise",
     "dora_linear": "adapter, elementwise",
-    "_Linears": "adapter, elementwise",
-    "_Rotary": "norms, activations, rotary embedding",
+    "joined_linears": "adapter, elementwise",
 }
 REST = "the rest of the model (residuals, autograd, Python)"
 
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     print(f"{'its products with frozen weights, timed alone':<64} {floor:6.2f} s {floor / seconds:6.1%}")
     few = [batch[0][:FEW]]
     fixed = min(worker.step(few)[1] for _ in range(5))
-    print(f"{f'a step over {FEW} tokens, not profiled: what does not grow with them':<64} {fixed:6.2f} s")
+    print(f"{f'a step over {FEW} tokens, not profiled: the cost that does not grow with them':<64} {fixed:6.2f} s")
     return 0
 
 

@@ -1,7 +1,7 @@
 """One side of the comparison in a process of its own: it builds a model, then answers requests over a pipe.
 
-`ours` is what `python -m experiments.run` trains, with all that such a process has imported. `peft` is PEFT's LoRA or
-DoRA on a transformers model, for QLoRA and QDoRA over bitsandbytes' NF4 with double quantization, as their
+`ours` is the model that `python -m experiments.run` trains, with all imports of such a process. `peft` is PEFT's LoRA
+or DoRA on a transformers model, for QLoRA and QDoRA over bitsandbytes' NF4 with double quantization, as their
 documentation sets them up. Both read the base from the same file; each lora_A is drawn from a seed made of its layer's
 name, each lora_B is zero.
 
@@ -32,7 +32,7 @@ PEER_NOTE = (
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker builds from the Hugging Face directory `model_dir`; dtype is "float32" or "bfloat16"."""
+    """The model that a worker builds from the Hugging Face directory `model_dir`; dtype is "float32" or "bfloat16"."""
 
     side: str  # ours | peft
     method: str  # lora | qlora | dora | qdora
@@ -126,7 +126,7 @@ class Worker:
 
 
 def _ours(job: Job) -> tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]:
-    import experiments.run  # noqa: F401  (what a run has imported counts as its memory)
+    import experiments.runs.sweep  # noqa: F401  (the imports of a run count as its memory)
     from experiments.config import Config, MethodConfig, ModelConfig, QuantConfig, TrainerConfig
     from experiments.models.load import prepare_model, quiet
     from experiments.system import machine

@@ -2,10 +2,10 @@
 
     minimise Σ_l rise(l, b_l)   subject to   Σ_l bits(l, b_l) ≤ budget,   b_l one of the sizes that linear l may have
 
-bits(l, b) is what kernels.quantize_4bit stores beside the codes: 32 a block, or with double quantization 8 a block, 32
-for every 256 blocks and 32 for their mean; a partial block, or a partial 256, counts whole. This is a multiple-choice
-knapsack. `solve` finds the best choice with SciPy's MILP solver (HiGHS); `solve_greedily` buys, as long as something
-fits, the smaller block that lowers the rise the most for its bits.
+bits(l, b) counts the constants that kernels.quantize_4bit stores beside the codes: 32 a block, or with double
+quantization 8 a block, 32 for every 256 blocks and 32 for their mean; a partial block, or a partial 256, counts whole.
+This is a multiple-choice knapsack. `solve` finds the best choice with SciPy's MILP solver (HiGHS); `solve_greedily`
+buys, as long as something fits, the smaller block that lowers the rise the most for its bits.
 """
 
 import contextlib
@@ -58,12 +58,12 @@ def allowed_sizes(
             one attention head from the next head's.
 
     Raises:
-        UserError: a candidate that is no block size; a linear that no candidate fits; no linear with heads.
+        UserError: a candidate is not a block size, no candidate fits a linear, or no linear has heads.
     """
     if align not in ALIGNMENTS:
         raise UserError(f"quant.align={align}: choose {', '.join(ALIGNMENTS)}")
     if wrong := [size for size in candidates if size not in BLOCKSIZES]:
-        raise UserError(f"candidates: {wrong[0]} is no block size; choose from {', '.join(map(str, BLOCKSIZES))}")
+        raise UserError(f"candidates: {wrong[0]} is not a block size; choose from {', '.join(map(str, BLOCKSIZES))}")
     if not candidates:
         raise UserError(f"candidates is empty; choose from {', '.join(map(str, BLOCKSIZES))}")
     if align == "head" and not any(name.endswith(PER_HEAD) for name in shapes):
@@ -113,7 +113,7 @@ def budget_bits(shapes: Shapes, share: float | None, bits: float | None) -> int:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is chosen from.
+    """The options of the choice, and its budget.
 
     Attributes:
         rises: the predicted rise by linear and by each block size it may have.
@@ -136,7 +136,7 @@ def option_bits(shapes: Shapes, allowed: Mapping[str, list[int]], double: bool, 
     """Bits of the constants by linear and by each block size in `allowed`.
 
     Raises:
-        UserError: no choice meets the budget; the message has the smallest possible one.
+        UserError: no choice meets the budget; the message names the smallest possible budget.
     """
     bits = {
         name: {size: constant_bits(math.prod(shapes[name]), size, double) for size in sizes}
@@ -153,7 +153,7 @@ def option_bits(shapes: Shapes, allowed: Mapping[str, list[int]], double: bool, 
 
 
 def pose(bits: Mapping[str, Mapping[int, int]], rises: Mapping[str, Mapping[int, float]], budget: int) -> Problem:
-    """The problem of choosing among the options of `bits`, of which `rises` has the predicted rises."""
+    """The problem of choosing among the options in `bits`; `rises` has the predicted rise of each."""
     return Problem(
         {name: {size: rises[name][size] for size in options} for name, options in bits.items()}, bits, budget
     )
@@ -163,7 +163,7 @@ def solve(problem: Problem) -> dict[str, int]:
     """The block size of each linear that gives the least predicted rise, by integer programming."""
     options = [(name, size) for name, rises in problem.rises.items() for size in rises]
     rise = numpy.array([problem.rises[name][size] for name, size in options])
-    # What exceeds a linear's cheapest option: small numbers, of which the solver's tolerance is a small part.
+    # Bits above a linear's cheapest option: small numbers, of which the solver's tolerance is a small part.
     floor = {name: min(bits.values()) for name, bits in problem.bits.items()}
     excess = numpy.array([problem.bits[name][size] - floor[name] for name, size in options], dtype=float)
     row = {name: number for number, name in enumerate(problem.rises)}
@@ -181,7 +181,7 @@ def solve(problem: Problem) -> dict[str, int]:
         raise RuntimeError(f"the solver gave up: {found.message}")
     choice = {name: size for (name, size), chosen in zip(options, found.x) if chosen > 0.5}
     if len(choice) < len(row) or problem.spent(choice) > problem.budget:
-        raise RuntimeError("the solver's choice is none: it breaks the budget or leaves a linear out")
+        raise RuntimeError("the solver's choice breaks the budget or leaves a linear out")
     return choice
 
 
@@ -201,7 +201,8 @@ def _nothing_printed() -> Iterator[None]:
 
 
 def solve_greedily(problem: Problem) -> dict[str, int]:
-    """From the fewest bits on: again and again the smaller block that saves most of the rise a bit, while it fits."""
+    """Start with the fewest bits. Buy the smaller block that lowers the rise the most a bit, again and again, while it
+    fits."""
     choice = {name: min(bits, key=bits.get) for name, bits in problem.bits.items()}
     left = problem.budget - problem.spent(choice)
     while True:

@@ -1,6 +1,6 @@
-"""What each linear of a model loses when it is packed, by block size, and what the loss makes of it.
+"""The error of each linear of a model when it is packed, by block size, and the predicted rise of the loss.
 
-With Ŵ what the codes of a weight W [out, in] stand for, x its inputs and g the gradient of a sample's log-likelihood:
+With Ŵ the unpacked form of a packed weight W [out, in], x its inputs and g the gradient of a sample's log-likelihood:
 
     error     ‖W − Ŵ‖² / ‖W‖²
     output    Σ_x ‖(W − Ŵ)x‖² / Σ_x ‖Wx‖²          from G = Σ_x xxᵀ [in, in]: Σ_x ‖Dx‖² = tr(D G Dᵀ)
@@ -37,7 +37,7 @@ from modules import NF4Linear, decoder_linears
 from modules.linear import dense_weight, is_conv1d
 
 OUTLIER = 4.0  # standard deviations; of Gaussian weights 6.3e-5 are beyond
-SENSITIVITIES = ("fisher", "output")  # what may predict the rise of the loss
+SENSITIVITIES = ("fisher", "output")  # predictors of the rise of the loss
 MEASURES = ("spread", "error", "output", "fisher")  # of a linear at a block size
 STATISTICS = ("std", "kurtosis", "outliers")  # of a linear
 
@@ -64,7 +64,7 @@ class LayerProfile:
 
 @dataclass(frozen=True)
 class Profile:
-    """Every linear by its full name, and what it was measured on: model, data, samples, tokens, type, double."""
+    """Every linear by its full name, and how it was measured: model, data, samples, tokens, type, double."""
 
     about: dict
     layers: dict[str, LayerProfile]
@@ -81,7 +81,7 @@ class Profile:
 
 
 class Calibration:
-    """What the linears of a model see and what the loss makes of it, summed over samples.
+    """Squares of the inputs and of the gradients of a model's linears, summed over samples.
 
     Attributes:
         inputs: Σ xxᵀ, fp32 [in, in], by the linears' full names; linears with the same input share one.
@@ -209,7 +209,7 @@ def write_profile(path: Path, profile: Profile) -> None:
 
 
 def read_profile(path: Path) -> Profile:
-    """What `write_profile` wrote.
+    """The profile in a file that `write_profile` wrote.
 
     Raises:
         UserError: no such file, or not such a profile.
@@ -223,7 +223,7 @@ def read_profile(path: Path) -> Profile:
     except OSError as error:
         raise UserError(f"profile={path}: {error.strerror}: leave profile out to measure one") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"profile={path} is no profile that tune_blocks wrote: {error}") from error
+        raise UserError(f"profile={path} is not a profile that tune_blocks wrote: {error}") from error
     return Profile(about, layers)
 
 
@@ -234,5 +234,5 @@ def _layer(row: dict[str, str]) -> LayerProfile:
         if measure in MEASURES and value:
             sizes.setdefault(int(size), {})[measure] = float(value)
     if not all(math.isfinite(value) for values in sizes.values() for value in values.values()):
-        raise ValueError(f"{row['layer']} has values that are no numbers")
+        raise ValueError(f"{row['layer']} has values that are not numbers")
     return LayerProfile((int(row["out"]), int(row["in"])), *(float(row[key]) for key in STATISTICS), sizes)

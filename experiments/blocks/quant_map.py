@@ -1,4 +1,4 @@
-"""Which block size each linear is packed with: the same for all, or what a map says.
+"""The block size of each linear: the same for all, or as a map says.
 
 A map is a YAML file that experiments.tune_blocks writes and `quant=tuned quant.map=FILE` reads:
 
@@ -24,7 +24,7 @@ Shapes = Mapping[str, tuple[int, int]]  # of weights, (out, in), by the full nam
 
 @dataclass(frozen=True)
 class QuantMap:
-    """Block sizes by the linears' full names, what shapes they were chosen for, and whether absmax is 8 bits."""
+    """Block sizes by the linears' full names, the shapes they were chosen for, and whether absmax is 8 bits."""
 
     double: bool
     shapes: Shapes
@@ -41,7 +41,7 @@ def write_map(path: Path, quant_map: QuantMap, comment: str) -> None:
 
 
 def read_map(path: Path) -> QuantMap:
-    """What `write_map` wrote.
+    """The map in a file that `write_map` wrote.
 
     Raises:
         UserError: no such file, or not such a map.
@@ -53,7 +53,7 @@ def read_map(path: Path) -> QuantMap:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"quant.map={path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not isinstance(values.get("double"), bool) or not values.get("layers"):
-        raise UserError(f"quant.map={path} is no map of block sizes: it needs `double` and `layers`")
+        raise UserError(f"quant.map={path} is not a map of block sizes: it needs `double` and `layers`")
     shapes, blocksizes = {}, {}
     for name, layer in values["layers"].items():
         try:

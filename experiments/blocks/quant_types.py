@@ -1,10 +1,11 @@
-"""Blockwise data types of two to eight bits: what a weight becomes in one, and what that costs and loses.
+"""Blockwise data types of two to eight bits: a weight packed and unpacked, its storage and its error.
 
     nf4 fp4 int4      those that the kernels pack (kernels/codebook.py)
     nf2 nf3 … nf8     the NormalFloat of so many bits, by QLoRA's recipe; nf4 is the kernels'
 
 A value x in a block becomes absmax · q, q the level nearest to x / absmax. With double quantization absmax is stored in
-8 bits. Those of other widths than four are computed as the kernels would, but stay dense: they are here to be compared.
+8 bits. Types of other widths than four bits are computed as the kernels would do it, but stay dense: they serve
+comparisons.
 """
 
 import re
@@ -33,20 +34,20 @@ def code_bits(quant_type: str) -> int:
 
 
 def stored_bits(n: int, quant_type: str, blocksize: int, double: bool) -> int:
-    """Bits that n weights take: codes, filled up to whole bytes, absmax and what belongs to it."""
+    """Stored bits of n weights: codes, filled up to whole bytes, absmax and its own constants."""
     blocks = -(-n // blocksize)
     constants = 8 * blocks + 32 * nested_blocks(blocks) + 32 if double else 32 * blocks
     return 8 * -(-n * code_bits(quant_type) // 8) + constants
 
 
 def constant_bits_per_weight(blocksize: int, double: bool) -> float:
-    """What absmax costs, the one number of a whole tensor (its mean) not counted: 0.5, or 0.127 at block 64."""
+    """Bits a weight of absmax, without its mean, which is one number a tensor: 0.5, or 0.127 at block 64."""
     return 8 / blocksize + 32 / (blocksize * NESTED_BLOCKSIZE) if double else 32 / blocksize
 
 
 @torch.no_grad()
 def quantize_dequantize(w: Tensor, quant_type: str, blocksize: int, double: bool) -> Tensor:
-    """What is left of `w`, fp32, any shape, after it was packed and unpacked.
+    """`w` packed and unpacked again: fp32, any shape.
 
     Raises:
         ValueError: no such data type or block size.
@@ -82,7 +83,7 @@ class Errors:
     n: int = 0
 
     def add(self, w: Tensor, quantized: Tensor) -> None:
-        """Count in `w` and what it became."""
+        """Count in `w` and its packed and unpacked form."""
         error = (quantized.double() - w.double()).view(-1)
         self.squares += w.double().square().sum().item()
         self.error_squares += error.dot(error).item()

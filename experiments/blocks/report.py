@@ -1,4 +1,4 @@
-"""What trials of block sizes gave: a table for the terminal, a CSV, a picture. The first trial is the dense model."""
+"""The results of trials of block sizes: a table, a CSV, a picture. The first trial is the dense model."""
 
 import csv
 import io
@@ -13,8 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from experiments.blocks.choice import bits_per_weight
 from experiments.blocks.profile import SENSITIVITIES, Profile
 from experiments.blocks.trials import Trial
-
-BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"  # of Okabe and Ito's palette, distinct to colour-blind readers
+from experiments.system.palette import BLUE, GREEN, ORANGE
 
 
 def predicted_rise(profile: Profile, sensitivity: str, trial: Trial) -> float:
@@ -94,7 +93,7 @@ def as_csv(profile: Profile, trials: list[Trial]) -> str:
 
 
 def plot(path: Path, what: str, profile: Profile, trials: list[Trial]) -> None:
-    """Loss against bits a weight; below, what tuned maps differ from uniform block sizes by."""
+    """Loss against bits a weight; below, the difference between tuned maps and uniform block sizes."""
     dense, *packed = trials
     names = list(dense.losses)
     uniform = {trial.beside: trial for trial in packed if trial.kind == "uniform"}

@@ -1,7 +1,6 @@
 """Held-out loss of a model under one choice of block sizes after another, on the same tokens.
 
-The model stays dense: a linear that is packed computes with the weight that its codes stand for, which is what
-NF4Linear computes with too.
+The model stays dense: a packed linear computes with its unpacked weight, as NF4Linear does.
 """
 
 import math
@@ -40,7 +39,8 @@ class Losses:
     def above(self, other: "Losses") -> tuple[float, float]:
         """(how much higher the loss is than `other`'s on the same samples, the standard error of that).
 
-        Samples are what is independent, not the tokens within one: the error is that of a ratio of sums over samples.
+        Samples are independent of each other, tokens of one sample are not: the error is that of a ratio of sums over
+        samples.
         """
         difference, n = self.sums - other.sums, len(self.sums)
         mean = difference.sum() / self.tokens.sum()

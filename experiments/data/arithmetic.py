@@ -31,7 +31,7 @@ class Problem:
     Attributes:
         level: 1 to 4.
         question: as the model sees it.
-        calculation: what is calculated, in one form for all that calculate the same; valid Python.
+        calculation: valid Python, in one form for all problems that calculate the same.
         answer: a whole number, 0 or more.
     """
 

@@ -1,9 +1,9 @@
 """Conversations to token ids and labels.
 
 A conversation is rendered with the tokenizer's own chat template and tokenised once, as a whole, so that training sees
-what use will see. Which characters an assistant turn covers is found by rendering the conversation's beginnings;
-tokens inside those characters carry labels, all others IGNORED. A turn ends with the template's end-of-turn token,
-which is labelled (the model must learn to stop), but not with the newline after it.
+the same tokens as use. The characters of an assistant turn are found by rendering the conversation's beginnings. Tokens
+inside them carry labels, all others IGNORED. A turn ends with the template's end-of-turn token, which is labelled (the
+model must learn to stop), but not with the newline after it.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ class Example:
     Attributes:
         input_ids: token ids.
         labels: as many: a token's own id where it counts in the loss (models shift labels themselves), else IGNORED.
-        prompt_ids: what to generate from: the conversation up to its last assistant turn. None for plain text.
+        prompt_ids: the conversation up to its last assistant turn, to generate from. None for plain text.
         reference: text of that assistant turn. None for plain text.
         level: the conversation's.
     """
@@ -53,7 +53,7 @@ class Example:
     level: int | None = None
 
     def unlabelled(self) -> "Example":
-        """The same with no token that counts: for a process that a small batch leaves nothing else."""
+        """The same without labels: for a process that gets no sample of a small batch."""
         return replace(self, labels=[IGNORED] * len(self.labels))
 
 
@@ -66,7 +66,7 @@ class _Turn:
     content: str
 
     def holds(self, offset: tuple[int, int]) -> bool:
-        """Whether a token is inside. A token of spaces may have an empty offset, which then is where it ends."""
+        """True if the token is inside. A token of spaces may have an empty offset, at its end."""
         return self.start <= offset[0] and self.start < offset[1] <= self.end
 
 
@@ -84,10 +84,10 @@ def encode(
     """Tokenise a conversation and label its assistant turns.
 
     Args:
-        conversation: what to tokenise.
+        conversation: the messages to tokenise.
         tokenizer: one that `check_tokenizer` accepts.
         max_length: tokens the conversation may have.
-        too_long: error | drop | truncate: what to do with a longer one.
+        too_long: error | drop | truncate: for a longer one.
 
     Returns:
         The example; None if it is dropped as too long.
@@ -125,7 +125,7 @@ def encode(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs):
-    """Token ids of text as it is: nothing is added, and a length beyond the model's is no reason to warn."""
+    """Token ids of text as it is: no special tokens are added, and no length is warned of."""
     return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **kwargs)
 
 

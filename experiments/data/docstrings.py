@@ -1,4 +1,4 @@
-"""The default data: what a function does, said by its author.
+"""The default data: Python functions with their authors' descriptions.
 
 Pairs (a function's source without its docstring → the docstring's first paragraph on one line), read with `ast` from
 the running interpreter's standard library. So the main job trains on real text with a real task, and needs neither a
@@ -111,7 +111,7 @@ def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.Funct
 
 
 def _summary(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str | None:
-    """The docstring's first paragraph on one line; None if there is none or it is no sentence about the function."""
+    """The docstring's first paragraph on one line; None if it is missing or not a sentence about the function."""
     docstring = ast.get_docstring(node)
     if not docstring:
         return None

@@ -1,11 +1,11 @@
 """Samples for training and evaluation, and the batches they are served in.
 
 `load_data` turns a data config into token ids with labels. Four sources: docstrings (the default, see
-data_docstrings.py), arithmetic (arithmetic.py), jsonl and text (the user's files, see data_files.py). What is held
-out is chosen by hash, so it is the same in every run and on every machine, whatever the order of the lines.
+docstrings.py), arithmetic (arithmetic.py), jsonl and text (the user's files, see user_files.py). A hash chooses the
+held-out samples, so they are the same in every run and on every machine, whatever the order of the lines.
 
 `batches` serves training samples for ever. The order of an epoch is a pure function of the seed and the epoch's
-number: a run can continue from (epoch, batch) without replaying what came before.
+number: a run can continue from (epoch, batch) without replaying the batches before.
 """
 
 import functools
@@ -39,12 +39,12 @@ WINDOW_BATCHES = 32  # batches among which samples are sorted by length: more me
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and is measured on.
+    """The samples that a run trains on and is measured on.
 
     Attributes:
         train: at least one example.
         heldout: at least one example. Split off by us, it shares no sample with `train` (docstrings: no module).
-        note: one line for the terminal: how many, from where, what was left out.
+        note: one line for the terminal: how many, from where, how many were left out.
     """
 
     train: list[Example]
@@ -72,7 +72,7 @@ def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
         Training and held-out examples, each in an order that depends on their content only.
 
     Raises:
-        UserError: a file, a line, a setting or the tokenizer is not fit; the message says which and what to do.
+        UserError: a file, a line, a setting or the tokenizer is not fit; the message says which, and how to repair it.
     """
     _check(cfg)
     if cfg.source == "text":
@@ -240,7 +240,7 @@ def epoch_batches(examples: list[Example], batch_size: int, seed: int, epoch: in
     """One epoch's batches: every example once, those of similar length together, the batches in random order.
 
     Args:
-        examples: what to serve.
+        examples: the examples to serve.
         batch_size: examples a batch; one batch of an epoch is smaller where they do not divide evenly.
         seed: of the run.
         epoch: number of the epoch. The same arguments give the same batches.
@@ -266,7 +266,7 @@ def batches(examples: list[Example], batch_size: int, seed: int, start: int = 0)
 
 
 def eval_batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
-    """Every example once, sorted by length, the longest first: if memory does not suffice, it shows at once."""
+    """Every example once, sorted by length, the longest first: a lack of memory shows at once."""
     return _by_length(examples, batch_size)[::-1]
 
 

@@ -7,7 +7,7 @@ A line of a .jsonl file is one JSON object in one of these formats; all become t
     {"instruction": "…", "input": "…", "output": "…"}                                        (alpaca; input optional)
     {"prompt": "…", "completion": "…"}
 
-Nothing is repaired or skipped: a line that is none of these is an error that names the file and the line. Other keys
+Nothing is repaired or skipped: any other line is an error that names the file and the line. Other keys
 beside a format's own are left out, and the caller is told which.
 """
 
@@ -70,7 +70,7 @@ def read_conversations(path: str) -> tuple[list[Conversation], set[str]]:
 
 
 def _messages(row: Any, ignored: set[str]) -> list[Message]:
-    """Messages of one line in whichever format it is; adds unused keys to `ignored`. ValueError says what is wrong."""
+    """Messages of one line in any of the formats; adds unused keys to `ignored`. Raises ValueError with the reason."""
     if not isinstance(row, dict):
         raise ValueError(f"a line must hold a JSON object, not {_kind(row)}")
     if "messages" in row:

@@ -13,7 +13,7 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
     """The configured model's config.json: its shapes, without weights. `model.path` may also be that file itself.
 
     Raises:
-        UserError: nothing there to read, or of no kind that transformers has.
+        UserError: there is nothing to read, or transformers does not have the architecture.
     """
     if cfg.source == "tiny":
         return tiny_model(torch.float32, 0)[0].config
@@ -22,7 +22,7 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
             return AutoConfig.for_model(**cfg.architecture)
         path = model_directory(cfg)
         if path.is_dir() and not (path / "config.json").is_file():
-            raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
+            raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"model={cfg.name}: {' '.join(str(error).split())}") from error
@@ -31,15 +31,20 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
     return config
 
 
+def architecture_for_heads(cfg: ModelConfig, align: str) -> PreTrainedConfig | None:
+    """The model's config.json if blocks are to be aligned to its attention heads (quant.align=head), else None."""
+    return load_architecture(cfg) if align == "head" else None
+
+
 def meta_model(cfg: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The configured model on the meta device: every module and shape, no weights.
 
     Raises:
-        UserError: nothing there to read, or no causal language model.
+        UserError: there is nothing to read, or it is not a causal language model.
     """
     config = load_architecture(cfg)
     with torch.device("meta"), quiet():
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
-            raise UserError(f"model={cfg.name} is no causal language model: {str(error).splitlines()[0]}") from error
+            raise UserError(f"model={cfg.name} is not a causal language model: {str(error).splitlines()[0]}") from error

@@ -41,7 +41,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came of some prompts.
+    """The answers to some prompts.
 
     Attributes:
         ids: of each prompt the new tokens, the one that ended the answer included.
@@ -140,7 +140,7 @@ def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def _until(ids: list[int], stops: list[int]) -> list[int]:
-    """`ids` up to and with the first of `stops`; what follows it is padding."""
+    """`ids` up to and with the first of `stops`; padding follows it."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return ids[: end + 1]
 

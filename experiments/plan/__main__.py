@@ -1,4 +1,4 @@
-"""What a run needs before anybody runs it: memory to the byte, FLOPs, hours, on one GPU and on many.
+"""Plan a run before anybody runs it: memory to the byte, FLOPs, hours, on one GPU and on many.
 
     python -m experiments.plan model=llama-65b +method=qlora rank=64 batch=1 seq=512
     python -m experiments.plan model=hf model.path=config.json +method=dora optim=adamw8bit gpu=a100 tokens=1e8
@@ -9,10 +9,8 @@ Every key of an experiment can be set (`--help`). No weights are read or made: s
 `python -m experiments.plan.claims` holds the same figures against published ones.
 """
 
-import sys
 from dataclasses import dataclass
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
@@ -24,10 +22,9 @@ from experiments.plan.cards import card
 from experiments.plan.measure import comparison, measure
 from experiments.plan.plot import plot
 from experiments.plan.table import heading, table
-from experiments.runs.resuming import configured
+from experiments.runs.start import configured
 from experiments.system import machine
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.cli import hydra_command
 
 
 @dataclass
@@ -60,7 +57,7 @@ def _check(cfg: PlanConfig) -> None:
 
 
 def plan(cfg: PlanConfig) -> str:
-    """What the command prints."""
+    """The text that the command prints."""
     _check(cfg)
     if cfg.measure:
         return _beside_a_run(cfg)
@@ -71,27 +68,17 @@ def plan(cfg: PlanConfig) -> str:
 
 
 def _beside_a_run(cfg: PlanConfig) -> str:
-    device = machine.pick_device(cfg.trainer)
-    if device.type == "cpu":
-        machine.set_up_cpu(cfg.trainer)
-    dtype = machine.pick_dtype(cfg.trainer, device)
+    device, dtype = machine.set_up(cfg.trainer)
     needs = budget(cfg, dtype, cfg.batch, cfg.seq, on_cpu=device.type == "cpu")
     measured = measure(cfg, device, dtype, cfg.batch, cfg.seq)
     beside = comparison(needs, measured, cfg.trainer.gradient_checkpointing)
     return f"{heading(cfg, dtype)}\n{machine.describe(device, dtype)}\n\n{beside}"
 
 
-@hydra.main(version_base="1.3", config_path=str(PROJECT_ROOT / "conf"), config_name="plan")
+@hydra_command("plan")
 def main(cfg: DictConfig) -> None:
-    try:
-        print(plan(configured(cfg)))
-    except UserError as error:  # here, not in cli: Hydra would print a second message around it
-        sys.exit(f"error: {error}")
-
-
-def cli() -> None:
-    run_command(main)
+    print(plan(configured(cfg)))
 
 
 if __name__ == "__main__":
-    cli()
+    main()

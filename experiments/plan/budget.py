@@ -15,7 +15,7 @@ from experiments.errors import UserError
 from experiments.models.architecture import meta_model
 from experiments.models.load import adapt, weights_dtype
 from experiments.plan.simulate import Allocations, Step, loss_of, simulate
-from experiments.runs import results
+from experiments.runs.result_numbers import storage
 from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, fuse, parameter_groups
 from modules.linear import weight_shape
@@ -26,13 +26,13 @@ PAGED_MB = 64  # that pages may occupy, in a plan without them
 
 @dataclass(frozen=True)
 class Stored:
-    """A model's tensors by what they are.
+    """A model's tensors by their kind.
 
     Attributes:
         packed: codes of linears in 4 bits.
-        constants: what turns codes into weights: absmax, and with double quantization its own absmax and offset.
+        constants: turn codes into weights: absmax, and with double quantization its own absmax and offset.
         dense: weights that are not packed, and buffers.
-        adapters: what a method adds or trains beside the base.
+        adapters: tensors that a method adds or trains beside the base.
     """
 
     packed: list[Tensor]
@@ -67,8 +67,8 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 
 def shard_bytes(parts: Stored, gpus: int) -> int:
-    """What the first GPU holds of a model that FSDP2 shards (experiments/training/engines.py): of parameters, codes and
-    constants its part, rows along the first dimension, rounded up; buffers and numbers whole."""
+    """Bytes on the first GPU of a model that FSDP2 shards (experiments/training/engines.py): its part of parameters,
+    codes and constants, cut along the first dimension and rounded up; buffers and numbers whole."""
     cut = [
         *parts.packed,
         *parts.constants,
@@ -86,23 +86,23 @@ def _shard_bytes(tensor: Tensor, gpus: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run needs, in bytes where nothing else is said.
+    """The needs of a run, in bytes unless it says otherwise.
 
     Attributes:
-        longest: tokens of a sequence that the model takes.
+        longest: the most tokens that a sequence can have.
         widest: the highest rank that each of its linears can have.
         parameters, trained: their numbers.
         bits: a weight of the decoder's linears occupies.
         tokens: of a forward pass on one GPU.
         logits: fp32 [tokens, vocabulary], which the loss does not make.
         packed, constants, dense, adapters: see Stored.
-        gradients: of what trains.
+        gradients: of the trained parameters.
         states: of each optimizer, by its name; without pages.
         paged: on the device, of the configured one with pages, within PAGED_MB unless optim.budget_mb says otherwise.
         state: on the device, of the configured one as it is configured.
         checkpoints: whether blocks of the model can be checkpointed.
         step: simulates one, with checkpointing or without.
-        gathered: what sharded GPUs bring together for a while; None: they cannot.
+        gathered: tensors that sharded GPUs gather for a while; None: the model cannot be sharded.
     """
 
     longest: int
@@ -153,8 +153,8 @@ class Budget:
 
 
 def _gathered(cfg: Config, model: PreTrainedModel, parts: Stored) -> int | None:
-    """What FSDP2 brings together for a while: a block, the next one, and what is in none; None: it cannot train this
-    (experiments/system/parallel.py)."""
+    """Bytes that FSDP2 gathers for a while: a block, the next one, and all outside of blocks; None: it cannot train
+    this (experiments/system/parallel.py)."""
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
     if not blocks or cfg.optim.name == "adamw8bit" or cfg.method.adapter not in ("none", "lora", "dora"):
         return None
@@ -170,11 +170,12 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0) -> PreTrainedMo
     """The configured model on the meta device, packed and with its adapters.
 
     Raises:
-        UserError: no such model, or one without linears, or that cannot take `seq` tokens; settings that do not fit it.
+        UserError: no such model, or one without linears, or with fewer positions than `seq`; settings that do not fit
+        it.
     """
     model = meta_model(cfg.model, weights_dtype(cfg, dtype))
     if seq > _longest(model):
-        raise UserError(f"seq={seq} is longer than model={cfg.model.name} takes: {_longest(model)} tokens")
+        raise UserError(f"seq={seq} is longer than the {_longest(model)} tokens that model={cfg.model.name} can have")
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
     fuse(model)
@@ -192,7 +193,7 @@ def most_gpus(model: PreTrainedModel) -> tuple[int, str]:
 
 
 def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, on_cpu: bool = False) -> Budget:
-    """What `cfg` needs to compute in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs.
+    """The budget of `cfg` computing in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs.
 
     Args:
         on_cpu: as the code for a CPU does it.
@@ -221,13 +222,13 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         fresh = OPTIMIZERS[cfg.optim.name](parameter_groups(model, cfg.lr))
         return simulate(label_loss(), fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, on_cpu)
 
-    storage = results.storage(model)
+    found = storage(model)
     return Budget(
         longest=_longest(model),
         widest=min(min(weight_shape(linear)) for linear in decoder_linears(model).values()),
-        parameters=storage["total_params"],
-        trained=storage["trainable_params"],
-        bits=storage["bits_per_weight"],
+        parameters=found["total_params"],
+        trained=found["trainable_params"],
+        bits=found["bits_per_weight"],
         tokens=batch * seq,
         logits=4 * batch * seq * model.config.get_text_config().vocab_size,
         packed=nbytes(parts.packed),

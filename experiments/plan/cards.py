@@ -1,6 +1,6 @@
-"""GPUs that one can have: their memory, and what their matrix units reach in bf16.
+"""Common GPUs: their memory, and the speed of their matrix units in bf16.
 
-Memory is what the driver reports (nvidia-smi, rocm-smi), in MiB; TFLOP/s are the data sheets', dense, with fp32 sums.
+Memory is the driver's figure (nvidia-smi, rocm-smi), in MiB; TFLOP/s are the data sheets', dense, with fp32 sums.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,11 @@ CARDS = {
 
 
 def card(name: str) -> Card:
-    """The card of that name. UserError: there is none."""
+    """The card of that name.
+
+    Raises:
+        UserError: no card has it.
+    """
     if name not in CARDS:
         raise UserError(f"gpu={name}: choose one of {', '.join(CARDS)}")
     return CARDS[name]

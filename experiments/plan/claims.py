@@ -1,4 +1,4 @@
-"""What the papers say about memory, and what is counted here.
+"""Hold the memory that papers state against the memory that is counted here.
 
     python -m experiments.plan.claims
 
@@ -11,14 +11,12 @@ import textwrap
 from dataclasses import dataclass
 
 import torch
-from hydra import compose, initialize_config_dir
 
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.plan.budget import Budget, budget
 from experiments.plan.cards import CARDS
-from experiments.system.cli import run_command
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.cli import command, composed
 
 
 @dataclass(frozen=True)
@@ -34,9 +32,7 @@ class Claim:
 
 
 def _budget(seq: int, *overrides: str) -> Budget:
-    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-        cfg = resolve(compose("config", overrides=[*overrides, "output_dir=."]))
-    return budget(cfg, torch.bfloat16, 1, seq)
+    return budget(resolve(composed(*overrides, "output_dir=.")), torch.bfloat16, 1, seq)
 
 
 def claims() -> list[Claim]:
@@ -128,15 +124,12 @@ def table(rows: list[Claim]) -> str:
     return "\n".join(lines)
 
 
+@command
 def main() -> None:
     if len(sys.argv) > 1:
         raise UserError(f"{sys.argv[1]}: this command takes no arguments")
     print(table(claims()))
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

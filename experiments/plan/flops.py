@@ -19,7 +19,7 @@ LINEARS = (
 
 
 def _formula(op: torch._ops.OpOverloadPacket) -> Callable[[Callable[..., int]], None]:
-    """Decorator: the function of the op's arguments by name, shapes in place of tensors, is its formula."""
+    """Decorator: the function is an op's formula. It gets the op's arguments by name, shapes in place of tensors."""
     names = [argument.name for argument in op.default._schema.arguments]
     return lambda formula: register_flop_formula(op)(lambda *args, **_: formula(**dict(zip(names, args))))
 

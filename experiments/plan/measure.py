@@ -1,8 +1,8 @@
-"""The same step for real, on this machine: bytes that are allocated, and seconds.
+"""A real training step on this machine: allocated bytes, and seconds.
 
 On a GPU the peak is torch.cuda.max_memory_allocated. On a CPU it is the highest sum of what torch's allocator gave out
 and took back, as torch.profiler records it, above the model and the optimizer's state that were there before. Neither
-counts what Python and the libraries occupy themselves.
+counts the memory of Python and the libraries themselves.
 """
 
 import contextlib
@@ -93,7 +93,7 @@ def _state(trainer: Trainer) -> int:
 
 
 def _peak(trainer: Trainer, group: list[list[Example]], device: torch.device, before: int) -> int:
-    """Of a step; `before` is what is there when it begins."""
+    """Peak bytes of a step; `before` is the allocated memory when it begins."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         trainer.step(group)
@@ -113,7 +113,7 @@ def _peak(trainer: Trainer, group: list[list[Example]], device: torch.device, be
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps off the terminal what the profiler's library writes to it whatever its log level."""
+    """Keep messages of the profiler's library off the terminal; it ignores log levels."""
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:

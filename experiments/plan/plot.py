@@ -7,14 +7,15 @@ from pathlib import Path
 import torch
 from matplotlib import ticker
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 
-from experiments.config import Config, ModelConfig
+from experiments.config import Config
+from experiments.models.named import named_model
 from experiments.plan.budget import Budget, budget
 from experiments.plan.cards import CARDS
 from experiments.plan.table import heading
-from experiments.runs.results import BLUE, ORANGE, identity
-from experiments.system.files import PROJECT_ROOT, writable_dir
+from experiments.runs.identity import identity
+from experiments.system.files import writable_dir
+from experiments.system.palette import BLUE, ORANGE
 from experiments.system.progress import bar
 
 RANKS = (4, 16, 64, 128, 256)
@@ -24,7 +25,7 @@ LINES = ("rtx4090", "a6000", "h100", "h200")  # whose memory is drawn
 
 
 def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -> Path:
-    """Draw and write the picture to cfg.output_dir; return where it is. `needs` is what `cfg` itself does."""
+    """Draw and write the picture to cfg.output_dir; return where it is. `needs` is the budget of `cfg` itself."""
     directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
     panels: list[tuple[str, list, Callable[..., Budget]]] = []
     if "rank" in identity(cfg):
@@ -32,7 +33,9 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
         panels.append(("rank", ranks, lambda rank: budget(replace(cfg, rank=rank), dtype, batch, seq)))
     lengths = sorted({n for n in (*LENGTHS, seq) if n <= needs.longest})
     panels.append(("tokens of a sequence", lengths, lambda length: budget(cfg, dtype, batch, length)))
-    panels.append(("parameters", list(SIZES), lambda name: budget(replace(cfg, model=_model(name)), dtype, batch, seq)))
+    panels.append(
+        ("parameters", list(SIZES), lambda name: budget(replace(cfg, model=named_model(name)), dtype, batch, seq))
+    )
 
     figure = Figure(figsize=(5.2 * len(panels), 4.6), layout="constrained")  # not pyplot, whose state a notebook shares
     figure.suptitle(heading(cfg, dtype), fontsize="medium")
@@ -70,10 +73,3 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
     figure.savefig(partial, dpi=130, format="png")
     partial.replace(path)
     return path
-
-
-def _model(name: str) -> ModelConfig:
-    """What conf/model/ says of a preset."""
-    values = OmegaConf.load(PROJECT_ROOT / "conf" / "model" / f"{name}.yaml")
-    values.pop("defaults")
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), values))

@@ -1,4 +1,4 @@
-"""What a training step allocates and computes, found by running it on the meta device.
+"""The memory and FLOPs of a training step, found by running it on the meta device.
 
 The step is the real one: the model's own code, the adapters, the loss, backward and the optimizer. On the meta device
 every tensor has its shape, dtype and lifetime but no bytes. A dispatch mode sees each operation: it adds the storages
@@ -6,7 +6,7 @@ that come into being, takes off those that are released, and remembers the highe
 checkpointing drops and what views share is therefore counted as autograd does it, of any architecture, without a
 formula for one. FLOPs are counted on the way, with torch's own formulas (torch.utils.flop_counter).
 
-Beside what the operations return, these are known:
+Beside the results of operations, these are counted:
 - attention is torch's fused kernel, which keeps q, k, v, the output and fp32 log-sums; on the meta device torch would
   take the unfused form, which no device runs;
 - a linear over packed codes has its dense weight while it computes: the Triton launcher makes one in the compute dtype;
@@ -108,13 +108,13 @@ class Allocations(TorchDispatchMode):
         given = {tensor.is_meta for tensor in _tensors((*args, *kwargs.values()))}
         on_meta = True in given
         if func is aten._local_scalar_dense.default and on_meta:
-            return 1  # what .item() reads: a loss, a norm, whether tokens are padding (none is)
+            return 1  # the value that .item() reads: a loss, a norm, whether tokens are padding (none is)
         if func is aten.nonzero.default and on_meta:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)  # rows for special care: none
         packet = func.overloadpacket
         if len(given) == 2 and packet not in POSITIONS:  # labels are real
             args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        if _is_composite(func):  # what a twin calls comes here before it is taken apart
+        if _is_composite(func):  # a call of a reference comes here before it is taken apart
             with self:
                 return func.decompose(*args, **kwargs)
         scratch = _dense_weight(func, args)
@@ -165,7 +165,7 @@ def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal
 
 
 class _Casts:
-    """What autocast does to the arguments of products, and remembers of parameters until it ends.
+    """Autocast's casts of the arguments of products, and its copies of parameters until it ends.
 
     Args:
         dtype: to cast to; None: nothing is cast.
@@ -200,7 +200,7 @@ class _Casts:
 
 @contextlib.contextmanager
 def _as_on_a_device(casts: _Casts) -> Iterator[None]:
-    """What torch does on every device but the meta device: fused attention, autocast of products."""
+    """Behaviour of torch on every device but the meta device: fused attention, autocast of products."""
     attention, linear, bmm = F.scaled_dot_product_attention, F.linear, torch.bmm
     F.scaled_dot_product_attention = casts.around(_fused_attention)
     F.linear, torch.bmm = casts.around(linear), casts.around(bmm)
@@ -230,7 +230,7 @@ def simulate(
 
     Args:
         label_loss: of the model, by `loss_of`.
-        optimizer: over what trains of it, without pages.
+        optimizer: over its trained parameters, without pages.
         batch, seq: sequences of a forward pass and their tokens, all of them labelled and none padded.
         autocast: the dtype in which linears run whose weights train in fp32.
         checkpointing: of each block.

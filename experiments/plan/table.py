@@ -6,7 +6,7 @@ from experiments.config import Config
 from experiments.plan.budget import PAGED_MB, Budget
 from experiments.plan.cards import CARDS, RESERVE, card
 from experiments.plan.simulate import Step
-from experiments.runs.results import identity
+from experiments.runs.identity import identity
 
 
 def heading(cfg: Config, dtype: torch.dtype) -> str:

@@ -4,7 +4,7 @@
 
 Reads every result.json under DIR (outputs/ unless given) and writes to DIR/report/
 
-    report.html     all of it in one file: what follows from the runs, tables, pictures
+    report.html     all of it in one file: conclusions, tables, pictures
     report.md       the same, with the pictures beside it as PNG
     runs.csv        a row a run: its configuration and every number that it measured
 
@@ -19,8 +19,8 @@ from pathlib import Path
 from experiments.errors import UserError
 from experiments.report import page
 from experiments.report.plots import pictures
-from experiments.report.runs import copy_runs, group, read_runs
-from experiments.system.cli import run_command
+from experiments.runs.groups import copy_runs, group, read_runs
+from experiments.system.cli import command
 from experiments.system.files import RESULT, writable_dir, write_atomically
 
 DPI = 120
@@ -64,6 +64,7 @@ def _png(figure) -> bytes:
     return image.getvalue()
 
 
+@command
 def main() -> None:
     parser = argparse.ArgumentParser(prog="experiments.report", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("outputs"))
@@ -75,9 +76,5 @@ def main() -> None:
     print(f"{count} runs compared; open {directory / 'report.html'}")
 
 
-def cli() -> None:
-    run_command(main)
-
-
 if __name__ == "__main__":
-    cli()
+    main()

@@ -1,4 +1,4 @@
-"""What the report's pictures share: colours, a figure with its title, error bars, the order of settings."""
+"""Shared parts of the report's pictures: a figure with its title, error bars, the order of settings."""
 
 import math
 from collections import defaultdict
@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from experiments.report.runs import Group, Run
 from experiments.report.statistics import Mean, front, mean
+from experiments.runs.groups import Group, Run
+from experiments.system.palette import COLOURS, MARKERS
 
-# Okabe and Ito's palette and markers: distinct to colour-blind readers and, by the markers, in grey. Eight colours and
-# seven markers give 56 different pairs.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LOSS = "held-out loss (nats a token)"
 MAX_LABELS = 8  # curves that one panel can hold
 
 
 @dataclass
 class Picture:
-    """A figure, what it shows, and the runs behind it."""
+    """A figure, its caption, and the runs behind it."""
 
     name: str
     caption: str

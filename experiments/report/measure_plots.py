@@ -1,4 +1,4 @@
-"""The report's pictures of what runs measure beside their loss: right answers, forgetting, the rank in use, layers."""
+"""The report's pictures of measures beside the loss: right answers, forgetting, the rank in use, layers."""
 
 import math
 import re
@@ -18,8 +18,8 @@ from experiments.report.drawing import (
     scatter,
     style,
 )
-from experiments.report.runs import Group, Run, shown
 from experiments.report.statistics import mean
+from experiments.runs.groups import Group, Run, shown
 
 LEVEL = r"exact_match_level_(\d+)_after"
 
@@ -65,7 +65,7 @@ def exact_match(group: Group) -> Picture | None:
 
 
 def forgetting(group: Group) -> Picture | None:
-    """What was learned against what was forgotten of a second domain."""
+    """Learning against the forgetting of a second domain."""
     runs = [run for run in group.runs if "second_loss_rise" in run.measures]
     settings = _best_first(group, runs)
     if len(settings) < 2:
@@ -87,7 +87,7 @@ def forgetting(group: Group) -> Picture | None:
 
 
 def target_modules(group: Group) -> Picture | None:
-    """Loss before and after by which linears have adapters, and what that costs in parameters."""
+    """Loss before and after by the linears that have adapters, and the number of parameters."""
     key = "target_modules"
     if key not in group.varied:
         return None

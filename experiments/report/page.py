@@ -8,8 +8,8 @@ import itertools
 from dataclasses import dataclass, field
 
 from experiments.report.plots import Picture
-from experiments.report.runs import MEASURES, Group, Run, disagreements, shown
 from experiments.report.statistics import Difference, Mean, Verdict, mean, method_differences, verdict
+from experiments.runs.groups import MEASURES, Group, Run, disagreements, shown
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:84em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto;font-size:.85em}
@@ -55,7 +55,7 @@ class Section:
 
 
 def as_csv(groups: list[Group]) -> str:
-    """A row a run, all groups together: what it is, every value of its configuration, every number it measured."""
+    """A row a run, all groups together: its name, every value of its configuration, every number it measured."""
     runs = [(number, run) for number, group in enumerate(groups, start=1) for run in group.runs]
     configured = sorted({key for _, run in runs for key in run.config} - {"seed"})
     others = sorted({name for _, run in runs for name in run.measures} - MEASURES.keys())

@@ -7,21 +7,11 @@ from collections.abc import Callable
 import numpy
 from matplotlib import ticker
 
-from experiments.report.drawing import (
-    COLOURS,
-    LOSS,
-    Picture,
-    errorbar,
-    finish,
-    log_ticks,
-    new_figure,
-    scatter,
-    series_of,
-    style,
-)
+from experiments.report.drawing import LOSS, Picture, errorbar, finish, log_ticks, new_figure, scatter, series_of, style
 from experiments.report.measure_plots import exact_match, forgetting, rank_in_use, target_modules
-from experiments.report.runs import Group
 from experiments.report.statistics import mean
+from experiments.runs.groups import Group
+from experiments.system.palette import COLOURS
 
 LINES = ("--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of levels, so that colour alone need not tell
 
@@ -29,7 +19,7 @@ MAX_CURVES = 10  # in one panel
 
 
 def pictures(group: Group) -> list[Picture]:
-    """Those that the group's runs have something to say in."""
+    """The pictures that the group's runs have data for."""
     makers: tuple[Callable[[Group], Picture | None], ...] = (
         *(settings, rank, block_size, target_modules, cost, exact_match, forgetting, rank_in_use, curves),
     )

@@ -1,4 +1,4 @@
-"""Means over seeds, paired differences with a confidence interval, and what costs least."""
+"""Means over seeds, paired differences with a confidence interval, and the cheapest settings."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy
 from scipy import stats
 
-from experiments.report.runs import Group, Run
+from experiments.runs.groups import Group, Run
 
 LEVEL = 0.95
 
@@ -25,7 +25,7 @@ class Mean:
 
 
 def mean(runs: list[Run], measure: str) -> Mean:
-    """Of the runs that measured it."""
+    """The mean of `measure` over the runs that have it."""
     values = [run.measures[measure] for run in runs if measure in run.measures]
     if not values:
         return Mean(math.nan, math.nan, 0)
@@ -97,7 +97,7 @@ def front(points: dict[str, tuple[float, float]]) -> list[str]:
 
 @dataclass
 class Verdict:
-    """What a group's runs say.
+    """The conclusion from a group's runs.
 
     Attributes:
         best: the setting with the lowest mean held-out loss.

@@ -1,1 +1,10 @@
-"""A run on disk: its configuration, results and checkpoints; how it goes on; runs of a sweep."""
+"""Runs: how one goes, its files, and many of them together.
+
+The modules by their subject:
+
+    one_run start measures tracking shared_base         a run, from its configuration to its result
+    checkpoints model_files output_files config_file    its files
+    result_numbers spectrum identity                    the numbers in its files
+    finished lm_eval_harness base_and_tuned             trained models, loaded again
+    sweep groups ablations                              many runs: made, read and compared
+"""

@@ -1,4 +1,4 @@
-"""What the notebooks on ablations read: the runs of a sweep that `make sweeps` left in notebooks/results/.
+"""The runs that the notebooks on ablations read: a sweep that `make sweeps` left in notebooks/results/.
 
 With QDORA_SMALL=1 in the environment short runs of the tiny model take their place, made on the spot: they show that a
 notebook works, and say nothing about models.
@@ -12,12 +12,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 from experiments.config import resolve
 from experiments.errors import UserError
-from experiments.report.runs import Group, group, read_runs
-from experiments.run import run
+from experiments.runs.groups import Group, group, read_runs
+from experiments.runs.one_run import run
+from experiments.system.cli import composed
 from experiments.system.files import PROJECT_ROOT
 
 RESULTS = PROJECT_ROOT / "notebooks" / "results"
@@ -58,7 +57,6 @@ def _make(folder: Path, values: dict[str, Sequence]) -> None:
     for combination in itertools.product(*values.values()):
         overrides = [f"{key}={value}" for key, value in zip(values, combination)]
         directory = folder / ",".join(overrides).replace("+", "")
-        with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-            cfg = resolve(compose("config", [*SHORT, *overrides, f"output_dir='{directory}'"]))
+        cfg = resolve(composed(*SHORT, *overrides, f"output_dir='{directory}'"))
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             run(cfg)

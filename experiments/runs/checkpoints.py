@@ -27,7 +27,8 @@ from torch import Tensor
 from experiments.config import Config
 from experiments.data.samples import Data
 from experiments.errors import UserError
-from experiments.runs.directory import ADAPTER, base_name, load_trained, read_tensors, save_trained, write_config
+from experiments.runs.config_file import write_config
+from experiments.runs.model_files import ADAPTER, base_name, load_trained, read_tensors, save_trained
 from experiments.system import parallel
 from experiments.system.files import delete_directory, directory_atomically
 from experiments.training.evaluation import Evaluation
@@ -44,18 +45,18 @@ class Checkpoints:
     def __init__(self, run: Path, cfg: Config, data: Data):
         self.folder, self.cfg, self.data = run / FOLDER, cfg, data
 
-    def save(self, trainer: Trainer, story: dict) -> None:
+    def save(self, trainer: Trainer, before_stop: dict) -> None:
         """Write a checkpoint.
 
         Args:
-            story: what the run must remember beside the trainer's state, as JSON.
+            before_stop: the run's own state beside the trainer's (one_run.BeforeStop), as JSON.
         """
         tensors, state = _training_state(trainer)
         state |= {
             "tensors": sorted(tensors),
             "data_fingerprint": self.data.fingerprint,
             "dtype": str(trainer.dtype),
-            "story": story,
+            "story": before_stop,  # the name in the file
         }
 
         def write_training(directory: Path) -> None:
@@ -72,7 +73,7 @@ class Checkpoints:
         load_trained(trainer.model, self._best(trainer.trained.best_step), trainer.engine)
 
     def restore(self, checkpoint: Path, trainer: Trainer) -> dict:
-        """Put `trainer`, its model and the random generators in the state of `checkpoint`; return its story.
+        """Put `trainer`, its model and the random generators in the state of `checkpoint`; return its `before_stop`.
 
         Raises:
             UserError: a file is missing or damaged, or was written for another model, dtype or data.
@@ -112,7 +113,7 @@ class Checkpoints:
         return self.folder / f"best-{step:08}"
 
     def _prune(self, best_step: int) -> None:
-        """Delete old checkpoints, best weights that no remaining one refers to, and what a killed process left."""
+        """Delete old checkpoints, best weights that no remaining one refers to, and files of a killed process."""
         checkpoints = of_run(self.folder.parent)
         kept = checkpoints[-self.cfg.trainer.keep_checkpoints :]
         best = {self._best(step) for step in [best_step, *(read_state(path)["trained"].best_step for path in kept)]}
@@ -157,7 +158,7 @@ def find(resume: str, output_dir: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """What training.json holds; "trained" is a `Trained`."""
+    """The content of training.json; "trained" is a `Trained`."""
     try:
         state = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError) as error:  # ValueError: not JSON, not text
@@ -170,7 +171,7 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def _training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
-    """(tensors, the rest) of what training.* hold, in process 0; every process must call it."""
+    """The content of training.safetensors and of training.json, in process 0; every process must call it."""
     optimizer = trainer.optimizer.state_dict()
     numbers: dict[str, dict] = {}
     own: dict[str, Tensor] = {}
@@ -196,7 +197,7 @@ def _training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's random generators, which differ between processes."""
+    """The states of torch's random generators, which differ between processes."""
     states = {"torch": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -228,7 +229,7 @@ def _load_optimizer(trainer: Trainer, saved: dict, tensors: dict[str, Tensor]) -
 
 
 def _restore_random(saved: dict, tensors: dict[str, Tensor], seed: int) -> None:
-    """`seed`: for a process that the run had not when it was saved."""
+    """Restore the random generators. `seed` is for a process that the saved run did not have."""
     process = parallel.rank()
     if _random_name("torch", process) in tensors:
         torch.set_rng_state(tensors[_random_name("torch", process)])

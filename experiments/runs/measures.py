@@ -1,4 +1,4 @@
-"""What a run measures before and after training beside its own loss: right answers, and what was forgotten.
+"""Measures of a run before and after training, beside its own loss: right answers, and forgetting.
 
 Exact match is the share of held-out prompts to which the model's likeliest (greedy) answer, spaces aside, is the
 reference: with `data.answer_tokens=N`, which data=arithmetic sets. An answer not ended after N tokens is cut there.
@@ -26,7 +26,7 @@ from modules.adapters.state import DEFAULT
 
 
 class Measures:
-    """Measures a model in what `cfg` asks for; nothing, if it asks for nothing.
+    """Takes the measures that `cfg` asks for, perhaps none.
 
     Raises:
         UserError: the second domain's data cannot be read.
@@ -53,8 +53,7 @@ class Measures:
 
 @contextlib.contextmanager
 def without_prefix(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the tokens of prefix tuning are gone: they start at random, so before training the model is as it was
-    only without them."""
+    """Inside, prefix tokens are off. They start at random: only without them is the untrained model the base."""
     prefix = any(virtual_tokens(model))
     if prefix:
         set_adapter(model, None)

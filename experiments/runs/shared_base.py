@@ -52,15 +52,13 @@ class SharedBase:
 
 
 def _pack(cfg: Config, directory: Path) -> None:
-    """Write `packed` into `directory`; nothing where the base is packed already, or where the job itself will say what
-    is wrong with it."""
+    """Write `packed` into `directory`. Write nothing where the base is packed already, or is wrong: the job itself will
+    say so."""
     with contextlib.suppress(UserError, OSError, ValueError):
         if cfg.model.source == "hf" and cfg.model.path is not None and is_packed(Path(cfg.model.path).expanduser()):
             return
-        device = machine.pick_device(cfg.trainer)
-        if device.type == "cpu":
-            machine.set_up_cpu(cfg.trainer)
-        model, tokenizer = load_base(cfg, machine.pick_dtype(cfg.trainer, device))
+        _, dtype = machine.set_up(cfg.trainer)
+        model, tokenizer = load_base(cfg, dtype)
         with quiet():
             save_bnb4(model, directory / "partial")
             tokenizer.save_pretrained(directory / "partial")

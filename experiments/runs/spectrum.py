@@ -9,9 +9,6 @@ factors of B and Aᵀ its singular values are those of an r × r matrix.
     rank for 90 %    how many singular values, largest first, hold 90 % of ‖ΔW‖²_F
 """
 
-import csv
-import io
-
 import torch
 from torch import Tensor, nn
 
@@ -64,14 +61,3 @@ def summary(rows: list[dict]) -> dict[str, float | None]:
     """For result.json: the mean of the layers' effective ranks; None without an adapter."""
     ranks = [row["effective_rank"] for row in rows]
     return {"effective_rank": sum(ranks) / len(ranks) if ranks else None}
-
-
-def as_csv(rows: list[dict]) -> str:
-    """The rows with a line of titles; singular values are in one column, with spaces between them."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(
-        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
-    )
-    return file.getvalue()

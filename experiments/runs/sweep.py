@@ -1,14 +1,13 @@
-"""Sweeps: what `-m` does with each job.
+"""Sweeps: the jobs of `-m`.
 
-A run is known by `results.config_hash`: its resolved configuration and the version of the results. In the sweep's
-folder its directory ends with that hash; where a result is there already nothing is done, and where checkpoints are
-there it goes on from the newest. So a sweep that is started again in the same folder does only what is missing.
+A run is known by `config_hash`: its resolved configuration and the version of the results. In the sweep's
+folder its directory ends with that hash; a job with a result there is not done again, and one with checkpoints goes
+on from the newest. So a sweep that is started again in the same folder does only the missing jobs.
 
 Each job has a process of its own, forked from a server that has imported everything and computed nothing: its peak
-memory is its own, and one that dies does not stop the others. What they can share is the packed base
-(experiments/runs/shared_base.py). While it works it holds a lock, which the kernel takes
-back from a process that dies: several sweeps, also of different machines that share a file system with locks, may
-write to one folder.
+memory is its own, and one that dies does not stop the others. They can share the packed base
+(experiments/runs/shared_base.py). A process holds a lock while it works, and the kernel releases it when the process
+dies: several sweeps, also of different machines that share a file system with locks, may write to one folder.
 """
 
 import atexit
@@ -27,16 +26,21 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs import checkpoints, results
+from experiments.runs import checkpoints
+from experiments.runs.identity import config_hash
+from experiments.runs.one_run import run
+from experiments.runs.result_numbers import table
 from experiments.runs.shared_base import SharedBase
+from experiments.runs.start import configured
 from experiments.system import parallel
-from experiments.system.files import NAME_LENGTH, write_atomically
+from experiments.system.files import NAME_LENGTH, RESULT, write_atomically
 
 DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
 STOPPED = "stopped"  # by whoever watched it
@@ -59,12 +63,12 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     """Do the run `cfg` in a directory of its own inside `cfg.output_dir`, unless that has its result.
 
     Args:
-        name: what the job varies; the directory's name starts with it.
-        watch: takes the record of each evaluation in training, and says whether to stop the run.
+        name: the varied keys; the directory's name starts with it.
+        watch: gets the record of each evaluation in training; returns True to stop the run.
     """
     if cfg.resume:
         return Outcome(FAILED, "a sweep resumes by itself: leave resume out and name its folder with output_dir=…")
-    folder, identity = Path(cfg.output_dir), results.config_hash(cfg)
+    folder, identity = Path(cfg.output_dir), config_hash(cfg)
     new = folder / f"{name.replace('+', '').replace('/', '-')[:NAME_LENGTH]}_{identity}"
     directory = min(folder.glob(f"*_{identity}"), default=new)
     if _has_result(directory, identity):
@@ -77,7 +81,7 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     context.set_forkserver_preload(["experiments.runs.sweep"])
     base = _shared_base.of(cfg, context)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_run, args=(cfg, identity, base, watch is not None, theirs))
+    process = context.Process(target=_work, args=(cfg, identity, base, watch is not None, theirs))
     process.start()
     theirs.close()
     try:
@@ -95,13 +99,20 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     return message
 
 
+def hydra_job(cfg: DictConfig) -> Outcome:
+    """The job of a multirun that Hydra composed as `cfg`."""
+    try:
+        return job(configured(cfg), HydraConfig.get().job.override_dirname)
+    except UserError as error:
+        return Outcome(FAILED, str(error))
+
+
 class _Stopped(Exception):
     """Whoever watches the run wants no more of it."""
 
 
-def _run(cfg: Config, identity: str, base: Path | None, watched: bool, connection: Connection) -> None:
-    """What a job's process does: `run`, and send the outcome, and before it evaluations if it is watched."""
-    from experiments.run import run  # here, because it imports this module
+def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connection: Connection) -> None:
+    """In a job's process: run, and send the outcome, and before it evaluations if the job is watched."""
 
     def watch(record: dict) -> None:
         if watched and "heldout_loss" in record and record["step"]:
@@ -121,7 +132,7 @@ def _run(cfg: Config, identity: str, base: Path | None, watched: bool, connectio
                 outcome = Outcome(DONE_BEFORE, directory=cfg.output_dir)
             else:
                 cfg.resume = checkpoints.LATEST if checkpoints.of_run(directory) else None
-                print(f"\n{results.table(run(cfg, base, watch))}\n")
+                print(f"\n{table(run(cfg, base, watch))}\n")
                 outcome = Outcome(DONE, directory=cfg.output_dir)
     except _Stopped as stopped:
         outcome = Outcome(STOPPED, str(stopped))
@@ -150,7 +161,7 @@ def claim(lock: Path) -> Iterator[bool]:
 
 def _has_result(directory: Path, identity: str) -> bool:
     try:
-        return json.loads((directory / results.RESULT).read_text(encoding="utf-8"))["config_hash"] == identity
+        return json.loads((directory / RESULT).read_text(encoding="utf-8"))["config_hash"] == identity
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -190,4 +201,4 @@ class Summary(Callback):
         if len(failed) < len(outcomes):
             print(f"compare them: python -m experiments.report {config.output_dir}")
         if failed:
-            sys.exit("error: start the sweep again with the same output_dir, and it does only what is missing")
+            sys.exit("error: start the sweep again with the same output_dir, and it does only the missing jobs")

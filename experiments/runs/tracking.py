@@ -17,7 +17,7 @@ from experiments.system import parallel
 
 
 class Tracker(Protocol):
-    run_id: str | None  # what the service knows the run by
+    run_id: str | None  # the service's name for the run
 
     def log(self, record: dict) -> None:
         """Take one record of metrics.jsonl; its "step" is the x axis."""

@@ -1,1 +1,1 @@
-"""The machine, its processes, files and terminal: what every command stands on."""
+"""The machine, its processes, files and terminal: the basis of every command."""

@@ -1,19 +1,93 @@
-"""What every command shares: how it reads its arguments, and how it ends."""
+"""How a command reads its arguments, and how it ends.
 
+A command with a file in conf/ is a `hydra_command`. The others are a `command`; most of them read `read_options`.
+"""
+
+import functools
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from typing import TypeVar, get_origin
+from typing import Any, TypeVar, get_origin
 
+import hydra
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
+from experiments.system import parallel
+from experiments.system.files import PROJECT_ROOT
 from experiments.system.parallel import last_words
 
+CONF = str(PROJECT_ROOT / "conf")
+HELP = {"-h", "--help"}
 Options = TypeVar("Options")
+
+
+def composed(*overrides: str, config_name: str = "config") -> DictConfig:
+    """The configuration that a Hydra command gets from the arguments `overrides`."""
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
+        return hydra.compose(config_name, overrides=list(overrides))
+
+
+def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+    """Decorator: a function of a configuration becomes a command with Hydra's grammar, over conf/<config_name>.yaml.
+
+    `--help` prints the docstring of the function's module, then Hydra's help.
+    """
+
+    def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
+        @functools.wraps(main)
+        def guarded(cfg: DictConfig) -> Any:
+            try:
+                return main(cfg)
+            except UserError as error:  # here, not in `command`: Hydra would print a second message around it
+                sys.exit(last_words(f"error: {error}"))
+            except RuntimeError as error:  # likewise
+                if not parallel.lost_another(error):
+                    raise
+                sys.exit(parallel.outlived())
+
+        start = hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)
+
+        @command
+        @functools.wraps(main)
+        def started() -> None:
+            if HELP & set(sys.argv):
+                print(sys.modules[main.__module__].__doc__.strip(), end="\n\n")
+            start()
+
+        return started
+
+    return decorate
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorator: end `main` with one line and exit code 1 after a user's mistake, with exit code 130 after Ctrl-C."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
+        try:
+            main()
+        except UserError as error:
+            sys.exit(last_words(f"error: {error}"))
+        except OverrideParseException as error:
+            key, equals, value = error.override.partition("=")
+            how = f"quote it twice, \"{key}='{value}'\"" if equals else "give it as key=value"
+            sys.exit(last_words(f"error: {error.override} cannot be read: {how}"))
+        except (HydraException, OmegaConfBaseException) as error:
+            sys.exit(last_words(f"error: {_one_line(error)}"))
+        except OSError as error:
+            sys.exit(last_words(f"error: {error}"))
+        except KeyboardInterrupt:
+            if isinstance(last_words("interrupted"), str):
+                print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return run
 
 
 def read_options(schema: type[Options], help: str, changes: tuple[str, ...]) -> tuple[Options, list[str]]:
@@ -31,7 +105,7 @@ def read_options(schema: type[Options], help: str, changes: tuple[str, ...]) -> 
     Raises:
         UserError: an unknown or a missing key, or a value of the wrong type.
     """
-    if {"-h", "--help"} & set(sys.argv):
+    if HELP & set(sys.argv):
         print(help.strip())
         sys.exit(0)
     changed = [argument for argument in sys.argv[1:] if argument.startswith(changes)]
@@ -58,30 +132,8 @@ def read_options(schema: type[Options], help: str, changes: tuple[str, ...]) -> 
     return OmegaConf.to_object(values), changed
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Call `main`; a mistake of the user's ends it with one line and exit code 1, Ctrl-C with 130."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
-    try:
-        main()
-    except UserError as error:
-        sys.exit(last_words(f"error: {error}"))
-    except OverrideParseException as error:
-        key, equals, value = error.override.partition("=")
-        how = f"quote it twice, \"{key}='{value}'\"" if equals else "give it as key=value"
-        sys.exit(last_words(f"error: {error.override} cannot be read: {how}"))
-    except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(last_words(f"error: {_one_line(error)}"))
-    except OSError as error:
-        sys.exit(last_words(f"error: {error}"))
-    except KeyboardInterrupt:
-        if isinstance(last_words("interrupted"), str):
-            print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
 def _one_line(error: Exception) -> str:
-    """What a configuration error says, without Hydra's indented details and its advice to add unknown keys."""
+    """The message of a configuration error, without Hydra's indented details and its advice to add unknown keys."""
     lines = f"{error}\n{error.__cause__ or ''}".partition("Config search path")[0].splitlines()
     kept = [line.strip() for line in lines if line.strip() and not line.startswith((" ", "To append"))]
     return " ".join(dict.fromkeys(kept))

@@ -6,8 +6,8 @@ POWERCAP = Path("/sys/class/powercap")
 
 
 class EnergyMeter:
-    """Adds up what the counters say since it was made. They start again at 0 after some 10⁵ J, so read it every few
-    minutes. A kernel lets only root read them unless told otherwise."""
+    """Adds up the counters' readings since it was made. Counters start again at 0 after some 10⁵ J, so read it every
+    few minutes. By default only root can read them."""
 
     def __init__(self, powercap: Path = POWERCAP):
         self.total = 0.0

@@ -1,20 +1,22 @@
-"""Where files go, and how they get there whole."""
+"""Folders for files, and writes that leave no half file."""
 
 import contextlib
+import csv
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from experiments.errors import UserError
 
 RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
-NAME_LENGTH = 120  # of what a run varies, in its directory's name; a file name may have 255 bytes
+NAME_LENGTH = 120  # of the varied keys in the name of a run's directory; a file name may have 255 bytes
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def cache_dir() -> Path:
-    """The folder for what can be made again: `$QDORA_CACHE`, or `.cache/` in the project. Created if missing."""
+    """The folder for files that can be made again: `$QDORA_CACHE`, or `.cache/` in the project. Created if missing."""
     return writable_dir(Path(os.environ.get("QDORA_CACHE") or PROJECT_ROOT / ".cache"), "set QDORA_CACHE to a folder")
 
 
@@ -41,9 +43,20 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def as_csv(columns: Sequence[str], rows: Iterable[dict]) -> str:
+    """The rows below a line of titles; floats with six digits."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(
+        {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows
+    )
+    return file.getvalue()
+
+
 @contextlib.contextmanager
 def directory_atomically(path: Path) -> Iterator[Path]:
-    """An empty directory to fill. When the block ends well it gets the name `path` and replaces what was there."""
+    """An empty directory to fill. When the block ends well it gets the name `path` and replaces a directory there."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -57,7 +70,7 @@ def directory_atomically(path: Path) -> Iterator[Path]:
 
 
 def delete_directory(path: Path) -> None:
-    """Delete a directory; its name is gone first, so that nobody takes what is left of it for the whole."""
+    """Delete a directory. It is renamed first, so that nobody takes the rest of it for the whole."""
     gone = path.with_name(f".{path.name}.{os.getpid()}.deleted.partial")
     os.rename(path, gone)
     shutil.rmtree(gone)

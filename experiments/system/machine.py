@@ -1,4 +1,4 @@
-"""What the machine can do: device, compute dtype, peak memory, versions."""
+"""The machine: device, compute dtype, memory, threads, versions."""
 
 import ctypes
 import importlib.metadata
@@ -19,7 +19,7 @@ from experiments.errors import UserError
 from experiments.system import parallel
 from kernels import cpu
 
-HEAP_BLOCKS = 8  # of 512 MB: what a step of a model that trains on a CPU may need
+HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,9 +56,17 @@ def pick_dtype(trainer: TrainerConfig, device: torch.device) -> torch.dtype:
 
 
 def check_dtype(trainer: TrainerConfig) -> None:
-    """UserError: no dtype that a run can have."""
+    """Raise UserError unless `trainer.dtype` is auto or one of DTYPES."""
     if trainer.dtype not in ("auto", *DTYPES):
         raise UserError(f"trainer.dtype={trainer.dtype}: choose auto, {', '.join(DTYPES)}")
+
+
+def set_up(trainer: TrainerConfig) -> tuple[torch.device, torch.dtype]:
+    """Make the machine ready; return the device and the dtype to compute in."""
+    device = pick_device(trainer)
+    if device.type == "cpu":
+        set_up_cpu(trainer)
+    return device, pick_dtype(trainer, device)
 
 
 def set_up_cpu(trainer: TrainerConfig) -> None:
@@ -71,7 +79,7 @@ def set_up_cpu(trainer: TrainerConfig) -> None:
 
 
 def seed_all(seed: int) -> None:
-    """As transformers.set_seed, which imports PEFT, bitsandbytes and inductor for it: seconds."""
+    """Seed all random generators, as transformers.set_seed does, without its seconds of imports."""
     random.seed(seed)
     numpy.random.seed(seed)
     torch.manual_seed(seed)  # of every device
@@ -90,7 +98,7 @@ def usable_cores() -> int:
 def keep_freed_memory() -> None:
     """Have the allocator reuse freed memory instead of returning it to the system, and keep it in huge pages. A
     training step allocates the same activations again and again, and would get each of their pages anew. While a model
-    is loaded it is the other way round: a dense weight that has been packed is better given back."""
+    is loaded the opposite is better: a dense weight that has been packed should go back."""
     _allocator(mapped_from=2**30, trimmed_from=-1)
     _huge_pages()
 
@@ -122,7 +130,7 @@ def _huge_pages() -> None:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line for the terminal: where the run computes, and in what."""
+    """One line for the terminal: device and dtype of the run."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -1,9 +1,9 @@
-"""The processes of one run: how many there are, what they tell each other, which part of the work is whose.
+"""The processes of one run: how many there are, their messages, and the share of the work of each.
 
     torchrun --nproc-per-node 2 -m experiments.run +method=qdora
 
-Each process does its share of every batch. Process 0 alone writes and prints. In a run of one process nothing here does
-anything. How the model and its optimizer are spread is the business of engines.py.
+Each process does its share of every batch. Process 0 alone writes and prints. With one process these functions do
+nothing. training/engines.py spreads the model and its optimizer.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from experiments.errors import UserError
 
 T = TypeVar("T")
 
-# While process 0 writes what it found the others wait. A process that ended is noticed at once, not after this time.
+# The others wait while process 0 writes its files. A process that ended is noticed at once, not after this time.
 TIMEOUT = timedelta(minutes=30)
 
 SECONDS_TO_LEAVE = 5  # for torchrun to see which process ended first, and to end the others
@@ -35,7 +35,7 @@ _interrupted = False
 
 
 def start() -> None:
-    """Meet the other processes that torchrun started, if it started any. Everything but process 0 falls silent."""
+    """Connect to the other processes that torchrun started, if there are any. All but process 0 stop printing."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -72,23 +72,23 @@ def is_main() -> bool:
 
 
 def mode(cfg: Config) -> str:
-    """ddp, fsdp, or one: how many processes there are and what `trainer.parallel` says."""
+    """How processes share the run: "one" (a single process), "ddp" or "fsdp"."""
     if size() == 1:
         return "one"
     return "ddp" if cfg.trainer.parallel == "auto" else cfg.trainer.parallel
 
 
 def check(cfg: Config) -> None:
-    """Refuse what several processes cannot do.
+    """Refuse a run that several processes cannot do.
 
     Raises:
-        UserError: they cannot do it; what to do instead.
+        UserError: they cannot; the message says what to do instead.
     """
     if size() == 1:
         return
     if cfg.trainer.batch_size < size():
         raise UserError(
-            f"trainer.batch_size={cfg.trainer.batch_size} is what {size()} processes share: raise it, or start fewer"
+            f"trainer.batch_size={cfg.trainer.batch_size} is too small for {size()} processes: raise it, or start fewer"
         )
     if cfg.trainer.compile:
         raise UserError("trainer.compile=true is for one process: leave it out, or start without torchrun")
@@ -103,7 +103,7 @@ def check(cfg: Config) -> None:
 
 
 def share(items: list[T]) -> list[T]:
-    """Of a list that every process has, what is this one's to do; perhaps nothing."""
+    """The items of this process, of a list that every process has; perhaps none."""
     return items[rank() :: size()]
 
 
@@ -167,7 +167,7 @@ def interrupted_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Process 0 goes through the block before the others: what it leaves in the cache they need not make again."""
+    """Process 0 goes through the block before the others, which then find its files in the cache."""
     if not is_main():
         wait()
     yield
@@ -200,10 +200,10 @@ def outlived() -> int:
 
 
 def last_words(message: str) -> str | int:
-    """What to end this process with: `message` and exit code 1, but no message if another process had one before."""
+    """The argument of sys.exit: `message`, or exit code 1 alone if another process had a message before."""
     if size() == 1:
         return message
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # what torchrun quotes in its own account of the end
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun quotes this file at the end
         told = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
         Path(report).write_text(json.dumps({"message": told}))
     try:

@@ -1,4 +1,4 @@
-"""A progress bar in a terminal; elsewhere a plain line now and then for training, nothing for what takes seconds."""
+"""A progress bar in a terminal; elsewhere a plain line now and then for training, and nothing for work of seconds."""
 
 import functools
 import sys

@@ -6,8 +6,8 @@
     FSDP      each has a part of every tensor, of packed codes and quantization constants too, and gathers a block of
               the decoder when it computes (FSDP2, torch.distributed.fsdp.fully_shard)
 
-All multiply the loss by the number of processes, since both torch's DDP and FSDP take the mean of the gradients. What
-comes out of them is the whole again: files are the same whatever the engine.
+All multiply the loss by the number of processes, since both torch's DDP and FSDP take the mean of the gradients. They
+give whole tensors back: files are the same whatever the engine.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Engine:
         """Spread the model, adapters included, over the processes."""
 
     def forward_of(self, forward: Callable) -> Callable:
-        """What to call in training in place of `forward`, the model or what torch.compile made of it."""
+        """The callable to train with in place of `forward`, which is the model or its compiled form."""
         return forward
 
     def accumulate(self, forward: Callable, last: bool) -> contextlib.AbstractContextManager:
@@ -51,7 +51,7 @@ class Engine:
         step()
 
     def whole(self, model: PreTrainedModel, everything: bool = False) -> contextlib.AbstractContextManager:
-        """Inside, process 0 may read `model` as if it were alone: what trains, and an A that is frozen, or
+        """Inside, process 0 may read `model` as if it were alone: the trained parameters and a frozen A, or
         `everything`. Every process must enter."""
         return contextlib.nullcontext()
 
@@ -60,11 +60,11 @@ class Engine:
         return state
 
     def own_state(self, parameters: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the state of whole parameters what this process' optimizer takes."""
+        """The part of the state of whole parameters that this process' optimizer holds."""
         return state
 
     def settle(self, model: PreTrainedModel) -> None:
-        """Drop what a forward pass left gathered, so that the model has the parameters that train and no others."""
+        """Drop tensors that a forward pass gathered, so that the model has only the parameters that train."""
 
     @torch.no_grad()
     def set(self, parameter: Tensor, value: Tensor) -> None:
@@ -102,7 +102,7 @@ class DDP(Engine):
 
 
 def _owners(parameters: list[Tensor]) -> list[int]:
-    """Which process updates each parameter: runs of neighbours, of about the same number of elements."""
+    """The process that updates each parameter. Each gets neighbours with about the same number of elements."""
     whole = sum(p.numel() for p in parameters)
     before, owners = 0, []
     for p in parameters:
@@ -192,7 +192,7 @@ def _of_adapter(name: str) -> bool:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """A tensor of which each process has a part, whole and on the CPU in process 0; elsewhere as it is."""
+    """Gather a sharded tensor: whole and on the CPU in process 0, unchanged elsewhere."""
     value = tensor.detach()
     if hasattr(tensor, "full_tensor"):
         value = value.full_tensor()
@@ -203,7 +203,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _as_shard(local: Tensor, like: Tensor) -> Tensor:
-    """This process' part `local` as one of a tensor that is spread as `like` is."""
+    """`local` as this process' part of a tensor that is sharded as `like` is."""
     from torch.distributed.tensor import DTensor
 
     spread = {"shape": like.shape, "stride": like.stride(), "run_check": False}
@@ -211,7 +211,7 @@ def _as_shard(local: Tensor, like: Tensor) -> Tensor:
 
 
 def _shard(value: Tensor, like: Tensor) -> Tensor:
-    """The whole `value`, which every process has, spread as `like` is."""
+    """Shard `value`, which every process has whole, as `like` is."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

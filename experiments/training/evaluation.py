@@ -38,7 +38,7 @@ def label_logits(
     the vocabulary is the largest of a small model.
 
     Args:
-        forward: what to call in place of `model`, such as torch's DDP around it.
+        forward: is called in place of `model`, such as torch's DDP around it.
     """
     targets, labelled = label_positions(batch)
     with _head_sees_only(model, labelled), prompt_lengths(model, label_starts(batch)):
@@ -56,7 +56,7 @@ def label_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def label_starts(batch: dict[str, Tensor]) -> Tensor:
-    """Where the first labelled token of each sample is, which ends its prompt: int64 [B]."""
+    """The position of the first labelled token of each sample, where its prompt ends: int64 [B]."""
     return (batch["labels"] != IGNORED).int().argmax(1)
 
 
@@ -83,7 +83,7 @@ def evaluate(
     pad_id: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Evaluation:
-    """Measure `model` on `examples`, of which each process takes its share, `batch_size` at a time. Leaves the model in
+    """Measure `model` on `examples`, `batch_size` at a time; each process does its share. Leaves the model in
     the mode (training or not) it was in."""
     training = model.training
     model.eval()

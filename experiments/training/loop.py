@@ -70,13 +70,13 @@ def lr_factor(step: int, trainer: TrainerConfig) -> float:
 
 
 class Trainer:
-    """Trains a model in place. What it holds besides its arguments changes from step to step and is what a checkpoint
-    keeps (experiments/runs/checkpoints.py).
+    """Trains a model in place. Its attributes that are not arguments change from step to step; checkpoints keep them
+    (experiments/runs/checkpoints.py).
 
     Args:
         dtype: to compute in. Weights that train are fp32; where all of them do, matmuls run under autocast.
         pad_id: token that fills short samples up.
-        engine: what has placed the model; None: nothing has.
+        engine: the engine that has placed the model; None: none has.
 
     Raises:
         UserError: gradient checkpointing of a model that cannot; no room for the optimizer's pages.
@@ -191,8 +191,11 @@ def _accumulate(
     scaler: torch.amp.GradScaler,
     engine: Engine,
 ) -> float:
-    """Add to the gradients those of the mean loss over all labelled tokens of the batches, of which each process takes
-    its share; return what this one's adds to that loss."""
+    """Add the gradients of the mean loss over all labelled tokens of the batches. Each process computes its share.
+
+    Returns:
+        The share of the loss that this process computed.
+    """
     labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
     model = label_loss.model
     # Base weights are in `dtype` already if they are frozen; if they train they are fp32, and autocast converts.

@@ -1,4 +1,4 @@
-"""The optimizer that a configuration names, and what happens when memory runs out beside it."""
+"""The optimizer that a configuration names, and room for a step when memory runs out beside it."""
 
 from collections.abc import Callable
 from typing import TypeVar

@@ -2,24 +2,10 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 ALL_LINEAR = "all-linear"
-_LORA = (
-    *("rank", "lora_alpha", "target_modules", "dropout", "exclude_modules", "rank_pattern", "alpha_pattern"),
-    *("modules_to_save", "bias", "rslora", "init", "freeze_A"),
-)
-_PREFIX = ("prefix_tokens", "infix_tokens")
-# Each adapter and the settings that it has.
-SETTINGS = {
-    "lora": _LORA,
-    "dora": _LORA,
-    "bitfit": ("modules_to_save",),
-    "houlsby": ("rank", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"),
-    "prefix_embed": _PREFIX,
-    "prefix_layer": _PREFIX,
-}
-ADAPTER_NAMES = tuple(SETTINGS)
 BASELINES = ("bitfit", "houlsby", "prefix_embed", "prefix_layer")  # not LoRA; their files are in files/baselines.py
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "qpissa", "eva")
 INITS_WITH_NUMBER = ("pissa_niter_N", "loftq_iter_N", "qpissa_iter_N")
@@ -27,13 +13,13 @@ _WITH_NUMBER = re.compile(r"pissa_niter_\d+|(loftq|qpissa)_iter_[1-9]\d*")
 QPISSA_ITERATIONS = 5  # the paper's choice
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The settings of one adapter. SETTINGS lists which of them each adapter has.
+@dataclass
+class AdapterSettings:
+    """The settings of an adapter beside its kind. They are keys of a run too: experiments/config.py inherits them.
+
+    Types are those that Hydra can check. AdapterConfig checks the rest.
 
     Attributes:
-        adapter: "lora", "dora", or a baseline: "bitfit" (own.py), "houlsby" (bottleneck.py),
-            "prefix_embed" or "prefix_layer" (prefix.py).
         rank: of every layer that `rank_pattern` does not match.
         lora_alpha: of every layer that `alpha_pattern` does not match. The default is 2 · rank.
         target_modules: "all-linear" (all but the output embeddings), a list of suffixes (`q_proj` matches every
@@ -50,26 +36,54 @@ class AdapterConfig:
         freeze_A: train only B, and DoRA's magnitude. LoRA-FA, Zhang et al. 2023.
         prefix_tokens: how many trainable tokens precede the text.
         infix_tokens: how many trainable tokens precede the last token of the prompt.
-
-    Raises:
-        ValueError: a setting is out of range, has the wrong type, or the adapter does not have it.
     """
 
-    adapter: str = "lora"
     rank: int = 16
     lora_alpha: float | None = None
-    target_modules: str | list[str] = ALL_LINEAR
+    target_modules: Any = ALL_LINEAR
     dropout: float = 0.0
-    exclude_modules: str | list[str] | None = None
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
-    modules_to_save: list[str] | None = None
+    exclude_modules: Any = None
+    rank_pattern: Any = None
+    alpha_pattern: Any = None
+    modules_to_save: list[str] = field(default_factory=list)
     bias: str = "none"
     rslora: bool = False
     init: str = "default"
     freeze_A: bool = False
     prefix_tokens: int = 0
     infix_tokens: int = 0
+
+
+_PREFIX = ("prefix_tokens", "infix_tokens")
+_LORA = tuple(f.name for f in fields(AdapterSettings) if f.name not in _PREFIX)
+# Each adapter and the settings that it has.
+SETTINGS = {
+    "lora": _LORA,
+    "dora": _LORA,
+    "bitfit": ("modules_to_save",),
+    "houlsby": ("rank", "rank_pattern", "target_modules", "exclude_modules", "modules_to_save"),
+    "prefix_embed": _PREFIX,
+    "prefix_layer": _PREFIX,
+}
+ADAPTER_NAMES = tuple(SETTINGS)
+
+
+@dataclass
+class _Kind:
+    adapter: str = "lora"
+
+
+@dataclass
+class AdapterConfig(AdapterSettings, _Kind):  # fields of the last base come first: AdapterConfig("dora", 8)
+    """An adapter: its kind and its settings. SETTINGS lists which settings each kind has.
+
+    Attributes:
+        adapter: "lora", "dora", or a baseline: "bitfit" (own.py), "houlsby" (bottleneck.py),
+            "prefix_embed" or "prefix_layer" (prefix.py).
+
+    Raises:
+        ValueError: a setting is out of range, has the wrong type, or the adapter does not have it.
+    """
 
     def __post_init__(self):
         for name, default in (
@@ -80,7 +94,7 @@ class AdapterConfig:
             ("modules_to_save", []),
         ):
             if getattr(self, name) is None:
-                object.__setattr__(self, name, default)
+                setattr(self, name, default)
         self._check_choices()
         self._check_used()
         self._check_modules()

@@ -1,40 +1,19 @@
 """Runs of the command line inside the test process: an import of torch and transformers takes eight seconds."""
 
-import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig
 
-from experiments import run
-from experiments.config import ModelConfig, resolve
-from experiments.models.load import load_model
-from experiments.system.files import PROJECT_ROOT
+from experiments import run, tune_blocks
+from experiments.config import DataConfig, resolve
+from experiments.system.cli import composed
 from modules import quantize
 from modules.files.bitsandbytes import save_bnb4
-
-TINY = ["model=tiny", "trainer=debug", "rank=4", "trainer.dtype=float32"]  # the same on every processor
-CHECKPOINTS = ["trainer.steps=6", "trainer.checkpoint_every=2", "trainer.grad_accum=2"]
-SMALL = ["trainer.samples=1", "trainer.sample_tokens=4", "data.max_heldout=4"]
-
-
-def composed(*overrides: str) -> DictConfig:
-    """The configuration of a command line."""
-    with initialize_config_dir(str(PROJECT_ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
-def write_chats(folder: Path) -> Path:
-    """A JSON Lines file of forty short prompts and completions."""
-    path = folder / "chats.jsonl"
-    lines = [{"prompt": f"What is {n} plus {n}?", "completion": f"It is {2 * n}."} for n in range(40)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, TINY_MODEL, tiny, write_chats
+from tests.experiments.made_up_results import LOSSES, write_run
 
 
 @pytest.fixture(scope="session")
@@ -53,14 +32,14 @@ def chats(tmp_path) -> Path:
 
 @pytest.fixture
 def terminal(monkeypatch, capsys):
-    """terminal(command, *arguments) calls a module's `cli`; returns (exit code, what it printed)."""
+    """terminal(command, *arguments) calls a module's `main`; returns (exit code, what it printed)."""
 
     def start(command: ModuleType, *arguments: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
         code = 0
         try:
-            command.cli()
+            command.main()
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()
@@ -86,8 +65,31 @@ def command(terminal, tmp_path, chats):
 @pytest.fixture
 def packed_tiny(tmp_path) -> Path:
     """A directory with the tiny model as bitsandbytes has it in NF4, blocksize 64 and double quantization."""
-    model, tokenizer = load_model(ModelConfig(name="tiny", source="tiny"), torch.float32, seed=0)
+    model, tokenizer = tiny()
     quantize(model)
     save_bnb4(model, tmp_path / "packed")
     tokenizer.save_pretrained(tmp_path / "packed")
     return tmp_path / "packed"
+
+
+@pytest.fixture(scope="session")
+def profile_file(tmp_path_factory):
+    """profile.csv and map.yaml of the tiny model."""
+    folder = tmp_path_factory.mktemp("profile")
+    cfg = tune_blocks.TuneConfig(
+        model=TINY_MODEL, data=DataConfig(name="arithmetic", source="arithmetic"), samples=2, candidates=[32, 64],
+        output_dir=str(folder), bits=4.2, dtype="float32",
+    )  # fmt: skip
+    tune_blocks.tune(cfg)
+    return folder
+
+
+@pytest.fixture
+def results(tmp_path) -> Path:
+    """A folder of made-up results: two methods at two ranks and full fine-tuning, three seeds each."""
+    for (method, rank), losses in LOSSES.items():
+        for seed, loss in enumerate(losses):
+            write_run(tmp_path, method, seed, loss, rank=rank, train_seconds=100.0 if method == "lora" else 120.0)
+    for seed, loss in enumerate([2.86, 2.89, 2.88]):
+        write_run(tmp_path, "full", seed, loss, peak_memory_bytes=9 * 10**9)
+    return tmp_path

@@ -8,9 +8,9 @@ import pytest
 
 from experiments import evaluate
 from experiments.runs import checkpoints
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate as measure
-from tests.experiments.conftest import write_chats
+from tests.experiments.helpers import write_chats
 
 
 @pytest.fixture

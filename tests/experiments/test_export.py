@@ -15,11 +15,11 @@ from experiments import export
 from experiments.config import ModelConfig
 from experiments.models.load import load_model
 from experiments.runs import checkpoints
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from modules import decoder_linears, dequantize, detach
 from modules.files.bitsandbytes import by_definition
 from modules.files.peft import WEIGHTS_FILE
-from tests.experiments.conftest import SMALL
+from tests.experiments.helpers import SMALL
 
 IDS = torch.arange(3, 90).unsqueeze(0)
 

@@ -7,15 +7,8 @@ import torch
 from peft import PeftModel
 
 from experiments import extract
-from experiments.config import ModelConfig
-from experiments.models.load import load_model
 from modules import DoRALinear, adapted_linears, attach, decoder_linears, load_adapter
-
-TINY = ModelConfig(name="tiny", source="tiny")
-
-
-def tiny():
-    return load_model(TINY, torch.float32, seed=0)
+from tests.experiments.helpers import tiny
 
 
 @pytest.fixture

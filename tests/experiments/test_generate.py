@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from experiments import generate
 from experiments.models.generation import Sampling
 from experiments.models.generation import generate as generate_ids
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from modules import adapted_linears
 
 
@@ -162,7 +162,7 @@ def test_bad_input_is_one_line(write, arguments, message):
     "damage, message",
     [
         (lambda out: out.rename(out.with_name("gone")), "no such directory"),
-        (lambda out: (out / "config.yaml").unlink(), "no config.yaml there, so this is no run's directory"),
+        (lambda out: (out / "config.yaml").unlink(), "no config.yaml there, so this is not a run's directory"),
         (lambda out: (out / "config.yaml").write_text("rank: [4"), "config.yaml: while parsing"),
         (lambda out: (out / "config.yaml").write_text("rnk: 4"), "config.yaml: Key 'rnk' not in 'Config'"),
         (lambda out: (out / "adapter").rename(out / "old"), "neither adapter/ nor model/ there"),

@@ -8,7 +8,7 @@ from experiments import params
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
-from tests.experiments.conftest import composed
+from experiments.system.cli import composed
 
 SMALL = {  # grouped key and value heads: their projections are narrower
     "model_type": "llama",

@@ -7,19 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 
-from experiments.config import resolve
+from experiments.config import RENAMED_METHODS, resolve
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.load import load_model
+from experiments.system.cli import composed
 from experiments.system.files import PROJECT_ROOT
 from experiments.training.evaluation import evaluate
-from tests.experiments.conftest import composed
+from tests.experiments.helpers import records
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
 RESULT_KEYS = {
@@ -31,10 +31,6 @@ RESULT_KEYS = {
     *("tokens_per_s", "peak_memory_bytes", "train_seconds", "total_seconds", "cpu_energy_joules", "effective_rank"),
     *("processes", "shared_base"),
 }
-
-
-def records(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,13 +107,15 @@ def test_a_sweep_runs_every_combination(command, tmp_path):
 
 @pytest.mark.parametrize("group", ["model", "quant", "data", "trainer", "tracking", "method"])
 def test_every_config_composes(group):
-    names = [path.stem for path in (PROJECT_ROOT / "conf" / group).glob("*.yaml")]
+    names = {path.stem: path.stem for path in (PROJECT_ROOT / "conf" / group).glob("*.yaml")}
     assert names
-    for name in names:
+    if group == "method":
+        names |= RENAMED_METHODS
+    for name, resolved in names.items():
         overrides = [f"+method={name}"] if group == "method" else ["+method=lora", f"{group}={name}"]
         overrides += ["quant.map=unused"] if name == "tuned" else []
         cfg = resolve(composed(*overrides, "output_dir=unused"))
-        assert getattr(cfg, group).name == name
+        assert getattr(cfg, group).name == resolved
         assert cfg.lora_alpha == 2 * cfg.rank
 
 
@@ -139,7 +137,7 @@ BAD = {
     ),
     "no value": (["+method=lora", "rank"], "rank cannot be read: give it as key=value"),
     "misspelt key": (["+method=lora", "rnk=3"], "Key 'rnk' not in 'Config'"),
-    "added key": (["+method=lora", "+rnk=3"], "no such key: rnk; there are model, quant"),
+    "added key": (["+method=lora", "+rnk=3"], "no such key: rnk; there are rank, lora_alpha"),
     "added nested key": (["+method=lora", "+trainer.stepz=3"], "no such key: stepz; there are name, steps"),
     "blocksize": (["+method=qlora", "quant.blocksize=48"], "quant.blocksize=48: choose one of 32, 64, 128"),
     "small blocksize": (["+method=qlora", "quant.blocksize=16"], "quant.blocksize=16: choose one of 32, 64, 128"),
@@ -189,7 +187,7 @@ def test_a_packed_directory_is_trained_over_as_it_is(command, tmp_path, packed_t
     [
         (
             ["+method=dora"],
-            "is packed in four bits, and method=dora takes a dense model: choose +method=qlora",
+            "is packed in four bits, and method=dora needs a dense model: choose +method=qlora",
         ),
         (["+method=qlora", "quant.blocksize=128"], "set quant.blocksize=64 quant.double=true"),
         (["+method=qlora", "quant.double=false"], "is packed with blocksize 64 and double quantization: set quant."),

@@ -8,7 +8,7 @@ import pytest
 
 from experiments import search
 from experiments.runs import sweep
-from tests.experiments.conftest import TINY
+from tests.experiments.helpers import TINY
 
 SPACE = ["lr=log(1e-4,1e-1)", "rank=2,4", "quant.blocksize=64,128"]
 

@@ -60,7 +60,7 @@ BAD = {
     "no map": (["quant=tuned"], None, "quant=tuned needs quant.map=FILE: python -m"),
     "no file": (["quant=tuned", "quant.map=/nowhere"], None, "quant.map=/nowhere: no such file: python -m"),
     "not YAML": (["quant=tuned", "quant.map={path}"], "a: [", "quant.map="),
-    "another YAML": (["quant=tuned", "quant.map={path}"], "a: 1", "is no map of block sizes: it needs `double`"),
+    "another YAML": (["quant=tuned", "quant.map={path}"], "a: 1", "is not a map of block sizes: it needs `double`"),
     "layer": (["quant=tuned", "quant.map={path}"], "double: true\nlayers: {x: 64}", "x needs {shape: [out, in], block"),
     "blocksize": (
         ["quant=tuned", "quant.map={path}"],

@@ -17,21 +17,12 @@ from experiments.blocks.quant_types import (
 )
 from kernels import quantize_4bit
 from kernels.codebook import normal_float
+from tests.experiments.helpers import nearest
 
 
 def weights(n: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(n)
     return torch.randn(n, generator=generator) * 1.7 ** (torch.arange(n) // 64 % 7 - 3)
-
-
-def nearest(w: np.ndarray, levels: np.ndarray, blocksize: int) -> np.ndarray:
-    """Blockwise absmax quantization to the nearest level, by looking at all of them, in float64."""
-    out = np.empty_like(w)
-    for start in range(0, len(w), blocksize):
-        block = w[start : start + blocksize]
-        absmax = np.abs(block).max()
-        out[start : start + blocksize] = absmax * levels[np.abs(block[:, None] / absmax - levels).argmin(axis=1)]
-    return out
 
 
 @pytest.mark.parametrize("bits", [2, 3, 5, 8])

@@ -9,10 +9,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from experiments import run
 from experiments.config import resolve
-from experiments.runs import results, sweep
+from experiments.runs import identity, sweep
 from experiments.runs.shared_base import SharedBase
+from experiments.system.cli import composed
 from experiments.system.files import PROJECT_ROOT
-from tests.experiments.conftest import TINY, composed
+from tests.experiments.helpers import TINY
 
 
 def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp_path):
@@ -38,18 +39,18 @@ def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp
 
 def test_a_run_that_another_process_has_is_left_to_it(command, tmp_path, chats):
     where = [*TINY, "data=jsonl", f"data.path={chats}"]
-    identity = results.config_hash(resolve(composed("+method=lora", *where)))
-    with sweep.claim(tmp_path / "out" / ".locks" / identity) as claimed:
+    run_hash = identity.config_hash(resolve(composed("+method=lora", *where)))
+    with sweep.claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
         assert claimed
         code, text = command("-m", "+method=lora", "seed=0")
     assert code == 0 and "1 runs in" in text and "1 being done by another process" in text
     assert not list((tmp_path / "out").glob("*/result.json"))
-    with sweep.claim(tmp_path / "out" / ".locks" / identity) as claimed:
+    with sweep.claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
         assert claimed
 
 
 def test_a_process_that_dies_is_a_failure(monkeypatch, tmp_path):
-    monkeypatch.setattr(sweep, "_run", _die)
+    monkeypatch.setattr(sweep, "_work", _die)
     cfg = resolve(composed("+method=lora", "model=tiny", "trainer=debug", f"output_dir={tmp_path}"))
     assert sweep.job(cfg, "name") == sweep.Outcome(
         "failed", "its process ended with signal 9; 9 is often a lack of memory"
@@ -126,7 +127,7 @@ def test_launchers(command, tmp_path, launcher, ranks, told):
             "rank=x,y",
             "error: Error merging override rank=x Value 'x' of type 'str' could not be converted to Integer\n",
         ),
-        ("+foo=1,2", " +foo=2: no such key: foo; there are model, quant, "),
+        ("+foo=1,2", " +foo=2: no such key: foo; there are rank, lora_alpha, "),
     ],
 )
 def test_a_sweep_over_what_is_not_there_says_so(terminal, tmp_path, wrong, message):
@@ -144,14 +145,14 @@ def test_slurm_is_missed_in_one_line(command, monkeypatch):
 
 def test_the_hash_is_of_what_a_run_computes(monkeypatch):
     def hashed(*overrides):
-        return results.config_hash(resolve(composed(*overrides, "output_dir=unused")))
+        return identity.config_hash(resolve(composed(*overrides, "output_dir=unused")))
 
     assert hashed("+method=full", "rank=4") == hashed("+method=full", "rank=64", "dropout=0.5")
     assert hashed("+method=lora", "quant.blocksize=128") == hashed("+method=lora")
     assert hashed("+method=qlora", "quant.blocksize=128") != hashed("+method=qlora")
     lora = hashed("+method=lora", "rank=4", "tracking=wandb")
     assert lora == hashed("+method=lora", "rank=4") != hashed("+method=lora", "rank=8")
-    monkeypatch.setattr(results, "VERSION", results.VERSION + 1)
+    monkeypatch.setattr(identity, "VERSION", identity.VERSION + 1)
     assert hashed("+method=lora", "rank=4") != lora
 
 
@@ -172,5 +173,5 @@ def test_every_ready_sweep_has_jobs_that_resolve(name):
     for position, values in enumerate(choices):
         for value in values:
             job = [*first[:position], f"+{value}" if value.startswith("method=") else value, *first[position + 1 :]]
-            hashes.add(results.config_hash(resolve(composed(f"sweep={name}", *job, "output_dir=unused"))))
+            hashes.add(identity.config_hash(resolve(composed(f"sweep={name}", *job, "output_dir=unused"))))
     assert len(hashes) == 1 + sum(len(values) - 1 for values in choices)

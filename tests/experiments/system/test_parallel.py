@@ -1,6 +1,5 @@
 """Several processes against one: losses, weights, files, resumed runs; packed weights bit for bit; how runs end."""
 
-import json
 import shutil
 import sys
 from itertools import product
@@ -20,13 +19,14 @@ from experiments.config import ModelConfig, TrainerConfig, resolve
 from experiments.data.samples import batches, load_data
 from experiments.models.load import load_model, prepare_model
 from experiments.system import machine, parallel
+from experiments.system.cli import composed
 from experiments.training.engines import engine_of
 from experiments.training.loop import Trainer
-from tests.experiments.conftest import TINY, composed, write_chats
-from tests.experiments.many import failures, processes, run_until, runs
+from tests.experiments.helpers import TINY, records, result, write_chats
+from tests.experiments.several_processes import failures, processes, run_until, runs
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
-BASELINES = ["adapter", "prefix_layer"]  # for DDP alone
+BASELINES = ["houlsby", "prefix_layer"]  # for DDP alone
 # 19 samples in batches of 6: the fourth of each epoch has one sample, which leaves all processes but one without any
 SETTINGS = ["trainer.device=cpu", "trainer.dtype=float32", "trainer.batch_size=6", "trainer.grad_accum=2", "lr=3e-3"]
 SETTINGS += ["data.max_train=19", "data.max_heldout=5", "trainer.eval_batch_size=2"]
@@ -54,14 +54,6 @@ def arguments(folder: Path, name: str, *overrides: str) -> list[str]:
     # lora on a model whose logits are no linear function of its last hidden state
     model = ["model=hf", f"model.path={folder / 'gemma'}"] if "+method=lora" in overrides else []
     return [*TINY, *SETTINGS, *where, *model, *overrides]
-
-
-def records(directory: Path) -> list[dict]:
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def result(directory: Path) -> dict:
-    return json.loads((directory / "result.json").read_text())
 
 
 def good(ended) -> None:

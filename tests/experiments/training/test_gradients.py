@@ -9,10 +9,10 @@ from experiments.data.chat import Example
 from experiments.data.samples import collate
 from experiments.errors import UserError
 from experiments.models.load import load_model
+from experiments.system.cli import composed
 from experiments.training.evaluation import label_logits
 from experiments.training.loop import Trainer, _accumulate
 from modules import attach, quantize
-from tests.experiments.test_run import composed
 
 METHODS = {
     "full": (None, False),

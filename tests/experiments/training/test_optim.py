@@ -10,10 +10,11 @@ import torch
 from experiments.config import resolve
 from experiments.data.chat import Example
 from experiments.models.load import load_model
+from experiments.system.cli import composed
 from experiments.training.loop import Trainer
 from experiments.training.optim import make_optimizer, with_room
 from modules import attach
-from tests.experiments.test_run import composed, records
+from tests.experiments.helpers import records
 
 
 def losses(directory: Path) -> list[float]:
@@ -84,7 +85,7 @@ def test_without_pages_there_is_nothing_to_evict(tmp_path):
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(command, monkeypatch, overrides, message):
-    monkeypatch.setattr("experiments.run.prepare_model", None)
+    monkeypatch.setattr("experiments.runs.one_run.prepare_model", None)
     code, text = command("+method=lora", *overrides)
     assert code == 1 and message in text
     assert len(text.strip().splitlines()) == 1

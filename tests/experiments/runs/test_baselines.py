@@ -13,22 +13,22 @@ from experiments import evaluate, export, generate
 from experiments.data.chat import IGNORED
 from experiments.data.samples import load_data
 from experiments.models.load import load_base
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate as measure
 from experiments.training.evaluation import label_logits
 from experiments.training.loss import LabelLoss
 from modules.files.baselines import OUR_CONFIG_FILE
-from tests.experiments.conftest import SMALL
+from tests.experiments.helpers import SMALL
 from tests.modules.prefix_cases import TEXTS, batch_of, reference, with_prefix
 
 # Of the tiny model: 2 layers of width 64 with 14 linears, whose outputs are 64, 32, 32, 64, 128, 128 and 64 wide.
 PARAMETERS = {
     "bitfit": 2 * 512,
-    "adapter": 4 * (2 * 64 * 4 + 4 + 64),
+    "houlsby": 4 * (2 * 64 * 4 + 4 + 64),
     "prefix_embed": 64 * (32 + 3),
     "prefix_layer": 2 * 64 * 8,
 }
-MORE = {"adapter": ["quant=nf4"], "prefix_embed": ["infix_tokens=3"]}
+MORE = {"houlsby": ["quant=nf4"], "prefix_embed": ["infix_tokens=3"]}
 HAS_NO_RANK = {"bitfit", "prefix_embed", "prefix_layer"}
 
 
@@ -84,11 +84,11 @@ def test_what_peft_has(trained, terminal):
 
 
 def test_what_cannot_be_exported(trained, terminal, tmp_path):
-    run, _ = trained("adapter")
+    run, _ = trained("houlsby")
     for to, message in (
-        ("peft", "to=peft: PEFT has nothing that computes method=adapter"),
-        ("merged", "to=merged: method=adapter adds what dense weights cannot hold"),
-        ("bnb4", "to=bnb4: method=adapter adds what dense weights cannot hold"),
+        ("peft", "to=peft: PEFT has nothing that computes method=houlsby"),
+        ("merged", "to=merged: method=houlsby adds what dense weights cannot hold"),
+        ("bnb4", "to=bnb4: method=houlsby adds what dense weights cannot hold"),
     ):
         code, text = terminal(export, f"run={run}", f"to={to}")
         assert code == 1 and message in text and "Traceback" not in text, text
@@ -146,7 +146,7 @@ def test_a_conversation_keeps_the_infix_at_the_first_prompt(trained, monkeypatch
         (["+method=full", "infix_tokens=4"], "infix_tokens is about adapters, and method=full has none"),
         (["+method=prefix_embed", "prefix_tokens=0"], "set prefix_tokens or infix_tokens to 1 or more"),
         (["+method=prefix_layer", "prefix_tokens=2000"], "are more than the 2048 positions of tiny"),
-        (["+method=adapter", "rank=0"], "rank=0: choose 1 or more"),
+        (["+method=houlsby", "rank=0"], "rank=0: choose 1 or more"),
         (["+method=bitfit", "trainer.loraplus_lr_ratio=16"], "is about LoRA's A and B, and method=bitfit has none"),
     ],
 )

@@ -115,7 +115,7 @@ def test_what_blocks_must_not_run_across():
 
 BAD = {
     "align": ([64], "column", "quant.align=column: choose none, row, head"),
-    "candidate": ([64, 48], "none", "candidates: 48 is no block size; choose from 32, 64, "),
+    "candidate": ([64, 48], "none", "candidates: 48 is not a block size; choose from 32, 64, "),
     "nothing": ([], "none", "candidates is empty; choose from 32, 64, "),
     "too small": ([4096, 2048], "none", "y has 60 weights, less than a block of any of candidates=[4096,2048]: add a"),
     "row": ([64], "row", "quant.align=row: no candidate divides x's 96 weights a row; block sizes that do: 32"),

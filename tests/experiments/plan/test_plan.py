@@ -18,11 +18,11 @@ from experiments.plan import claims
 from experiments.plan.budget import budget, nbytes, planned_model, shard_bytes, stored
 from experiments.plan.measure import allocated, measure
 from experiments.plan.simulate import Step, loss_of, simulate
+from experiments.system.cli import composed
 from experiments.training.engines import FSDP
 from experiments.training.optim import make_optimizer
 from modules import AdamW, parameter_groups
 from modules.paging import PAGE_BYTES
-from tests.experiments.conftest import composed
 
 CPU = torch.device("cpu")
 PUBLISHED = {  # parameters, as the files on the Hugging Face hub have them

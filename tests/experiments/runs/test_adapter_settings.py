@@ -13,12 +13,12 @@ from experiments import export
 from experiments.config import resolve
 from experiments.data.samples import load_data
 from experiments.models.load import load_model, prepare_model
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
+from experiments.system.cli import composed
 from experiments.training.evaluation import evaluate
 from modules import adapted_linears, decoder_linears, dequantize, quantize
 from modules.files.bitsandbytes import load_bnb4
-from tests.experiments.conftest import composed
-from tests.experiments.runs.test_resume import records, result, tensors
+from tests.experiments.helpers import repeatable_records, repeatable_result, tensors
 
 MANY = [
     *("init=pissa", "rslora=true", "rank_pattern={q_proj:2,mlp.up_proj:6}", "alpha_pattern={v_proj:12}"),
@@ -51,7 +51,7 @@ def peft_loss(out, chats, *overrides) -> float:
 def test_peft_measures_the_same_loss(command, tmp_path, chats, overrides):
     code, text = command(*overrides, "lr=1e-2", "trainer.samples=0", "trainer.dtype=float32")
     assert code == 0, text
-    measured = result(tmp_path / "out")
+    measured = repeatable_result(tmp_path / "out")
     assert measured["loss_after"] < measured["loss_before"]
     assert peft_loss(tmp_path / "out", chats, *overrides) == pytest.approx(measured["loss_after"], rel=1e-4)
 
@@ -63,7 +63,7 @@ def test_a_base_packed_for_its_adapter_stays_with_the_run(command, terminal, tmp
     out, whole = tmp_path / "out", tmp_path / "whole"
     code, text = command(f"+method={method}", *more)
     assert code == 0, text
-    measured = result(out)
+    measured = repeatable_result(out)
 
     # transformers and bitsandbytes load base/, PEFT the adapter that names it: a plain LoRA or DoRA. A DoRA over dense
     # weights: on CPUs with bf16 bitsandbytes' first forward reorders the codes, which PEFT's DoRA then misreads.
@@ -92,7 +92,11 @@ def test_a_base_packed_for_its_adapter_stays_with_the_run(command, terminal, tmp
     (out / "result.json").unlink()
     code, text = command(f"+method={method}", *more, f"resume={out}")
     assert code == 0, text
-    assert records(out) == records(whole) and result(out) == result(whole) and tensors(out) == tensors(whole)
+    assert (
+        repeatable_records(out) == repeatable_records(whole)
+        and repeatable_result(out) == repeatable_result(whole)
+        and tensors(out) == tensors(whole)
+    )
     shutil.rmtree(out / "base")
     code, text = terminal(export, f"run={out}", "to=peft", f"output_dir={tmp_path / 'again'}")
     assert code == 1 and "base is missing: the adapter of init=qpissa is nothing without its base" in text
@@ -104,7 +108,7 @@ def test_another_data_type(command, terminal, tmp_path, quant_type):
     out = tmp_path / "out"
     code, text = command("+method=qdora", f"quant={quant_type}", "trainer.samples=0", "lr=1e-2")
     assert code == 0, text
-    assert result(out)["loss_after"] < result(out)["loss_before"]
+    assert repeatable_result(out)["loss_after"] < repeatable_result(out)["loss_before"]
     linears = decoder_linears(load_run(out).model)
     assert {linear.quant_type for linear in linears.values()} == {quant_type}
     code, text = terminal(export, f"run={out}", "to=bnb4", f"output_dir={tmp_path / 'bnb4'}")
@@ -136,7 +140,7 @@ def test_every_setting_reaches_the_model():
 def test_b_learns_faster_than_a_with_lora_plus(command, tmp_path):
     settings = ["trainer.loraplus_lr_ratio=16", "trainer.steps=1", "trainer.samples=0", "trainer.warmup=0", "lr=1e-3"]
     assert command("+method=lora", *settings)[0] == 0
-    assert records(tmp_path / "out")[1]["lr"] == 1e-3
+    assert repeatable_records(tmp_path / "out")[1]["lr"] == 1e-3
     saved = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     b = torch.cat([tensor.flatten() for name, tensor in saved.items() if "lora_B" in name])
     # it starts at 0, so one step of Adam moves all of it by its learning rate
@@ -153,15 +157,22 @@ def test_a_run_goes_on_from_its_checkpoint(command, tmp_path):
     (out / "result.json").unlink()
     code, text = command(*settings, f"resume={out}")
     assert code == 0, text
-    assert records(out) == records(whole) and result(out) == result(whole) and tensors(out) == tensors(whole)
+    assert (
+        repeatable_records(out) == repeatable_records(whole)
+        and repeatable_result(out) == repeatable_result(whole)
+        and tensors(out) == tensors(whole)
+    )
     code, text = command(*settings, "rank_pattern={q_proj:3}", f"resume={out}", "trainer.steps=5")
     assert code == 1 and "another configuration: rank_pattern.q_proj (2 there, 3 here)" in text
 
 
-BAD = {  # and in tests/modules/test_config.py
+BAD = {  # and in tests/modules/adapters/test_config.py
     "init": (["init=svd"], "init='svd' is not one of default, gaussian"),
-    "loftq without packing": (["init=loftq"], "init=loftq makes up for what quantizing loses: choose +method=qlora"),
-    "qpissa without packing": (["init=qpissa"], "init=qpissa makes up for what quantizing loses: choose +method=qlora"),
+    "loftq without packing": (["init=loftq"], "init=loftq makes up for the error of quantizing: choose +method=qlora"),
+    "qpissa without packing": (
+        ["init=qpissa"],
+        "init=qpissa makes up for the error of quantizing: choose +method=qlora",
+    ),
     "base without a format": (
         ["init=qpissa", "quant=int4"],
         "init=qpissa keeps its base as bitsandbytes does, which has no int4: choose quant=nf4 or quant=fp4",

@@ -1,6 +1,5 @@
 """A run that was killed and goes on equals one that was not: metrics, weights, optimizer state, bit for bit."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,34 +9,20 @@ import torch
 from experiments import run
 from experiments.data.samples import load_data
 from experiments.runs import checkpoints
-from experiments.runs.directory import load_run
+from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate
-from tests.experiments.conftest import CHECKPOINTS, SMALL, TINY
-from tests.experiments.killed import kill
+from tests.experiments.helpers import (
+    CHECKPOINTS,
+    SMALL,
+    TINY,
+    assert_same,
+    repeatable_records,
+    repeatable_result,
+    tensors,
+)
+from tests.experiments.killed_runs import kill
 
-METHODS = ["full", "lora", "qlora", "dora", "qdora", "bitfit", "adapter", "prefix_embed", "prefix_layer"]
-
-
-def records(directory: Path) -> list[dict]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
-def result(directory: Path) -> dict:
-    what_clocks_say = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes"}
-    return {k: v for k, v in json.loads((directory / "result.json").read_text()).items() if k not in what_clocks_say}
-
-
-def tensors(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.safetensors")}
-
-
-def assert_same(one: Path, other: Path) -> None:
-    assert records(one) == records(other)
-    assert result(one) == result(other)
-    assert tensors(one) == tensors(other)
-    for name in ("samples.md", "config.yaml"):
-        assert (one / name).read_text().replace(str(one), str(other)) == (other / name).read_text()
+METHODS = ["full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby", "prefix_embed", "prefix_layer"]
 
 
 @pytest.fixture
@@ -64,7 +49,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(killed, command, tmp_path, m
     assert code == 0, text
     code, text = command(*overrides, *CHECKPOINTS, *SMALL, f"output_dir={tmp_path / 'whole'}")
     assert code == 0, text
-    assert [record["step"] for record in records(out) if "loss" in record] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in repeatable_records(out) if "loss" in record] == [1, 2, 3, 4, 5, 6]
     assert_same(out, tmp_path / "whole")
 
 
@@ -102,16 +87,16 @@ def test_a_finished_run_has_nothing_left_to_do_until_steps_are_added(finished, t
     assert code == 1 and "nothing is left to do after its 6 steps" in text
     code, text = terminal(run, f"resume={finished}", "trainer.steps=8")
     assert code == 0 and "trainer.steps was 6: the learning rate follows the new schedule" in text, text
-    assert [record["step"] for record in records(finished) if "loss" in record] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert result(finished)["steps"] == 8
+    assert [record["step"] for record in repeatable_records(finished) if "loss" in record] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert repeatable_result(finished)["steps"] == 8
 
 
 def test_an_older_checkpoint_of_a_run(finished, terminal):
-    whole = tensors(finished), records(finished)
+    whole = tensors(finished), repeatable_records(finished)
     (finished / "result.json").unlink()
     code, text = terminal(run, f"resume={finished / 'checkpoints' / 'step-00000004'}")
     assert code == 0 and "going on after step 4" in text, text
-    assert (tensors(finished), records(finished)) == whole
+    assert (tensors(finished), repeatable_records(finished)) == whole
 
 
 def test_latest_is_the_newest_run_of_the_folder(finished, terminal, monkeypatch):
@@ -173,6 +158,18 @@ def test_checkpoints_are_not_overwritten(finished, command):
     assert tensors(finished) == before
 
 
+def test_a_run_under_a_methods_old_name_goes_on(command, tmp_path):
+    """`adapter` was the name of `houlsby`: in the configuration of old runs, and still on the command line."""
+    out = tmp_path / "out"
+    assert command("+method=adapter", *CHECKPOINTS, *SMALL)[0] == 0
+    assert repeatable_result(out)["method"] == repeatable_result(out)["config"]["method.name"] == "houlsby"
+    for path in out.rglob("config.yaml"):
+        path.write_text(path.read_text().replace("name: houlsby", "name: adapter"))
+    code, text = command("+method=houlsby", *CHECKPOINTS, *SMALL, "resume=latest", "trainer.steps=7")
+    assert code == 0 and "going on after step 6" in text, text
+    assert load_run(out).cfg.method.name == "houlsby"
+
+
 @pytest.mark.parametrize("method", ["full", "dora"])
 def test_early_stopping_ends_with_the_best_weights(command, terminal, tmp_path, method):
     """A learning rate that does harm: the first evaluation is the best."""
@@ -181,10 +178,14 @@ def test_early_stopping_ends_with_the_best_weights(command, terminal, tmp_path, 
     code, text = command(f"+method={method}", *settings, *stops, "trainer.schedule=constant")
     assert code == 0, text
     out = tmp_path / "out"
-    heldout = {r["step"]: r["heldout_loss"] for r in records(out) if "heldout_loss" in r and r["step"]}
+    heldout = {r["step"]: r["heldout_loss"] for r in repeatable_records(out) if "heldout_loss" in r and r["step"]}
     best = min(heldout, key=heldout.get)
     assert max(heldout) == best + 2 < 9
-    assert (result(out)["steps"], result(out)["best_step"], result(out)["loss_after"]) == (
+    assert (
+        repeatable_result(out)["steps"],
+        repeatable_result(out)["best_step"],
+        repeatable_result(out)["loss_after"],
+    ) == (
         best + 2,
         best,
         heldout[best],

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from experiments import run
-from experiments.runs.results import RunDirectory
+from experiments.runs.output_files import OutputFiles
 
 
 def kill(overrides: list[str], at: str) -> None:
@@ -28,7 +28,7 @@ def kill(overrides: list[str], at: str) -> None:
 def _run(overrides: list[str], at: str) -> None:
     what, step = at.split()
 
-    def log(self: RunDirectory, record: dict) -> None:
+    def log(self: OutputFiles, record: dict) -> None:
         line = json.dumps(record) + "\n"
         dies = what == "log" and record["step"] == int(step)
         with self.metrics.open("a") as file:
@@ -43,6 +43,6 @@ def _run(overrides: list[str], at: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         rename(source, target)
 
-    RunDirectory.log, os.rename = log, rename_or_die
+    OutputFiles.log, os.rename = log, rename_or_die
     sys.argv = ["experiments.run", *overrides]
-    run.cli()
+    run.main()

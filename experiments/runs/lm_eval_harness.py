@@ -1,6 +1,6 @@
 """lm-evaluation-harness on a model of ours; the package is optional.
 
-The harness gets the model object as it is, NF4 codes and adapters included, so what it measures is what was trained.
+The harness gets the model object as it is, NF4 codes and adapters included, so it measures the model that was trained.
 """
 
 import difflib
@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.runs.directory import FinishedRun
+from experiments.runs.finished import FinishedRun
 from experiments.system.quiet import quiet
 from modules.adapters.prefix import virtual_tokens
 
@@ -38,7 +38,7 @@ def measure(run: FinishedRun, tasks: list[str], limit: int | None, include_path:
 
     if virtual_tokens(run.model)[1]:
         raise UserError("tasks=… says not where a prompt ends, which infix_tokens need to know: measure with data=…")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: a model that is loaded
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"include_path={include_path}: no such directory")
     manager = TaskManager(include_path=include_path)

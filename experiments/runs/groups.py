@@ -1,6 +1,6 @@
 """Read the results in a folder, and sort them into groups that can be compared.
 
-A result.json says itself what it is of (its "config"), so the file alone is enough; the training curves come from the
+A result.json holds the configuration of its run, so the file alone is enough; the training curves come from the
 metrics.jsonl and the layers' ranks from the spectrum.csv beside it, where there are such.
 """
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.config import RENAMED_METHODS
 from experiments.errors import UserError
 from experiments.system.files import METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
 
@@ -77,14 +78,14 @@ class Group:
     varied: list[str]
 
     def settings(self) -> dict[str, list[Run]]:
-        """The runs that differ in the seed only, by what sets them apart from the others; numbers in their order."""
+        """The runs that differ in the seed only, by their label; numbers in their order."""
         settings = defaultdict(list)
         for run in sorted(self.runs, key=lambda run: [_order(run.config.get(key)) for key in self.varied]):
             settings[self.label(run)].append(run)
         return {label: sorted(runs, key=lambda run: run.seed) for label, runs in settings.items()}
 
     def label(self, run: Run, without: tuple[str, ...] = ()) -> str:
-        """What sets a run apart: its method, then each varied key that it has, as on the command line."""
+        """A run's name within the group: its method, then each varied key that it has, as on the command line."""
         keys = [key for key in self.varied if key in run.config and key not in without and key != "method.name"]
         method = [run.method] if "method.name" not in without else []
         return " ".join([*method, *(f"{key.removeprefix('trainer.')}={shown(run.config[key])}" for key in keys)])
@@ -126,15 +127,15 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
 
 
 def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
-    """Copy what a report reads of the runs from `folder` to `copy`, in place of an earlier copy. There a run's
-    directory, and `run.name`, are what it varies and its hash.
+    """Copy the files that a report reads from `folder` to `copy`, in place of an earlier copy. There a run's
+    directory, and `run.name`, are named by its varied keys and its hash.
 
     Raises:
-        UserError: `copy` has something in it that is no part of a copy.
+        UserError: `copy` has a file in it that does not belong to a copy.
     """
     for path in [copy, *copy.rglob("*")] if copy.exists() else []:
         if not (path.is_dir() or path.name in (RESULT, METRICS, SPECTRUM) or path.parent == copy / "report"):
-            raise UserError(f"{path} is no part of a copy of results: choose another folder than {copy}")
+            raise UserError(f"{path} does not belong to a copy of results: choose another folder than {copy}")
     with directory_atomically(copy) as directory:
         for among in groups:
             for run in among.runs:
@@ -154,7 +155,7 @@ def _copy_run(run: Run, original: Path, directory: Path) -> None:
 
 
 def _read(path: Path, folder: Path) -> Run:
-    """ValueError: not a result of a run, or not a whole one."""
+    """Read a result.json. Raises ValueError if it is not the whole result of a run."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -171,7 +172,8 @@ def _read(path: Path, folder: Path) -> Run:
     wrong += [f"config: {key}" for key in ("method.name", "model.name", "data.name") if key not in result["config"]]
     if wrong:
         raise ValueError(f"missing or not a finite number: {', '.join(wrong)}")
-    versions = result.get("versions")
+    config, versions = result["config"], result.get("versions")
+    method = RENAMED_METHODS.get(config["method.name"], config["method.name"])
     measures = {name: value for name, value in _numbers(result) if name not in NO_MEASURE}
     if "second_loss_after" in measures:
         measures["second_loss_rise"] = measures["second_loss_after"] - measures["second_loss_before"]
@@ -180,7 +182,7 @@ def _read(path: Path, folder: Path) -> Run:
         identity=result["config_hash"],
         version=result["results_version"],
         seed=result["seed"],
-        config=result["config"],
+        config=config | {"method.name": method},
         measures=measures,
         about={"commit": result.get("commit") or "unknown", **(versions if isinstance(versions, dict) else {})},
         shared_base=result.get("shared_base"),
@@ -202,7 +204,7 @@ def _numbers(values: dict, prefix: str = ""):
 
 
 def _curve(path: Path) -> list[dict]:
-    """The records of metrics.jsonl; a run that was killed may have left a half line, which is no record."""
+    """The records of metrics.jsonl; a run that was killed may have left a half line, which does not count."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -269,7 +271,7 @@ def _varied(runs: list[Run]) -> list[str]:
 
 
 def disagreements(runs: list[Run]) -> list[str]:
-    """A line for each thing in which runs that are compared were made differently."""
+    """A line for each difference in how the compared runs were made."""
     lines = []
     for key in sorted({key for run in runs for key in run.about}):
         values = sorted({run.about.get(key, "unknown") for run in runs})

@@ -1,6 +1,5 @@
-"""quant_study and decompose_study from the command line on the tiny model: what they print and write; bad input."""
+"""quant_study from the command line on the tiny model: what it prints and writes; bad input."""
 
-import csv
 import math
 
 import pytest
@@ -10,26 +9,17 @@ from experiments import decompose_study, quant_study
 from experiments.config import ModelConfig
 from experiments.data.samples import load_data
 from experiments.models.load import load_model
+from experiments.system.cli import composed
 from experiments.training.evaluation import evaluate
 from kernels.codebook import normal_float
 from modules import decoder_linears, quantize
-from tests.experiments.blocks.test_quant_types import nearest
-from tests.experiments.conftest import composed
-
-
-def read(path) -> list[dict]:
-    return list(csv.DictReader(path.open()))
+from tests.experiments.helpers import csv_rows, nearest
 
 
 @pytest.fixture
 def quant(terminal, tmp_path, chats):
     given = ["model=tiny", "data=jsonl", f"data.path={chats}", "every=5", "values=5000", f"output_dir={tmp_path}/out"]
     return lambda *overrides: terminal(quant_study, *given, *overrides)
-
-
-@pytest.fixture
-def decomposition(terminal, tmp_path):
-    return lambda *overrides: terminal(decompose_study, "base=tiny", f"output_dir={tmp_path}/out", *overrides)
 
 
 def test_the_table_the_csv_and_the_plots(quant, tmp_path):
@@ -40,7 +30,7 @@ def test_the_table_the_csv_and_the_plots(quant, tmp_path):
         *(["nf2", "32", "8"], ["nf2", "32", "fp32"], ["nf2", "64", "8"], ["nf2", "64", "fp32"])
     ]
     assert "64: 0.500, 0.127" in text and "Q4_1" not in text
-    rows = read(tmp_path / "out" / "study.csv")
+    rows = csv_rows(tmp_path / "out" / "study.csv")
     assert len(rows) == 3 * 2 * 2 * (3 + 1 + 3)  # settings × (three linears, all of them, three kinds)
     for picture in ("errors.png", "loss.png"):
         assert (tmp_path / "out" / picture).read_bytes().startswith(b"\x89PNG")
@@ -68,7 +58,7 @@ def test_the_loss_is_that_of_a_packed_model(quant, tmp_path, chats):
     quantize(model)
     heldout = load_data(composed("+method=qlora", "data=jsonl", f"data.path={chats}").data, tokenizer).heldout
     loss = evaluate(model, heldout, 4, tokenizer.pad_token_id).loss
-    (row,) = (row for row in read(tmp_path / "out" / "study.csv") if row["loss"])
+    (row,) = (row for row in csv_rows(tmp_path / "out" / "study.csv") if row["loss"])
     assert float(row["loss"]) == pytest.approx(loss, rel=2e-3)  # the study's model may compute in bf16
 
 
@@ -108,54 +98,3 @@ def test_a_packed_model_is_refused(terminal, packed_tiny, tmp_path):
     assert code == 1 and "model=hf is packed already: choose a dense one" in text
     code, text = terminal(decompose_study, f"base={packed_tiny}", f"output_dir={tmp_path}/out", "ranks=[2]")
     assert code == 1 and "is packed: choose a dense model" in text
-
-
-def test_decompositions_and_starts(decomposition, tmp_path):
-    model, tokenizer = load_model(ModelConfig(name="tiny", source="tiny"), torch.float32, seed=0)
-    exact = {name: linear.weight.detach().clone() for name, linear in decoder_linears(model).items()}
-    with torch.no_grad():
-        for linear in decoder_linears(model).values():
-            linear.weight += 0.01 * torch.randn(linear.out_features, 2) @ torch.randn(2, linear.in_features)
-    model.save_pretrained(tmp_path / "tuned")
-    tokenizer.save_pretrained(tmp_path / "tuned")
-    code, text = decomposition(f"tuned={tmp_path / 'tuned'}", "ranks=[2,8]", "every=4")
-    assert code == 0, text
-    assert "W of 4 linears" in text and "ΔW of 4 linears" in text and "init=qpissa" in text
-    assert (tmp_path / "out" / "decompose.png").is_file()
-
-    rows = read(tmp_path / "out" / "decompose.csv")
-    assert len(rows) == 2 * 4 * 4 * 2  # W and ΔW × linears × methods × ranks
-    for row in rows:
-        if row["matrix"] == "ΔW" and row["method"] != "nuclear":
-            assert float(row["error"]) < 1e-3  # it has rank 2
-        if row["matrix"] == "W" and row["method"] == "svd":
-            sigma = torch.linalg.svdvals(exact[row["layer"]].double())
-            best = (sigma[int(row["rank"]) :].norm() / sigma.norm()).item()
-            assert float(row["error"]) == pytest.approx(best, rel=1e-4)
-    errors = {
-        (row["init"], row["layer"], row["rank"]): float(row["error"]) for row in read(tmp_path / "out" / "starts.csv")
-    }
-    for (init, layer, rank), error in errors.items():
-        if init != "default":
-            assert error < errors["default", layer, rank]
-        if "iter" in init and "loftq" in init:
-            assert error < errors["loftq", layer, rank]
-
-
-BAD_DECOMPOSITION = {
-    "rank": (["ranks=[0]"], "ranks=[0]: name one or more, each 1 or more"),
-    "no rank": (["ranks=[]"], "ranks=[]: name one or more"),
-    "too large": (["ranks=[33]", "every=1"], "too small for rank 33"),
-    "every": (["every=0", "ranks=[2]"], "every=0: choose 1 or more"),
-    "blocksize": (["blocksize=48", "ranks=[2]"], "blocksize=48: choose one of 32, 64"),
-    "type": (["quant_type=nf3", "ranks=[2]"], "quant_type=nf3: choose nf4, fp4, int4"),
-    "no model": (["base=/nowhere", "ranks=[2]"], "/nowhere: no such directory or file"),
-    "untuned": (["tuned=tiny", "ranks=[2]"], "tiny has the weights of tiny: nothing changed"),
-}
-
-
-@pytest.mark.parametrize("overrides, message", BAD_DECOMPOSITION.values(), ids=BAD_DECOMPOSITION)
-def test_bad_input_to_decompose_study(decomposition, tmp_path, overrides, message):
-    code, text = decomposition(*overrides)
-    assert code == 1 and message in text and "Traceback" not in text, text
-    assert not (tmp_path / "out").exists()

@@ -43,7 +43,7 @@ def test_nothing_to_load(tmp_path):
         load(source="gguf")
     with pytest.raises(UserError, match=r"/nowhere: no such dir"):
         load(source="hf", path="/nowhere")
-    with pytest.raises(UserError, match=r"no config.json, so this is no Hugging Face model directory"):
+    with pytest.raises(UserError, match=r"no config.json, so this is not a Hugging Face model directory"):
         load(source="hf", path=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match=r"no weights \(\*.safetensors\) in this directory"):

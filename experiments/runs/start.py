@@ -1,6 +1,5 @@
-"""What a run is to be: the configuration that a command line means, the checkpoint to go on from, what to remember."""
+"""How a run starts: the configuration that a command line means, and the checkpoint to go on from."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.global_hydra import GlobalHydra
@@ -9,40 +8,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.config import Config, flat, resolve
 from experiments.errors import UserError
-from experiments.runs import checkpoints, results
-from experiments.runs.directory import read_config
-from experiments.training.evaluation import Evaluation
+from experiments.runs import checkpoints
+from experiments.runs.config_file import read_config
+from experiments.system.files import RESULT
 
-# Keys that may change when a run is resumed: when it ends, what changes the use of memory but no result, and what the
-# restored state is compared with anyway.
+# Keys that may change when a run is resumed: those of its end, those of its memory, and the dtype, which the restored
+# state is compared with anyway.
 MAY_CHANGE = {"trainer.steps", "trainer.early_stopping_patience", "trainer.dtype"}
 MAY_CHANGE |= {"trainer.gradient_checkpointing", "optim.paged", "optim.budget_mb", "optim.host_mb"}
-
-
-@dataclass
-class Story:
-    """What cannot be measured again after a stop.
-
-    Attributes:
-        before: the evaluation before training.
-        texts_before: the answers to the sample prompts then.
-        measures_before: exact match and the second domain's loss then.
-        seconds: the run took so far, all in all.
-        joules: it used so far; None: the machine does not tell.
-        tracker_id: what the tracker knows the run by.
-    """
-
-    before: Evaluation | None = None
-    texts_before: list[str] | None = None
-    measures_before: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    joules: float | None = 0.0
-    tracker_id: str | None = None
-
-    @classmethod
-    def of_checkpoint(cls, saved: dict) -> "Story":
-        """The story that `asdict` of one gave."""
-        return cls(**saved | {"before": Evaluation(**saved["before"])})
 
 
 def configured(cfg: DictConfig) -> Config:
@@ -70,14 +43,18 @@ def configured(cfg: DictConfig) -> Config:
 
 
 def checkpoint_of(cfg: Config) -> Path:
-    """The checkpoint to go on from. UserError: there is none, nothing is left to do, or it is of another `cfg`."""
+    """The checkpoint to go on from.
+
+    Raises:
+        UserError: there is none, it is of another configuration, or its run is finished.
+    """
     checkpoint = checkpoints.find(cfg.resume, Path(cfg.output_dir))
     was, now = flat(read_config(checkpoint)), flat(cfg)
     different = {key for key in was.keys() | now.keys() if was.get(key) != now.get(key)}
     if wrong := sorted(different - MAY_CHANGE):
         values = ", ".join(f"{key} ({was.get(key)} there, {now.get(key)} here)" for key in wrong)
         raise UserError(f"{checkpoint} is of another configuration: {values}")
-    trained, result = checkpoints.read_state(checkpoint)["trained"], checkpoint.parent.parent / results.RESULT
+    trained, result = checkpoints.read_state(checkpoint)["trained"], checkpoint.parent.parent / RESULT
     if trained.steps > cfg.trainer.steps or (trained.finished(cfg.trainer) and result.exists()):
         raise UserError(
             f"{checkpoint}: nothing is left to do after its {trained.steps} steps: raise trainer.steps, or "

@@ -15,7 +15,6 @@ from hydra.core.global_hydra import GlobalHydra
 
 from experiments import run
 from experiments.system import parallel
-from experiments.system.cli import run_command
 from experiments.training.loop import Trainer
 
 
@@ -115,4 +114,4 @@ def run_until(event: str, folder: Path, arguments: list[str]) -> None:
 def _command(arguments: list[str]) -> None:
     GlobalHydra.instance().clear()
     sys.argv = ["experiments.run", *arguments]
-    run_command(run.main)
+    run.main()

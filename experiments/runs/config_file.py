@@ -1,0 +1,46 @@
+"""config.yaml: the configuration of a run, in its directory and in each of its checkpoints."""
+
+from pathlib import Path
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.config import Config, resolve
+from experiments.errors import UserError
+from experiments.system.files import write_atomically
+
+CONFIG = "config.yaml"
+
+
+def write_config(cfg: Config, directory: Path) -> None:
+    """Write config.yaml. `resume` is left out: it says how a run was started, not which run it is."""
+    values = OmegaConf.structured(cfg)
+    values.resume = None
+    write_atomically(directory / CONFIG, OmegaConf.to_yaml(values))
+
+
+def read_config(directory: Path, changes: list[str] = ()) -> Config:
+    """The configuration in config.yaml; keys that it lacks have the schema's defaults.
+
+    Args:
+        changes: overrides of single keys in Hydra's grammar, "trainer.steps=40".
+
+    Raises:
+        UserError: no such file, or not one that this program can have written; a change that is not of one key.
+        OverrideParseException: a change that Hydra cannot read.
+    """
+    path = directory / CONFIG
+    try:
+        values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
+        for change in OverridesParser.create().parse_overrides(list(changes)):
+            if change.is_add() or change.is_delete() or change.is_sweep_override():
+                raise UserError(f"{change.input_line}: give one value for a key of the run, as key=value")
+            OmegaConf.update(values, change.key_or_group, change.value())
+        return resolve(values)
+    except FileNotFoundError as error:
+        what = "no config.yaml there, so this is not a run's directory" if directory.is_dir() else "no such directory"
+        raise UserError(f"{directory}: {what}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from error

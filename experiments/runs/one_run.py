@@ -1,0 +1,282 @@
+"""One run, from its configuration to its result: `run`."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from experiments.config import Config
+from experiments.data.samples import load_data
+from experiments.errors import UserError
+from experiments.models.generation import answer
+from experiments.models.load import prepare_model
+from experiments.runs import checkpoints, result_numbers, spectrum
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.identity import VERSION, config_hash, identity, title
+from experiments.runs.measures import Measures, without_prefix
+from experiments.runs.model_files import ADAPTER, over_own_base, save_base, save_weights
+from experiments.runs.output_files import OutputFiles
+from experiments.runs.start import checkpoint_of
+from experiments.runs.tracking import tracker
+from experiments.system import machine, parallel
+from experiments.system.energy import EnergyMeter
+from experiments.system.files import writable_dir
+from experiments.system.progress import bar
+from experiments.training.engines import engine_of
+from experiments.training.evaluation import Evaluation, evaluate
+from experiments.training.loop import Trainer, heldout_record
+from modules.adapters.config import changes_base
+
+
+def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | None = None) -> dict:
+    """Train as `cfg` says, write everything to `cfg.output_dir`, return the content of result.json.
+
+    With `cfg.resume` training goes on from a checkpoint, in the directory of the run that wrote it.
+
+    Args:
+        base: a directory with the configured model packed as `cfg.quant` says (experiments/runs/shared_base.py).
+        watch: gets every record of metrics.jsonl when it is written. An exception that it raises stops the run.
+
+    Raises:
+        UserError: the configuration or a file that it names is wrong; the message says how to repair it.
+    """
+    parallel.check(cfg)
+    checkpoint = checkpoint_of(cfg) if cfg.resume else None
+    path = Path(cfg.output_dir) if checkpoint is None else checkpoint.parent.parent
+    if checkpoint is None and (old := checkpoints.of_run(path)):
+        raise UserError(f"{old[-1]} is there: go on from it with resume=latest, or choose another output_dir")
+    files = OutputFiles(writable_dir(path, "set output_dir to a folder"))
+    try:
+        one = _Run(cfg, files, checkpoint, base, watch)
+        one.begin()
+        with one.tracked():
+            one.measure_before()
+            one.train()
+            result = one.measure_after()
+        return one.finish(result)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.rmdir()  # nothing was written yet: leave no empty directory behind
+        raise
+
+
+@dataclass
+class BeforeStop:
+    """The part of a run that cannot be measured again after a stop. Checkpoints keep it.
+
+    Attributes:
+        before: the evaluation before training.
+        texts_before: the answers to the sample prompts before training.
+        measures_before: exact match and the second domain's loss before training.
+        seconds: the time of the run until the stop.
+        joules: the energy of the run until the stop; None: the machine does not tell.
+        tracker_id: the tracker's name for the run.
+    """
+
+    before: Evaluation | None = None
+    texts_before: list[str] | None = None
+    measures_before: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    joules: float | None = 0.0
+    tracker_id: str | None = None
+
+    @classmethod
+    def of_checkpoint(cls, saved: dict) -> "BeforeStop":
+        """The object that `asdict` made `saved` of."""
+        return cls(**saved | {"before": Evaluation(**saved["before"])})
+
+
+class _Run:
+    """A run: its model, data and trainer, and the steps of `run` in their order."""
+
+    def __init__(
+        self,
+        cfg: Config,
+        files: OutputFiles,
+        checkpoint: Path | None,
+        base: Path | None,
+        watch: Callable[[dict], None] | None,
+    ):
+        self.cfg, self.files, self.checkpoint, self.watch = cfg, files, checkpoint, watch
+        self.shared_base = base is not None  # packing one may be the peak of a run's memory
+        self.start, self.energy = time.perf_counter(), EnergyMeter()
+        device, dtype = machine.set_up(cfg.trainer)
+        many = f", {parallel.size()} processes ({parallel.mode(cfg)})" if parallel.size() > 1 else ""
+        print(f"{title(cfg)}{many}: {machine.describe(device, dtype)}")
+
+        machine.seed_all(cfg.seed)
+        self.engine = engine_of(cfg, device)
+        start = cfg if checkpoint is None else over_own_base(cfg, files.path)
+        self.model, self.tokenizer = prepare_model(start, self.engine.loads_on, dtype, base)
+        self.storage = result_numbers.storage(self.model)
+        self.engine.place(self.model)
+        self.data = load_data(cfg.data, self.tokenizer)
+        print(self.data.note)
+        self.measures = Measures(cfg, self.data, self.tokenizer)
+        self.samples = [example for example in self.data.heldout if example.prompt_ids][: cfg.trainer.samples]
+        self.trainer = Trainer(self.model, cfg, dtype, self.tokenizer.pad_token_id, self.engine)
+        self.trained = self.trainer.trained
+        if not parallel.is_main():
+            torch.manual_seed(parallel.seed_of(cfg.seed))  # until here all processes draw the same
+        self.checkpoints = Checkpoints(files.path, cfg, self.data)
+        self.before_stop = BeforeStop()
+
+    def begin(self) -> None:
+        """Start the run's files anew, or restore the checkpoint and cut the files back to its step."""
+        if self.checkpoint is None:
+            if parallel.is_main():
+                self.files.begin(self.cfg)
+            if changes_base(self.cfg.init):
+                with self.engine.whole(self.model, everything=True):
+                    if parallel.is_main():
+                        save_base(self.cfg, self.model, self.tokenizer, self.files.path)
+            return
+        self.before_stop = BeforeStop.of_checkpoint(self.checkpoints.restore(self.checkpoint, self.trainer))
+        self.trained = self.trainer.trained
+        if parallel.is_main():
+            self.files.rewind(self.cfg, self.trained.steps)
+        print(f"going on after step {self.trained.steps} of {self.files.path}")
+
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Inside, `self.tracking` is the configured tracker. An error inside ends with the trained weights saved."""
+        try:
+            with (
+                parallel.interrupted_together(),
+                tracker(self.cfg, self.files.path, self.before_stop.tracker_id) as self.tracking,
+            ):
+                yield
+        except BaseException as error:
+            if self.trained.steps and parallel.stops_together(error):
+                self._save_weights(finished=False)
+                if parallel.is_main():
+                    where = f"its weights and metrics are in {self.files.path}"
+                    print(f"stopped after step {self.trained.steps}: {where}", file=sys.stderr)
+                parallel.wait()  # torchrun ends all as soon as one has ended
+            raise
+
+    def measure_before(self) -> None:
+        """Measure the model before training, unless a checkpoint has kept that."""
+        if self.before_stop.before is None:
+            with without_prefix(self.model):
+                measures = self.measures.measure(self.model)
+                before, texts = self._evaluate(), self._answers()
+            self.before_stop = BeforeStop(before, texts, measures, tracker_id=self.tracking.run_id)
+
+    def train(self) -> None:
+        """Train to the end, then go back to the best weights if `trainer.keep_best` asks for them."""
+        self.trainer.fit(
+            self.data, self._log, self._evaluate, self._checkpoint, lambda: self.checkpoints.save_best(self.trainer)
+        )
+        if self.cfg.trainer.keep_best:
+            self.checkpoints.restore_best(self.trainer)
+
+    def measure_after(self) -> dict:
+        """Save the weights, measure the model, show samples; return the measured part of result.json."""
+        cfg, trained, before = self.cfg, self.trained, self.before_stop
+        layers = self._save_weights(finished=True)
+        samples = self._samples()
+        if parallel.is_main():
+            heading = f"{title(cfg)} on {cfg.data.name}"
+            self.files.plot_loss(heading)
+            self.files.write_samples(heading, samples)
+        result = {
+            "method": cfg.method.name,
+            "rank": cfg.rank,
+            "steps": trained.steps,
+            "best_step": trained.best_step,
+            **result_numbers.compare(before.before, trained.best if cfg.trainer.keep_best else trained.evaluation),
+            **result_numbers.before_and_after(before.measures_before, self.measures.measure(self.model)),
+            **spectrum.summary(layers),
+            **self.storage,
+        }
+        self.tracking.summarize(result)
+        self.tracking.show(samples)
+        if (adapter := self.files.path / ADAPTER).is_dir():
+            self.tracking.keep(adapter)
+        return result
+
+    def finish(self, result: dict) -> dict:
+        """Add costs and identity of the run to `result`, write result.json, return its content."""
+        cfg, trained = self.cfg, self.trained
+        result |= {
+            "tokens_per_s": trained.tokens / trained.seconds,
+            "peak_memory_bytes": max(parallel.gather(machine.peak_memory_bytes(self.model.device)), default=0),
+            "shared_base": None if cfg.quant.name == "none" else self.shared_base,
+            "processes": parallel.size(),
+            "train_seconds": trained.seconds,
+            "total_seconds": self._seconds(),
+            "cpu_energy_joules": self._joules(),
+            "seed": cfg.seed,
+            "versions": machine.versions(),
+            "commit": machine.commit(),
+            "results_version": VERSION,
+            "config_hash": config_hash(cfg),
+            "config": identity(cfg),
+        }
+        if parallel.is_main():
+            self.files.write_result(result)
+        return result
+
+    def _log(self, record: dict) -> None:
+        self.energy.joules()  # its counters wrap
+        if parallel.is_main():
+            self.files.log(record)
+        self.tracking.log(record)
+        if self.watch:
+            self.watch(record)
+
+    def _evaluate(self) -> Evaluation:
+        batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
+        evaluation = evaluate(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"))
+        self._log({"step": self.trained.steps} | heldout_record(evaluation))
+        loss, accuracy = f"loss {evaluation.loss:.3f}", f"token accuracy {evaluation.token_accuracy:.1%}"
+        tqdm.write(f"held out, step {self.trained.steps}: {loss}, {accuracy}")
+        return evaluation
+
+    def _checkpoint(self) -> None:
+        now = asdict(self.before_stop) | {"seconds": self._seconds(), "joules": self._joules()}
+        self.checkpoints.save(self.trainer, now)
+
+    def _answers(self) -> list[str]:
+        """The model's texts for the sample prompts."""
+        prompts = [sample.prompt_ids for sample in self.samples]
+        return answer(self.model, self.tokenizer, prompts, self.cfg.trainer.sample_tokens) if prompts else []
+
+    def _samples(self) -> list[dict[str, str]]:
+        """The sample prompts with reference and answers."""
+        texts = zip(self.samples, self.before_stop.texts_before, self._answers())
+        return [
+            {
+                "prompt": self.tokenizer.decode(sample.prompt_ids),
+                "reference": sample.reference,
+                "before": before,
+                "after": after,
+            }
+            for sample, before, after in texts
+        ]
+
+    def _save_weights(self, finished: bool) -> list[dict]:
+        """Write the weights and, of a finished run, spectrum.csv; return the spectra, in process 0."""
+        layers = []
+        with self.engine.whole(self.model, everything=finished):
+            if parallel.is_main():
+                save_weights(self.cfg, self.model, self.tokenizer, self.files.path)
+                if finished:
+                    layers = spectrum.spectra(self.model)
+                    self.files.write_spectra(layers)
+        return layers
+
+    def _seconds(self) -> float:
+        """The time of the run until now, the time before a stop included."""
+        return self.before_stop.seconds + time.perf_counter() - self.start
+
+    def _joules(self) -> float | None:
+        """The energy until now, likewise; None if the machine does not tell, or did not before a stop."""
+        now = self.energy.joules()
+        return None if now is None or self.before_stop.joules is None else self.before_stop.joules + now

@@ -1,0 +1,81 @@
+"""The files that a run writes about itself: metrics.jsonl, result.json, spectrum.csv, loss.png, samples.md."""
+
+import json
+from pathlib import Path
+
+from experiments.config import Config
+from experiments.errors import UserError
+from experiments.runs.config_file import write_config
+from experiments.runs.spectrum import COLUMNS
+from experiments.system.files import METRICS, RESULT, SPECTRUM, as_csv, write_atomically
+from experiments.system.palette import BLUE, ORANGE
+
+
+class OutputFiles:
+    """The files of the run in `path`. Each is whole at any moment; metrics.jsonl grows by a line at a time."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.metrics = path / METRICS
+        self.records: list[dict] = []
+
+    def begin(self, cfg: Config) -> None:
+        """Start anew: write config.yaml, forget the metrics of an earlier run here."""
+        write_config(cfg, self.path)
+        self.metrics.unlink(missing_ok=True)
+
+    def rewind(self, cfg: Config, step: int) -> None:
+        """Go on after `step`: keep the records up to there. Later records of a killed run come again."""
+        write_config(cfg, self.path)
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, start=1):
+            try:
+                self.records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number < len(lines):  # the last one may be half written
+                    raise UserError(f"{self.metrics}:{number}: not JSON: {error.msg}") from error
+        self.records = [record for record in self.records if record["step"] <= step]
+        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in self.records))
+
+    def log(self, record: dict) -> None:
+        self.records.append(record)
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def write_result(self, result: dict) -> None:
+        write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
+
+    def write_spectra(self, rows: list[dict]) -> None:
+        """Write spectrum.csv, a line an adapted linear (experiments/runs/spectrum.py); nothing without an adapter."""
+        if rows:
+            write_atomically(self.path / SPECTRUM, as_csv(COLUMNS, rows))
+
+    def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
+        """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""
+        parts = [
+            f"# {title}\n" if samples else f"# {title}\n\nNo samples: the data has no prompts, or trainer.samples=0."
+        ]
+        for number, sample in enumerate(samples, start=1):
+            parts.append(f"## {number}\n\n```\n{sample['prompt'].strip()}\n```\n")
+            for name in ("reference", "before", "after"):
+                parts.append(f"**{name}**: {' '.join(sample[name].split()) or '(nothing)'}\n")
+        write_atomically(self.path / "samples.md", "\n".join(parts))
+
+    def plot_loss(self, title: str) -> None:
+        """Draw loss.png from the records so far: training loss a step, held-out loss where it was measured."""
+        from matplotlib.figure import Figure  # here: it takes memory that training could use
+
+        figure = Figure(figsize=(7, 4.2), layout="constrained")  # not pyplot, whose state a notebook shares
+        axes = figure.subplots()
+        for key, style in (
+            ("loss", {"color": BLUE, "lw": 1.2, "label": "training batch"}),
+            ("heldout_loss", {"color": ORANGE, "marker": "o", "lw": 1.8, "label": "held out"}),
+        ):
+            points = [(record["step"], record[key]) for record in self.records if key in record]
+            axes.plot(*zip(*points), **style)
+        axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats a token)")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        partial = self.path / ".loss.png.partial"
+        figure.savefig(partial, dpi=130, format="png")
+        partial.replace(self.path / "loss.png")
