@@ -135,7 +135,7 @@ def _read_amd(kernels: list, target: str) -> list[tuple[list[machine_code.Instru
 
 
 def _key(case: Case, target: str) -> str:
-    """Names a row in the cache by all that decides it: kernel and callees, launch, case, target, compilers, counting."""
+    """Names a row in the cache by all that decides it: kernel, callees, launch, case, target, compilers, counting."""
     source, options = source_of(case.launch, target)
     launch = (source.signature, source.constants, source.attrs, options)
     stated = (case.kernel, case.config, case.count(case.values), case.bytes_per_value, case.count(case.loop))
