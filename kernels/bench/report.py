@@ -64,7 +64,7 @@ def _digits(value: float) -> int:
 
 
 class CsvFile:
-    """The results as CSV, whole after every row: an interrupted run keeps what it measured."""
+    """The results as CSV, whole after every row: an interrupted run keeps its measurements."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
