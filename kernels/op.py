@@ -8,12 +8,13 @@ its results (`define_op`) and its gradients (`Op.differentiate`). Up to three fi
     kernels/cpu/<file>.py           kernels for CPUs
 
 each with a function of the op's name and arguments. A missing function is a missing cell of the grid. CUDA tensors run
-the Triton cell, CPU tensors the cpu cell if it supports them (`supports_if`), all others the reference. For GPUs before
-sm_80 Triton 3.7 has no matrix instructions: there ops with matrix products run the reference, and a warning says so.
-`QDORA_BACKEND=reference|triton|cpu` in the environment, read once, or `use_backend(...)` chooses the column for all ops
-(`torch` is an alias of `reference`). The cpu column that was asked for also runs on meta tensors: they go through all
-its steps and have no values. With `TRITON_INTERPRET=1` in the environment before triton is imported, the Triton
-column also runs on CPU tensors, in Triton's interpreter: slow, for proofs only.
+the Triton cell, CPU tensors the cpu cell; where it is missing, or does not support the tensors (`supports_if`), and on
+all other devices, the reference runs. For GPUs before sm_80 Triton 3.7 has no matrix instructions: there ops with
+matrix products run the reference, and a warning says so. `QDORA_BACKEND=reference|triton|cpu` in the environment, read
+once, or `use_backend(...)` chooses the column for all ops (`torch` is an alias of `reference`). The cpu column that was
+asked for also runs on meta tensors: they go through all its steps and have no values. With `TRITON_INTERPRET=1` in the
+environment before triton is imported, the Triton column also runs on CPU tensors, in Triton's interpreter: slow, for
+proofs only.
 
 Each op is a `torch.library` op, qdora::<name>: it works under torch.compile, on the meta device and in graph capture. A
 call skips PyTorch's dispatcher where the dispatcher would do nothing: no compiler, no mode, no tensor subclass, no meta
@@ -115,7 +116,7 @@ def _has_kernel_while_compiling(name: str, device: torch.device, dtype: torch.dt
 
 
 def supports_if(condition: Callable[..., bool]) -> Callable[[Callable], Callable]:
-    """Decorator of a function in kernels/cpu: it computes the op only of arguments for which `condition` is true."""
+    """Decorator of a cell: it computes the op only of arguments for which `condition` is true. Else it does of all."""
 
     def mark(function: Callable) -> Callable:
         function.supports = condition
@@ -189,26 +190,19 @@ class Op:
 
     def choose(self, args: tuple) -> str:
         """`column`, without the warning."""
-        tensor = _first_tensor(args)
-        asked = _override.get() or _environment()
-        if asked is None:
-            if tensor.is_cuda and (not self.products or _has_matrix_instructions(tensor.device)):
-                return "triton" if self.cell("triton") else "reference"
-            return "cpu" if tensor.is_cpu and self._supported_on_cpu(args) else "reference"
-        if asked == "triton" and not (tensor.is_cuda or interpreting()):
+        tensor, column = _first_tensor(args), _override.get() or _environment()
+        if column is None:
+            on_gpu = tensor.is_cuda and (not self.products or _has_matrix_instructions(tensor.device))
+            column = "cpu" if tensor.is_cpu else "triton" if on_gpu else "reference"
+        elif column == "triton" and not (tensor.is_cuda or interpreting()):
             raise RuntimeError(
                 f"backend 'triton' was asked for on a {tensor.device.type} tensor: move it to a GPU, "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
             )
-        if asked == "cpu" and not (tensor.is_cpu or tensor.is_meta):
+        elif column == "cpu" and not (tensor.is_cpu or tensor.is_meta):
             raise RuntimeError(f"backend 'cpu' was asked for on a {tensor.device.type} tensor: move it to the CPU")
-        if self.cell("triton") if asked == "triton" else asked == "cpu" and self._supported_on_cpu(args):
-            return asked
-        return "reference"
-
-    def _supported_on_cpu(self, args: tuple) -> bool:
-        cell = self.cell("cpu")
-        return cell is not None and cell.supports(*args)
+        cell = self.cell(column)
+        return "reference" if cell is None or not cell.supports(*args) else column
 
     def _run(self, *args):
         return self.cell(self.column(*args))(*args)
@@ -402,7 +396,14 @@ def find_function(column: str, file: str, name: str) -> Callable | None:
         return None
     if importlib.util.find_spec(f"kernels.{column}.{file}") is None:
         return None
-    return getattr(importlib.import_module(f"kernels.{column}.{file}"), name, None)
+    function = getattr(importlib.import_module(f"kernels.{column}.{file}"), name, None)
+    if function is not None and not hasattr(function, "supports"):
+        function.supports = _always
+    return function
+
+
+def _always(*_) -> bool:
+    return True
 
 
 def _first_tensor(args: tuple) -> Tensor:
