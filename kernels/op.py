@@ -181,11 +181,11 @@ class Op:
             RuntimeError: a column was asked for on tensors that it cannot run on.
         """
         column = self.choose(args)
-        if column != "reference" or _first_tensor(args).is_meta:  # on meta nothing is computed anyway
-            return column
-        asked = _override.get() or _environment()
-        if asked not in (None, column):
-            _warn_of_reference(self.name, asked)
+        if column == "reference":
+            asked = _override.get() or _environment()
+            # on meta nothing is computed anyway
+            if asked not in (None, column) and not _first_tensor(args).is_meta:
+                _warn_of_reference(self.name, asked)
         return column
 
     def choose(self, args: tuple) -> str:
@@ -314,17 +314,18 @@ class _Function(torch.autograd.Function):
     def forward(cls, ctx, layout: _Layout, *args):
         op, args = cls.op, _grouped(layout.arguments, args)
         results = layout.compute(*args)
-        names, others, tensors = [], {}, []
+        names, lists, others, tensors = [], {}, {}, []
         for name, value in op.keep(op.inputs(*args), results).items():
             if isinstance(value, Tensor):
-                names.append((name, None))
+                names.append(name)
                 tensors.append(value)
             elif type(value) is list:
-                names.append((name, len(value)))
-                tensors += value
+                lists[name] = value
             else:
                 others[name] = value
-        ctx.kept = layout, names, others
+        for value in lists.values():
+            tensors += value
+        ctx.kept = layout, names, {name: len(value) for name, value in lists.items()} if lists else None, others
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # or zeros are made for the results that have no gradient
         if isinstance(results, Tensor):
@@ -339,16 +340,20 @@ class _Function(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx, *gradients):
-        if gradients.count(None) == len(gradients):
+        for gradient in gradients:
+            if gradient is not None:
+                break
+        else:
             return (None,) * len(ctx.needs_input_grad)
-        op, (layout, names, others), tensors = cls.op, ctx.kept, iter(ctx.saved_tensors)
-        kept = SimpleNamespace(**others)
-        for name, count in names:
-            setattr(kept, name, next(tensors) if count is None else [next(tensors) for _ in range(count)])
+        op, (layout, names, lists, others), tensors = cls.op, ctx.kept, ctx.saved_tensors
+        kept = others.copy()
+        kept.update(zip(names, tensors))
+        if lists is not None:
+            kept.update(zip(lists, _grouped(list(lists.values()), tensors[len(names) :])))
         asked = ctx.needs_input_grad[1:]
         if layout.arguments is not None:
             asked = [any(one) if type(one) is list else one for one in _grouped(layout.arguments, asked)]
-        found = op.backward(kept, op.inputs(*asked), *_grouped(layout.results, gradients))
+        found = op.backward(SimpleNamespace(**kept), op.inputs(*asked), *_grouped(layout.results, gradients))
         given = [found.get(name) for name in op.parameters]
         if layout.arguments is not None:
             given = _flat([g or [None] * n if n is not None else g for g, n in zip(given, layout.arguments)])
