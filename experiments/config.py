@@ -76,7 +76,9 @@ class TrainerConfig:
     eval_batch_size: int = 16
     early_stopping_patience: int = 0  # stop after so many evaluations without a better held-out loss; 0: never
     keep_best: bool = False  # end with the weights that had the best held-out loss, not with the last ones
-    checkpoint_every: int = 0  # steps between checkpoints, and one at the end; 0: none
+    # steps between checkpoints, and one at the end; 0: none. Unless set, a run of an adapter has one every five minutes
+    # and when it is interrupted, until it has finished; method=full, whose checkpoints are large, has none
+    checkpoint_every: int | None = None
     keep_checkpoints: int = 2  # so many of the newest stay
     log_every: int = 1
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: of matmuls
@@ -119,6 +121,7 @@ class Config(AdapterSettings):
     lr: float = MISSING
     seed: int = 0
     output_dir: str = MISSING
+    overwrite: bool = False  # replace the results of an earlier run in output_dir
     resume: str | None = None  # go on from a checkpoint: latest (of output_dir), a run's directory or a checkpoint's
 
 
@@ -140,7 +143,7 @@ for group, schema in {
 RENAMED_METHODS = {"adapter": "houlsby"}
 
 # Keys that do not change the numbers of a run: where it writes, who watches it, how processes share it.
-BOOKKEEPING = ("output_dir", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+BOOKKEEPING = ("output_dir", "overwrite", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
 BOOKKEEPING += ("trainer.parallel",)
 
 
@@ -207,6 +210,8 @@ def resolve(cfg: DictConfig) -> Config:
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")
     _check_adapter(config)
+    if config.overwrite and config.resume:
+        raise UserError("overwrite=true starts anew and resume=… goes on: leave one of them out")
     if config.lr <= 0:
         raise UserError(f"lr={config.lr}: choose a number above 0")
     trainer = config.trainer
@@ -214,7 +219,7 @@ def resolve(cfg: DictConfig) -> Config:
         if getattr(trainer, name) < 1:
             raise UserError(f"trainer.{name}={getattr(trainer, name)}: choose 1 or more")
     for name in ("eval_every", "early_stopping_patience", "checkpoint_every"):
-        if getattr(trainer, name) < 0:
+        if (getattr(trainer, name) or 0) < 0:
             raise UserError(f"trainer.{name}={getattr(trainer, name)}: choose 0 or more")
     for name in ("early_stopping_patience", "keep_best"):
         if getattr(trainer, name) and not trainer.eval_every:

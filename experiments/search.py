@@ -27,7 +27,7 @@ from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.runs import sweep
 from experiments.system.cli import HELP, command, composed
-from experiments.system.files import RESULT, writable_dir
+from experiments.system.files import RESULT, claim, writable_dir
 
 try:
     import optuna
@@ -155,7 +155,7 @@ def search(arguments: list[str]) -> None:
     folder = Path(resolve(composed(*fixed, *_any_values(space))).output_dir)
     fixed = [argument for argument in fixed if not argument.startswith("output_dir=")]
     writable_dir(folder, "set output_dir to a folder")
-    with sweep.claim(folder / ".locks" / STUDY) as claimed:
+    with claim(folder / ".locks" / STUDY) as claimed:
         if not claimed:
             raise UserError(f"another search is at work in {folder}: choose another output_dir")
         told = [argument for argument in arguments if not argument.startswith(("trials=", "output_dir="))]

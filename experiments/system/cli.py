@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
-from experiments.system import parallel
+from experiments.system import parallel, signals
 from experiments.system.files import PROJECT_ROOT
 from experiments.system.parallel import last_words
 
@@ -42,7 +42,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         def guarded(cfg: DictConfig) -> Any:
             try:
                 return main(cfg)
-            except UserError as error:  # here, not in `command`: Hydra would print a second message around it
+            except (UserError, OSError) as error:  # here, not in `command`: Hydra would print a second message
                 sys.exit(last_words(f"error: {error}"))
             except RuntimeError as error:  # likewise
                 if not parallel.lost_another(error):
@@ -64,14 +64,18 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: end `main` with one line and exit code 1 after a user's mistake, with exit code 130 after Ctrl-C."""
+    """Decorator: end `main` with one line and exit code 1 after a user's mistake, with 128 + its number after a signal.
+
+    A KeyboardInterrupt may carry lines of its own, which are printed last.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
         try:
-            main()
+            with signals.handled(signals.interrupt):
+                main()
         except UserError as error:
             sys.exit(last_words(f"error: {error}"))
         except OverrideParseException as error:
@@ -82,10 +86,10 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(last_words(f"error: {_one_line(error)}"))
         except OSError as error:
             sys.exit(last_words(f"error: {error}"))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if isinstance(last_words("interrupted"), str):
-                print("interrupted", file=sys.stderr)
-            sys.exit(130)
+                print("\n".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+            sys.exit(getattr(stop, "exit_code", 130))
 
     return run
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 from peft import PeftModel
 
+from experiments import run
 from experiments.config import RENAMED_METHODS, resolve
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.load import load_model
+from experiments.runs import directory
 from experiments.system.cli import composed
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.files import PROJECT_ROOT, claim
 from experiments.training.evaluation import evaluate
-from tests.experiments.helpers import records
+from tests.experiments.helpers import TINY, records
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
 RESULT_KEYS = {
@@ -174,7 +176,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(command, tmp_path, overrides, 
 
 def test_a_packed_directory_is_trained_over_as_it_is(command, tmp_path, packed_tiny):
     results = []
-    for model in (["model=tiny"], ["model=hf", f"model.path={packed_tiny}"]):
+    for model in (["model=tiny"], ["model=hf", f"model.path={packed_tiny}", "overwrite=true"]):
         code, text = command("+method=qdora", "trainer.dtype=float32", *model)
         assert code == 0, text
         results.append(json.loads((tmp_path / "out" / "result.json").read_text()))
@@ -255,7 +257,8 @@ def test_ctrl_c_says_where_the_outputs_are_and_leaves_no_half_file(tmp_path, cha
         process.kill()
     assert process.returncode == 130, printed + errors
     assert f"its weights and metrics are in {out}" in errors and "Traceback" not in errors
-    assert {path.name for path in out.iterdir()} == {"adapter", "config.yaml", "metrics.jsonl"}
+    assert errors.rstrip().endswith(f"interrupted\ngo on with: python -m experiments.run resume={out}")
+    assert {path.name for path in out.iterdir()} == {"adapter", "checkpoints", "config.yaml", "metrics.jsonl"}
     assert not list(out.rglob("*.partial"))
     assert all(math.isfinite(record["loss"]) for record in records(out) if "loss" in record)
     PeftModel.from_pretrained(
@@ -263,10 +266,40 @@ def test_ctrl_c_says_where_the_outputs_are_and_leaves_no_half_file(tmp_path, cha
     )
 
 
-def test_an_existing_directory_is_reused_for_the_new_run(command, tmp_path):
-    for _ in range(2):
-        assert command("+method=lora")[0] == 0
-    assert len([record for record in records(tmp_path / "out") if "loss" in record]) == 4
+def test_a_result_is_replaced_only_when_asked(command, tmp_path):
+    out = tmp_path / "out"
+    assert command("+method=full")[0] == 0
+    (out / "notes.txt").write_text("mine")
+    written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, text = command("+method=lora")
+    assert code == 1 and f"{out / 'result.json'} of an earlier run is there: choose another output_dir, or" in text
+    code, text = command("+method=lora", "overwrite=true", "rank=65")  # a mistake that shows when the model is there
+    assert code == 1 and "rank 65 is out of range" in text
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == written
+    code, text = command("+method=lora", "overwrite=true")
+    assert code == 0, text
+    assert len([record for record in records(out) if "loss" in record]) == 4
+    names = {"config.yaml", "metrics.jsonl", "result.json", "loss.png", "samples.md", "adapter", "spectrum.csv"}
+    assert {path.name for path in out.iterdir()} == names | {"notes.txt"}
+    assert "overwrite: false" in (out / "config.yaml").read_text(), "read by resume, which must not start anew"
+
+
+def test_a_directory_belongs_to_one_run(command, tmp_path):
+    out = tmp_path / "out"
+    with claim(out / directory.LOCK):
+        code, text = command("+method=lora")
+        assert code == 1 and f"another run is at work in {out}: choose another output_dir" in text
+        assert [path.name for path in out.iterdir()] == [directory.LOCK]
+    assert command("+method=lora")[0] == 0
+
+
+def test_runs_that_start_in_the_same_second_have_a_directory_each(terminal, monkeypatch, tmp_path, chats):
+    monkeypatch.chdir(tmp_path)
+    made = {directory.new_directory(tmp_path / "outputs" / "now").name for _ in range(3)}
+    assert made == {"now", "now-2", "now-3"}
+    code, text = terminal(run, "+method=lora", *TINY, "data=jsonl", f"data.path={chats}")
+    assert code == 0, text
+    assert len(list(tmp_path.glob("outputs/*/result.json"))) == 1
 
 
 def test_unknown_keys_are_refused_in_python_too():

@@ -12,7 +12,7 @@ from experiments.config import resolve
 from experiments.runs import identity, sweep
 from experiments.runs.shared_base import SharedBase
 from experiments.system.cli import composed
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.files import PROJECT_ROOT, claim
 from tests.experiments.helpers import TINY
 
 
@@ -40,12 +40,12 @@ def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp
 def test_a_run_that_another_process_has_is_left_to_it(command, tmp_path, chats):
     where = [*TINY, "data=jsonl", f"data.path={chats}"]
     run_hash = identity.config_hash(resolve(composed("+method=lora", *where)))
-    with sweep.claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
+    with claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
         assert claimed
         code, text = command("-m", "+method=lora", "seed=0")
     assert code == 0 and "1 runs in" in text and "1 being done by another process" in text
     assert not list((tmp_path / "out").glob("*/result.json"))
-    with sweep.claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
+    with claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
         assert claimed
 
 
