@@ -181,7 +181,7 @@ def _read_message(interactive: bool) -> str | None:
 
 @command
 def main() -> None:
-    options, changes = read_options(Options, __doc__, changes=("trainer.",))
+    options, changes = read_options(Options, __file__, changes=("trainer.",))
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k).check()
     if options.batch_size < 1:
         raise UserError(f"batch_size={options.batch_size}: choose 1 or more")

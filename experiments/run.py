@@ -23,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from experiments.config import Config
 from experiments.runs import result_numbers, sweep
 from experiments.runs.directory import new_directory
 from experiments.runs.one_run import run
@@ -31,7 +32,7 @@ from experiments.system import parallel
 from experiments.system.cli import hydra_command
 
 
-@hydra_command("config")
+@hydra_command("config", Config)
 def main(cfg: DictConfig) -> sweep.Outcome | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.hydra_job(cfg)

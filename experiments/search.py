@@ -23,10 +23,10 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments.config import resolve
+from experiments.config import Config, resolve
 from experiments.errors import UserError
 from experiments.runs import sweep
-from experiments.system.cli import HELP, command, composed
+from experiments.system.cli import command, composed, takes_keys
 from experiments.system.files import RESULT, claim, writable_dir
 
 try:
@@ -202,10 +202,8 @@ def _shown(params: dict) -> list[str]:
 
 
 @command
+@takes_keys("config", Config, ("trials",))
 def main() -> None:
-    if HELP & set(sys.argv):
-        print(__doc__.strip())
-        return
     search(sys.argv[1:])
 
 
