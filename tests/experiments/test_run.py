@@ -142,7 +142,7 @@ BAD = {
     "added key": (["+method=lora", "+rnk=3"], "no such key: rnk; did you mean rank?"),
     "added nested key": (
         ["+method=lora", "+trainer.stepz=3"],
-        "no such key: trainer.stepz; did you mean trainer.steps",
+        "no such key: trainer.stepz; did you mean trainer.st",
     ),
     "blocksize": (["+method=qlora", "quant.blocksize=48"], "quant.blocksize=48: choose one of 32, 64, 128"),
     "small blocksize": (["+method=qlora", "quant.blocksize=16"], "quant.blocksize=16: choose one of 32, 64, 128"),

@@ -88,18 +88,16 @@ def test_a_wrong_argument_is_answered_with_the_one_that_was_meant(given, message
 @pytest.mark.parametrize(
     "given",
     [
-        *(
-            "rank=4,8",
-            "rank=range(1,9)",
-            "lr='1e-3'",
-            "lr=${method.lr}",
-            "lr=nan",
-            "trainer.threads=null",
-            "sweep=rank",
-        ),
-        *("+method=qlora,dora", "++rank=3", "~tracking", "-m", "--cfg", "hydra/launcher=joblib", "hydra.verbose=true"),
+        *("rank=4,8", "rank=range(1,9)", "lr='1e-3'", "lr=${method.lr}", "lr=nan", "trainer.threads=null"),
+        *("+method=qlora,dora", "++rank=3", "~tracking", "-m", "--cfg", "hydra/launcher=joblib", "sweep=rank"),
         *("rank_pattern={q_proj:8}", "rank_pattern.q_proj=8", "trainer.keep_best=True", "target_modules='.*[01].*'"),
-        *("data.path=a=b.jsonl", "model.architecture={}", "model.architecture.vocab_size=8", "second.path=x"),
+        *(
+            "hydra.verbose=true",
+            "data.path=a=b.jsonl",
+            "model.architecture={}",
+            "model.architecture.vocab_size=8",
+            "second.path=x",
+        ),
     ],
 )
 def test_what_hydra_reads_is_left_to_it(given):
