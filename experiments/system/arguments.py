@@ -128,8 +128,8 @@ def _meant(key: str, keys: Keys) -> str:
 
 
 def _alike(value: str, there: list[str]) -> str:
-    close = difflib.get_close_matches(value, there, n=1)
-    return f"{f'did you mean {close[0]}? ' * bool(close)}there are {', '.join(there)}"
+    meant = "".join(f"did you mean {close}? " for close in difflib.get_close_matches(value, there, n=1))
+    return f"{meant}there are {', '.join(there)}"
 
 
 def describe(keys: Keys) -> str:

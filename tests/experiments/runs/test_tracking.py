@@ -65,7 +65,9 @@ def test_without_a_key_a_run_says_what_to_do(command, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # where `wandb login` keeps one
     for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
         monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # which has read the variables, and keeps them
     code, text = command("+method=lora", "tracking=wandb")
+    wandb.teardown()
     assert code == 1 and "Traceback" not in text
     [line] = [line for line in text.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: tracking=wandb: ") and "set WANDB_API_KEY; WANDB_MODE=offline keeps" in line

@@ -57,8 +57,8 @@ def test_keys_are_those_of_the_schema_and_each_has_a_meaning(command):
 def test_values_are_those_that_hydra_composes():
     cfg = composed("output_dir=unused")
     for name, key in RUN.keys.items():
-        value = OmegaConf.select(cfg, name, throw_on_missing=False) if name not in ("lr", "output_dir") else None
-        if value is not None and not name.startswith("method."):
+        if name not in ("lr", "output_dir") and not name.startswith("method."):
+            value = OmegaConf.select(cfg, name)
             assert OmegaConf.create([value]) == OmegaConf.create(f"[{key.default}]"), name
 
 
