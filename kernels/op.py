@@ -142,7 +142,7 @@ class Op:
         self.fake, self.products = fake, products
         signature = inspect.signature(fake)
         self.parameters = tuple(signature.parameters)
-        self.inputs = namedtuple(self.name, self.parameters)  # arguments, or what is known of each, by name
+        self.inputs = namedtuple(self.name, self.parameters)  # a value for each argument, by its name
         self._weights = [i for i, p in enumerate(signature.parameters.values()) if p.annotation is Weight]
         self._weight_lists = [i for i, p in enumerate(signature.parameters.values()) if p.annotation == list[Weight]]
         self._function: type[torch.autograd.Function] | None = None

@@ -190,7 +190,7 @@ def dora_linear(
         return scale_columns_(z, gain), xa, norm, gain, x.new_empty(0)
     g = gain.to(x.dtype)
     if dropout:
-        # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
+        # (x - drop(x))Wᵀ + g ⊙ z: elements dropped from the adapter still pass the base
         y = ((x - xd) @ w.t()).addcmul_(z, g)
         return (y if bias is None else y.add_(bias)), xa, norm, gain, z
     return torch.addcmul(bias.to(x.dtype), z, g), xa, norm, gain, z
