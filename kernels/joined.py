@@ -90,9 +90,7 @@ def _keep(inputs, results) -> dict:
 
 
 def _backward(kept, needs, dys: list[Tensor | None], _) -> dict:
-    dys = [
-        kept.x.new_zeros(len(kept.x), len(B)) if dy is None else dy.contiguous() for dy, B in zip(dys, kept.lora_B)
-    ]
+    dys = [kept.x.new_zeros(len(kept.x), len(B)) if dy is None else dy.contiguous() for dy, B in zip(dys, kept.lora_B)]
     dx, dA, dB, dm = _joined_linears_backward(
         *(dys, kept.x, kept.ys, kept.kept, list(kept.weights), kept.lora_A, kept.lora_B, kept.magnitude),
         *(list(kept.scaling), needs.x),
