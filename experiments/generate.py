@@ -154,7 +154,9 @@ def converse(writer: Writer) -> None:
             cache, cached = writer.new_cache(), []
         try:
             generated = writer.write([ids], stream=True, cache=cache, prompt_length=prompt_length)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if getattr(stop, "exit_code", 130) != 130:  # SIGTERM and SIGHUP end the conversation, Ctrl-C an answer
+                raise
             print("\n(stopped)", file=sys.stderr)
             messages.pop()
             cache, cached = writer.new_cache(), []
