@@ -199,7 +199,7 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
 
 @command
 def main() -> None:
-    options, changes = read_options(Options, __doc__, changes=("trainer.",))
+    options, changes = read_options(Options, __file__, changes=("trainer.",))
     target = Path(options.output_dir) if options.output_dir else Path(options.run) / options.to
     export(Path(options.run), options.to, target, changes)
     print("Written:", *sorted(target.iterdir()), sep="\n  ")

@@ -38,6 +38,7 @@ from modules.files.bitsandbytes import load_bnb4, quantization_of
 from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")  # one of them is in each tokenizer's directory
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -204,6 +205,8 @@ def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedMod
         raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
+    if not any(list(path.glob(pattern)) for pattern in TOKENIZERS):  # transformers would make an empty one
+        raise UserError(f"model.path={path}: no tokenizer in this directory: copy tokenizer.json and the like there")
     return _load_packed(path, dtype) if is_packed(path) else _from_directory(path, dtype)
 
 

@@ -57,6 +57,12 @@ def test_nothing_to_load(tmp_path):
         load(source="zip")
 
 
+def test_a_directory_without_a_tokenizer(tmp_path):
+    load(source="tiny")[0].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no tokenizer in this directory: copy tokenizer.json"):
+        load(source="hf", path=str(tmp_path))
+
+
 def test_damaged_weights_are_one_line(tmp_path):
     model, tokenizer = load(source="tiny")
     model.save_pretrained(tmp_path)

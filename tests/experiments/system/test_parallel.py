@@ -289,7 +289,9 @@ def test_ctrl_c_in_one_process_stops_all_after_the_same_step(folder, mode):
     assert "Traceback" not in text and text.count("\ninterrupted\n") == 1, text
     assert text.count("stopped after step 2: its weights and metrics are in") == 1, text
     interrupted = folder / f"interrupted-{mode}"
-    assert (interrupted / "adapter" / "adapter_model.safetensors").is_file() and records(interrupted)[-1]["step"] == 2
+    assert (interrupted / "adapter" / "adapter_model.safetensors").is_file() and records(interrupted)[-1]["step"] == 3
+    assert [path.name for path in (interrupted / "checkpoints").iterdir()] == ["step-00000003"]
+    assert text.rstrip().endswith(f"go on with: python -m experiments.run resume={interrupted}")
 
 
 def test_threads_are_shared(monkeypatch):
