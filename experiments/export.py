@@ -169,6 +169,14 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+@torch.inference_mode()
+def _is_rounding(written: nn.Module, ids: Tensor, found: Tensor, expected: Tensor) -> bool:
+    """True if the run's logits are as near to those of the `written` model in fp32 as its own in its dtype, within a
+    factor of two: where rounding alone has a router choose other experts, both are far from them."""
+    exact = _logits(written.float(), ids)
+    return _relative(expected, exact) <= 2 * _relative(found, exact)
+
+
 def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
     """Write the model of the run in `source` to `target` in the format `to`, read it back, print how far it differs.
 
@@ -190,10 +198,11 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
         del run  # two models need not be in memory
         gc.collect()
         with quiet():
-            found = _logits(read().to(device), ids)
+            written = read().to(device)
+            found = _logits(written, ids)
         error, most = _relative(found, expected), (found - expected).abs().max().item()
         print(f"read back: logits of {ids.shape[1]} tokens differ by {error:.2g} of their size, at most by {most:.2g}")
-        if not error <= LARGEST_ERROR[dtype]:
+        if not error <= LARGEST_ERROR[dtype] and not _is_rounding(written, ids, found, expected):
             raise UserError(f"the export is wrong, {error:.2g} is more than rounding does: nothing is kept")
 
 
