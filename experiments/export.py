@@ -31,7 +31,8 @@ from experiments.blocks.quant_map import blocksizes
 from experiments.config import QuantConfig
 from experiments.data.chat import tokenize
 from experiments.errors import UserError
-from experiments.models.load import load_base, model_directory
+from experiments.models.directory import model_directory
+from experiments.models.load import load_base
 from experiments.runs.finished import FinishedRun, load_run, make_dense
 from experiments.runs.model_files import ADAPTER, over_own_base, run_of
 from experiments.system import machine

@@ -13,9 +13,11 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.models.load import is_packed, load_base, quiet
+from experiments.models.directory import is_packed
+from experiments.models.load import load_base
 from experiments.system import machine
 from experiments.system.files import cache_dir
+from experiments.system.quiet import quiet
 from modules.adapters.config import quantized_start
 from modules.files.bitsandbytes import save_bnb4
 

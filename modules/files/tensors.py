@@ -47,7 +47,8 @@ class TensorFiles:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-        self._where |= {name: (path, partial(file.get_tensor, name)) for name in file.keys()}
+        names = file.keys()
+        self._where |= {name: (path, partial(file.get_tensor, name)) for name in names}
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
