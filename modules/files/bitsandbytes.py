@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from kernels.codebook import BITSANDBYTES_TYPES
+from modules.adapters.model_code import left_out
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import wrapped_linears
 from modules.files.conversion import are_joined, bring_into_memory
@@ -75,12 +76,17 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
     }
     if not packed:
         raise ValueError(f"{directory}: config.json says load_in_4bit, but no linear of the model is packed")
+    stay_dense = left_out(model)  # bitsandbytes packs them all the same
     _load_dense(model, files, {f"{name}.weight" for name in packed})
     for name, module in packed.items():
         shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         weight = read_packed(files, f"{name}.weight", shape, quant_type)
         linear = NF4Linear(weight.values, weight.quant_state, module.bias, conv1d=isinstance(module, Conv1D))
-        replace_module(model, name, linear if dtype is None else linear.to(dtype))
+        linear = linear if dtype is None else linear.to(dtype)
+        if name in stay_dense:
+            module.weight = linear.dequantize().weight
+        else:
+            replace_module(model, name, linear)
     expected_leftovers = [*(model._keys_to_ignore_on_load_unexpected or ()), ROTARY]
     for name in sorted(files.unread()):
         if not any(re.search(pattern, name) for pattern in expected_leftovers):
@@ -116,8 +122,6 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
             del tensors[f"{name}.{key}"]
         tensors |= {f"{name}.{key}": tensor for key, tensor in packed_tensors(weight_of(linear)).items()}
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    # transformers takes these for the beginnings of names: `mlp.gate` would be `mlp.gate_proj` as well
-    skipped = [f"{name}$" if any(other.startswith(name) for other in packed) else name for name in dense]
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     model.config.quantization_config = {
         "quant_method": "bitsandbytes",
@@ -126,7 +130,7 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
         "bnb_4bit_use_double_quant": any(linear.quant_state.nested for linear in packed.values()),
         "bnb_4bit_compute_dtype": str(model.dtype).removeprefix("torch."),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skipped,  # transformers treats every other linear as packed
+        "llm_int8_skip_modules": dense,  # transformers treats every other linear as packed
     }
     try:
         partial.mkdir(parents=True)
