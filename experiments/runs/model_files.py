@@ -56,10 +56,7 @@ def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenize
             save_bnb4(model, directory)
             load_bnb4(directory)
         except ValueError as error:
-            kind = type(model).__name__
-            raise UserError(
-                f"init={cfg.init} keeps a base of its own, and that of {kind} cannot be kept: {error}"
-            ) from error
+            raise UserError(f"init={cfg.init} keeps a base of its own, which cannot be done here: {error}") from error
         tokenizer.save_pretrained(directory)
     set_adapter(model, DEFAULT)
 
