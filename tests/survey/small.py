@@ -54,7 +54,7 @@ _KINDS = ("sliding_attention", "full_attention")
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "camembert": {"max_position_embeddings": 1024},  # positions begin behind the padding's id
-    "cohere_compass_text": {"rope_parameters": dict.fromkeys(_KINDS, {"rope_type": "default", "rope_theta": 1e4})},
+    "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _KINDS}},
     "data2vec-text": {"max_position_embeddings": 1024},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 64}},
     "falcon_h1": {"mamba_d_head": 8},
@@ -94,7 +94,11 @@ def _config(kind: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedCon
         if isinstance(value, dict) and isinstance(values.get(name), dict):
             value = values[name] | value
         values[name] = value
-    return kind(**values)
+    config = kind(**values)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and "layer_types" in names and not any("full" in one or "sliding" in one for one in kinds):
+        config = kind(**values | {"layer_types": [kinds[0], "full_attention"]})  # a cache needs one layer of attention
+    return config
 
 
 def build(model_type: str) -> PreTrainedModel:
@@ -111,4 +115,7 @@ def build(model_type: str) -> PreTrainedModel:
         if size > LARGEST:
             raise ValueError(f"{size:,} parameters")
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # biases, norms and gates that matter, and no row of zeros
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
