@@ -66,12 +66,12 @@ def live(directory: Path, method: str, out: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     try:
         with silent() as said:
-            run(resolve(composed(*_arguments(directory, method, out))))
+            run(resolve(composed(*arguments(directory, method, out))))
         found["train"] = "ok"
         found["said"] = " | ".join(line for line in said.getvalue().splitlines() if "adapted: " in line)
         finished = load_run(out)
         ours, theirs = finished.model, peft_model(finished.model, directory, out)
-        found["load"] = _close(_difference(logits(ours), logits(theirs)))
+        found["load"] = _close(difference(logits(ours), logits(theirs)))
         found["gradients"] = _gradients(ours, theirs)
         prompt = IDS[:1, :6]
         answer = generate(ours, finished.tokenizer, prompt.tolist(), Sampling(max_new_tokens=NEW)).ids[0]
@@ -86,7 +86,7 @@ def live(directory: Path, method: str, out: Path) -> dict[str, str]:
     return found
 
 
-def _arguments(directory: Path, method: str, out: Path) -> list[str]:
+def arguments(directory: Path, method: str, out: Path) -> list[str]:
     data = ["data=jsonl", f"data.path={directory.parent / 'chats.jsonl'}", "data.max_heldout=2"]
     trainer = ["trainer=debug", "trainer.steps=1", "trainer.batch_size=2", "trainer.eval_every=0", "trainer.samples=1"]
     trainer += ["trainer.sample_tokens=4", "trainer.dtype=float32", "trainer.device=cpu", "lr=1e-2", "rank=4"]
@@ -143,7 +143,7 @@ def _greedy(model: nn.Module, prompt: Tensor) -> list[int]:
     ].tolist()
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> float:
+def difference(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 

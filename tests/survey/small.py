@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 259  # of the survey's tokenizer: bytes and three special tokens
-LARGEST = 5_000_000  # parameters
+LARGEST = 6_000_000  # parameters
 MODEL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 # Sizes by the names that configurations give them. A configuration takes those that it has.
@@ -96,7 +96,7 @@ def _config(kind: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedCon
         values[name] = value
     config = kind(**values)
     kinds = getattr(config, "layer_types", None)
-    if kinds and "layer_types" in names and not any("full" in one or "sliding" in one for one in kinds):
+    if kinds and "layer_types" in names and {*kinds} <= {"linear_attention", "mamba", "conv"}:
         config = kind(**values | {"layer_types": [kinds[0], "full_attention"]})  # a cache needs one layer of attention
     return config
 
