@@ -9,6 +9,7 @@ exported, beside PEFT over transformers' own model: the same logits, gradients a
 Exit code 1: something differs, or ends in a traceback. A refusal in one line is none of the two.
 """
 
+import re
 import shutil
 import sys
 import tempfile
@@ -47,6 +48,12 @@ def survey(model_type: str, methods: list[str], folder: Path) -> tuple[dict[str,
     return cells, said
 
 
+def left_out(said: str) -> str:
+    """The names in the lines that a run printed, without numbers and reasons: `router, experts`."""
+    names = [re.sub(r" \(\d+\)|, [\d,]+ parameters", "", line.split(": ")[1]) for line in said.splitlines()]
+    return ", ".join(names)
+
+
 def main() -> int:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     methods = given["methods"].split(",") if "methods" in given else list(METHODS)
@@ -61,7 +68,7 @@ def main() -> int:
         cells, said = survey(model_type, methods, folder)
         shutil.rmtree(folder)
         row = [cells.get(method, "") for method in methods]
-        lines.append(f"| {' | '.join([model_type, *row, said.replace(' | ', '; ')])} |")
+        lines.append(f"| {' | '.join([model_type, *row, said if not cells else left_out(said)])} |")
         print(lines[-1], flush=True)
         bad += sum(text.startswith(("WRONG", "TRACEBACK")) for text in row)
     if "to" in given:

@@ -68,7 +68,7 @@ def live(directory: Path, method: str, out: Path) -> dict[str, str]:
         with silent() as said:
             run(resolve(composed(*arguments(directory, method, out))))
         found["train"] = "ok"
-        found["said"] = " | ".join(line for line in said.getvalue().splitlines() if "adapted: " in line)
+        found["said"] = "\n".join(line for line in said.getvalue().splitlines() if "adapted: " in line)
         finished = load_run(out)
         ours, theirs = finished.model, peft_model(finished.model, directory, out)
         found["load"] = _close(difference(logits(ours), logits(theirs)))
