@@ -17,6 +17,7 @@ from torch import nn
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.config import ALL_LINEAR, AdapterConfig
 from modules.adapters.init import check_init, initialise, principal_inputs
+from modules.adapters.model_code import changed_in_place
 from modules.adapters.own import own_copy
 from modules.adapters.prefix import prefix_modules
 from modules.adapters.state import DEFAULT, Adapter, AdapterState, set_adapter, state_of
@@ -26,6 +27,7 @@ from modules.adapters.targets import (
     decoder_linears,
     find_saved,
     find_targets,
+    fitted,
     wrapped_linears,
 )
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
@@ -60,13 +62,14 @@ def attach(
         The full names of the adapted linears.
 
     Raises:
-        ValueError: the adapter or a setting is unknown, no linear matches, a layer is too small for its rank, or the
+        ValueError: the adapter or a setting is unknown, no linear matches, a rank is too large for every layer, or the
             name is taken. The model is then unchanged.
     """
     config = AdapterConfig(adapter, rank, lora_alpha, target_modules, dropout, **more)
     active = prepare_to_add(model, name)
     try:
         names = find_targets(model, config)
+        config = fitted(model, config, names)
         linears = all_linears(model)
         check_init(config.init, [linears[target] for target in names], calibration)
         own = own_tensors(model, config, names)
@@ -149,8 +152,11 @@ def add_adapter(
     modules: dict[str, nn.Module] = {}
     for path, tensors in own.items():
         modules[path] = own_copy(model.get_submodule(path), tensors)
+    changed = changed_in_place(model) if config.adapter == "dora" else set()
     for path in names:
         modules[path] = _layer(linears[path], path, config)
+        if any(f"{path}.".startswith(f"{result}.") for result in changed):
+            modules[path].copies_result = True
     if config.adapter.startswith("prefix"):
         modules |= prefix_modules(model, config)
     base = {path: model.get_submodule(path) for path in modules}
