@@ -221,6 +221,7 @@ class _Run:
             "total_seconds": self._seconds(),
             "cpu_energy_joules": self._joules(),
             "seed": cfg.seed,
+            "machine": machine.about(self.model.device),
             "versions": machine.versions(),
             "commit": machine.commit(),
             "results_version": VERSION,
