@@ -246,7 +246,8 @@ class _Run:
     def _answers(self) -> list[str]:
         """The model's texts for the sample prompts."""
         prompts = [sample.prompt_ids for sample in self.samples]
-        return answer(self.model, self.tokenizer, prompts, self.cfg.trainer.sample_tokens) if prompts else []
+        tokens = self.cfg.trainer.sample_tokens
+        return answer(self.model, self.tokenizer, prompts, tokens, reasoning=True) if prompts else []
 
     def _samples(self) -> list[dict[str, str]]:
         """The sample prompts with reference and answers."""
