@@ -1,6 +1,7 @@
 """Text from a model: batches of prompts with a KV cache, streaming, and how fast it was."""
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from experiments.errors import UserError
 from modules.adapters.prefix import prompt_lengths
 
 _DRAWN = ("temperature", "top_p", "top_k")
+_NOT_OF_DRAWING = rf"({'|'.join(_DRAWN)}|do_sample|max_length|max_new_tokens|\w+_token_id|_.*|transformers_version)$"
+_NOT_OF_DRAWING += r"|use_cache$|cache_|output_|return_"
 
 
 @dataclass(frozen=True)
@@ -141,13 +144,8 @@ def generate(
 
 def own_settings(model: PreTrainedModel) -> dict:
     """The settings in generation_config.json that change which tokens are drawn, beside those of `Sampling`."""
-    other = {"max_length", "max_new_tokens", "do_sample", "cache_implementation", "transformers_version", *_DRAWN}
     settings = model.generation_config.to_diff_dict()
-    return {
-        name: value
-        for name, value in settings.items()
-        if name not in other and not name.startswith("_") and not name.endswith("_token_id")
-    }
+    return {name: value for name, value in settings.items() if not re.match(_NOT_OF_DRAWING, name)}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """One run, from its configuration to its result: `run`."""
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -166,6 +167,11 @@ class _Run:
             with without_prefix(self.model):
                 measures = self.measures.measure(self.model)
                 before, texts = self._evaluate(), self._answers()
+            if not math.isfinite(before.loss):
+                dtype = str(self.trainer.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"the held-out loss is {before.loss} before training, in {dtype}: check the model's weights"
+                )
             self.before_stop = BeforeStop(before, texts, measures, tracker_id=self.tracking.run_id)
 
     def train(self) -> None:
