@@ -15,7 +15,7 @@ RESULTS ?= notebooks/results
 second_docstrings := arithmetic
 second_arithmetic := docstrings
 
-.PHONY: help setup run test lint bench bench-cpu profile-cpu cubins static-cost sweeps notebooks clean
+.PHONY: help setup run test lint bench bench-cpu profile-cpu cubins cubins-ci static-cost sweeps notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -54,6 +54,9 @@ profile-cpu: $(READY) ## where the time of a training step on a CPU goes
 
 cubins: $(READY) ## compile every kernel for every GPU, without one, and hold it to its budgets
 	$(BIN)/python -m kernels.aot $(ARGS)
+
+cubins-ci: $(READY) ## the part of it that CI runs: every kernel for the GPUs whose compilers differ most
+	$(BIN)/python -m kernels.aot --targets sm_80,sm_100
 
 static-cost: $(READY) ## count what notebooks/kernels.ipynb shows: instructions of the NF4 kernels here and of bitsandbytes'
 	$(BIN)/python -m kernels.aot 'nf4_dequantize/b64-*' 'nf4_quantize/b64-*' 'dora_norm_nf4/r*-b64-double-bf16' \

@@ -18,7 +18,7 @@ from kernels.op import define_op
 
 
 class Coefficients(NamedTuple):
-    """What a step multiplies with; each is rounded to fp32 when it is used."""
+    """The factors and terms of a step, each of them rounded to fp32 when it is used."""
 
     beta1: float
     one_minus_beta1: float

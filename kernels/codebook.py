@@ -81,7 +81,7 @@ def decision_bounds(quant_type: str, device: torch.device | str = "cpu") -> tupl
 
 @_table
 def code_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """What a kernel looks the code of x in [-1, 1] up with: (codes int32, bounds fp32, whether they go by bin).
+    """The tables in which a Triton kernel finds the code of x in [-1, 1]: (codes int32, bounds fp32, are they by bin?).
 
     By bin [64], [64] where levels ascend with the code and neighbouring bounds are more than 1/16 apart: x is in bin
     k = round(16 · x) + 16, which holds at most one bound, and its code is codes[k] + (x > bounds[k]). Bins above 32
@@ -102,7 +102,7 @@ def code_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[tor
 
 @_table
 def bin_table(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor, int]:
-    """What the torch twin looks the code of x in [-1, 1] up with: (codes int32, bounds fp32, scale).
+    """The tables in which the reference finds the code of x in [-1, 1]: (codes int32, bounds fp32, scale).
 
     As `code_table` by bin, but with bins as narrow as any codebook needs to have one bound a bin at most: x is in bin
     k = round(scale · x) + scale; the low byte of codes[k] is its code if x ≤ bounds[k], the next byte otherwise.

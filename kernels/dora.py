@@ -128,14 +128,14 @@ def dora_linear(
     Args:
         x: [..., in], fp32, fp16 or bf16: the compute dtype.
         weight: [out, in] in x's dtype, or packed codes with their `quant_state`; or a Weight, which has both. Frozen.
-        norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
+        norm_sq: fp32 [out], as `weight_norm_sq` returns it for this weight.
         lora_A: [rank, in], lora_B: [out, rank], magnitude: [out], fp32 in training (a bf16 magnitude stops learning:
             its updates round to zero).
         scaling: α / rank, or α / √rank (rsLoRA).
         bias: [out] or None.
         dropout: probability with which an element of the adapter's input is dropped.
         seed: int64 [], decides the mask; by default drawn from torch's generator.
-        norm: fp32 [out], what `dora_norm` returned for this weight, lora_A, lora_B and scaling; computed if not given.
+        norm: fp32 [out], as `dora_norm` returned it for this weight, lora_A, lora_B and scaling. Computed if not given.
 
     Returns:
         [..., out] in x's dtype. Differentiable in x, lora_A, lora_B, magnitude and bias.
@@ -180,7 +180,7 @@ def dora_norm(
 
     Args:
         weight: [out, in], or packed codes with their `quant_state`; or a Weight, which has both.
-        norm_sq: fp32 [out], what `weight_norm_sq` returns for this weight.
+        norm_sq: fp32 [out], as `weight_norm_sq` returns it for this weight.
         lora_A: [rank, in], lora_B: [out, rank].
         scaling: α / rank, or α / √rank.
 

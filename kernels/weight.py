@@ -47,6 +47,10 @@ class QuantState:
     def nested(self) -> bool:
         return self.nested_absmax is not None
 
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(absmax, nested_absmax, nested_offset)"""
+        return self.absmax, self.nested_absmax, self.nested_offset
+
 
 @dataclass(frozen=True)
 class Weight:

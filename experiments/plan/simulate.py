@@ -12,8 +12,8 @@ Beside the results of operations, these are counted:
 - a linear over packed codes has its dense weight while it computes: the Triton launcher makes one in the compute dtype;
 - autocast, which torch does not have on the meta device, casts the arguments of products.
 
-Ops without a Triton kernel are taken apart into the torch operations of their reference. For a CPU all ops are, into
-those of kernels/cpu/, whose kernels have no work on meta tensors but write to memory that is counted.
+For a CPU our ops run as kernels/cpu/ has them: torch's operations, and kernels that do nothing on meta tensors but
+write to memory that is counted. For a GPU an op is one operation, but for the loss, which is taken apart into chunks.
 
 Not seen: what libraries allocate inside one operation (cuBLAS workspaces, a GPU's blocks of attention), the CUDA
 context, and what an allocator loses to fragmentation.
@@ -38,18 +38,16 @@ from experiments.plan import flops
 from experiments.training.loop import checkpoint_blocks
 from experiments.training.loss import LabelLoss
 from kernels import use_backend
+from kernels.cross_entropy import by_chunks, precise
 from modules import AdamW
 
 aten = torch.ops.aten
 PHASES = ("forward", "loss", "backward", "optimizer")
 qdora = torch.ops.qdora
-IN_TORCH = (  # on every device but a CPU, which has kernels for them
+ON_CPU = (  # ops that are taken apart there
     *(qdora.rms_norm, qdora.rms_norm_backward, qdora.swiglu, qdora.swiglu_backward),
-    *(qdora.rotary, qdora.rotary_backward, qdora.linear_cross_entropy),
-)
-ON_CPU = (
-    *(*IN_TORCH, *flops.LINEARS, qdora.joined_linears, qdora.joined_linears_backward),
-    *(qdora.attention, qdora.attention_backward),
+    *(qdora.rotary, qdora.rotary_backward, qdora.attention, qdora.attention_backward, qdora.linear_cross_entropy),
+    *(*flops.LINEARS, qdora.joined_linears, qdora.joined_linears_backward),
 )
 POSITIONS = (aten.index, aten.index_put, aten._index_put_impl_)  # which tokens carry labels decides shapes
 
@@ -84,7 +82,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self, on_cpu: bool = False):
         super().__init__()
-        self.taken_apart = ON_CPU if on_cpu else IN_TORCH
+        self.on_cpu = on_cpu
         self.live = self.weight = self.flops = 0
         self.peaks = dict.fromkeys(PHASES, 0)
         self.phase = PHASES[0]
@@ -119,7 +117,10 @@ class Allocations(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         scratch = _dense_weight(func, args)
         self.weight = max(self.weight, scratch)
-        if packet in self.taken_apart:
+        if packet is qdora.linear_cross_entropy and not self.on_cpu:
+            with self:
+                return by_chunks(_loss_by_kernel, *args)
+        if self.on_cpu and packet in ON_CPU:
             with self:
                 return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
         out = func(*args, **kwargs)
@@ -129,6 +130,11 @@ class Allocations(TorchDispatchMode):
             self.add(tensor)
         self.peaks[self.phase] = max(self.peaks[self.phase], self.live + scratch)
         return out
+
+
+def _loss_by_kernel(logits: Tensor, _targets: Tensor) -> Tensor:
+    """Σ cross-entropy of a chunk by a kernel, which writes the gradient in the place of the logits."""
+    return logits.new_empty((), dtype=precise(logits))
 
 
 @functools.cache

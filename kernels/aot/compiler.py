@@ -27,7 +27,7 @@ class Row:
     config: str
     target: str
     registers: int  # a thread
-    spill_bytes: int  # a thread's stack, or what it stores there, whichever is more
+    spill_bytes: int  # a thread's stack, or its stores to it, whichever is more
     shared_bytes: int  # a block
     instr_per_weight: float  # a value of the kernel, a weight for most
     bytes_per_weight: float
@@ -135,7 +135,7 @@ def _read_amd(kernels: list, target: str) -> list[tuple[list[machine_code.Instru
 
 
 def _key(case: Case, target: str) -> str:
-    """Names a row in the cache: the kernel with all it calls, its launch, what the case states, the compiler, ours."""
+    """Names a row in the cache by all that decides it: kernel, callees, launch, case, target, compilers, counting."""
     source, options = source_of(case.launch, target)
     launch = (source.signature, source.constants, source.attrs, options)
     stated = (case.kernel, case.config, case.count(case.values), case.bytes_per_value, case.count(case.loop))

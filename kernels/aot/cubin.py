@@ -1,4 +1,4 @@
-"""What is in a cubin, NVIDIA's ELF file of compiled kernels: machine code, registers, stack, shared memory."""
+"""Reads cubins, NVIDIA's ELF files of compiled kernels: machine code, registers, stack, shared memory."""
 
 import re
 import struct
@@ -23,7 +23,7 @@ class Usage:
 
 
 def usage(cubin: bytes, kernel: str) -> Usage:
-    """What `kernel` of `cubin` takes."""
+    """The registers and the memory that `kernel` of `cubin` takes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -51,8 +51,8 @@ def text_section(cubin: bytes, kernel: str) -> bytes:
 def disassemble(texts: list[bytes], capability: int) -> list[str]:
     """SASS listings of machine code, as `machine_code.parse_sass` reads them.
 
-    All in one call: nvdisasm takes half a second to start, however little there is to do. Addresses go on from one
-    listing to the next.
+    One call reads all of them, because nvdisasm takes half a second to start. Addresses go on from one listing to the
+    next.
     """
     if not texts:
         return []
@@ -73,7 +73,7 @@ def extract(library: Path, target: str) -> bytes:
     """The cubin for `target` ("sm_80") in a shared library.
 
     Raises:
-        FileNotFoundError: it holds none.
+        FileNotFoundError: the library has no code for the target.
     """
     with tempfile.TemporaryDirectory() as directory:
         _run(triton.knobs.nvidia.cuobjdump.path, "-xelf", f".{target}.", str(library.resolve()), cwd=directory)

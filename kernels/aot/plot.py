@@ -26,10 +26,10 @@ _STYLES = {"sm_80": ("#0072b2", "o"), "sm_90": ("#d55e00", "s"), "sm_100": ("#00
 
 
 def plot(path: Path, results: list[tuple[Case, Row]]) -> None:
-    """Draw those of `results` that are named above, one panel an op.
+    """Draw the `results` that are named above, one panel an op.
 
     Raises:
-        ValueError: there is none among them.
+        ValueError: there are none.
     """
     from matplotlib.figure import Figure  # not pyplot: no display, and no global state
 

@@ -61,8 +61,8 @@ def _roofline(case: Case, row: Row) -> str:
     if not (gpu := GPUS.get(row.target)):
         return ""
     flops = case.count(case.flops_per_value) if row.mma else 0.0  # elsewhere they are among the instructions
-    seconds, what = gpu.bound(row.instr_per_weight, case.bytes_per_value, flops)
-    return f"{gpu.name} {_short(seconds * 1e12)} ps, {what}"
+    seconds, cause = gpu.bound(row.instr_per_weight, case.bytes_per_value, flops)
+    return f"{gpu.name} {_short(seconds * 1e12)} ps, {cause}"
 
 
 def _short(value: float) -> str:

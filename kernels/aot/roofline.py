@@ -1,12 +1,12 @@
-"""What a GPU can do at most, and what therefore bounds a kernel.
+"""The limits of GPUs, and the least time that they leave a kernel.
 
 Constants, all public: NVIDIA's data sheets of A100 80GB SXM, H100 SXM and HGX B200 (multiprocessors, boost clock,
 memory bandwidth, dense bf16 rate of the matrix units). A multiprocessor has four schedulers that each issue one
 instruction of 32 threads a cycle, so 128 a cycle; of 32-bit integer and logic instructions, which unpacking 4-bit
 codes mostly takes, it finishes 64 a cycle (CUDA C++ Programming Guide, throughput of arithmetic instructions).
 
-From them follow two break-evens, in instructions a value: with fewer than the lower one memory is the bound whatever
-the instructions are, with more than the upper one issuing them is; between them it depends on which they are.
+Two break-evens follow from them, in instructions a value. Below the lower one, memory is the bound, whatever the
+instructions are. Above the upper one, their issue is. Between the two it depends on the instructions.
 """
 
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ class GPU:
     flops_per_s: float
 
     def break_even(self, bytes_per_value: float) -> tuple[float, float]:
-        """(lower, upper) instructions a value whose issue takes as long as the memory traffic of a value."""
+        """(lower, upper) number of instructions a value whose issue takes as long as the memory traffic of a value."""
         cycles = self.multiprocessors * self.clock * bytes_per_value / self.bytes_per_s
         return INTEGER * cycles, ISSUE * cycles
 
     def bound(self, instr_per_value: float, bytes_per_value: float, flops_per_value: float) -> tuple[float, str]:
-        """(least seconds a value, what sets them: "memory", "mma", "issue", or "mix": memory or issue)."""
+        """(least seconds a value, their cause: "memory", "mma", "issue", or "mix": memory or issue)."""
         lower, upper = self.break_even(bytes_per_value)
         memory = bytes_per_value / self.bytes_per_s
         issue = instr_per_value / (ISSUE * self.multiprocessors * self.clock)

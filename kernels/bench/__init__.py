@@ -2,9 +2,9 @@
 
     python -m kernels.bench [op …] [--csv FILE] [--plot DIR] [--quick]
 
-`registry.py` names the ops, one file a family states them (see spec.py), `runner.py` measures: every result is checked
-before it is timed, repetitions of all providers alternate, and what is reported is the median and its spread.
-Compare ratios within one run, never times of two runs.
+`registry.py` lists the benchmarks, which the files of the ops state (see spec.py). `runner.py` measures: it checks each
+result before it times the provider, alternates the repetitions of all providers, and reports the median and its
+spread. Compare ratios within one run, never times of two runs.
 """
 
 import logging

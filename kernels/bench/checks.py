@@ -1,4 +1,4 @@
-"""What a right result is: the same bytes, or as accurate as torch. A wrong one raises AssertionError, saying why."""
+"""Checks of results: the same bytes, or as accurate as torch. A wrong result raises AssertionError with the reason."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from kernels.bench.spec import Inputs, Result
 
 
 def same_bytes(expected: Result) -> Callable[[Result], None]:
-    """Every output is `expected`'s, byte for byte; only its shape may differ."""
+    """Every output equals that of `expected`, byte for byte; only its shape may differ."""
 
     def check(got: Result) -> None:
         assert got.keys() == expected.keys(), f"gives {', '.join(got)} instead of {', '.join(expected)}"
@@ -24,11 +24,11 @@ def same_bytes(expected: Result) -> Callable[[Result], None]:
     return check
 
 
-def as_the_twin(op: Callable[[Inputs], Callable[[], Result]]) -> Callable[[Inputs], Callable[[Result], None]]:
-    """The same bytes as `op` on the torch backend."""
+def as_the_reference(op: Callable[[Inputs], Callable[[], Result]]) -> Callable[[Inputs], Callable[[Result], None]]:
+    """The same bytes as `op` on the reference."""
 
     def check(inputs: Inputs) -> Callable[[Result], None]:
-        with use_backend("torch"):
+        with use_backend("reference"):
             return same_bytes(op(inputs)())
 
     return check

@@ -9,7 +9,7 @@ import torch
 
 from kernels.bench.spec import DTYPES
 from kernels.bench.timing import times
-from kernels.op import use_triton
+from kernels.lora import _lora_linear
 
 COPY_BYTES = 2**28  # past every cache
 MATMUL_SIZE = {"cpu": 512, "cuda": 8192}
@@ -18,11 +18,11 @@ PACKAGES = ("torch", "triton", "bitsandbytes", "peft")
 
 @dataclass(frozen=True)
 class Machine:
-    """What every row of a run shares.
+    """The machine of a run, whose facts every row repeats.
 
     Attributes:
-        name: of the device, and the backend that our ops run on there.
-        bytes_per_s, flops_per_s: the best that torch's copy, and its matmul in each of DTYPES, reached in this run.
+        name: of the device, and of the backend that our linears run on there.
+        bytes_per_s, flops_per_s: the best speed of torch's copy, and of its matmul in each of DTYPES, in this run.
     """
 
     device: torch.device
@@ -43,7 +43,7 @@ def this_machine() -> Machine:
 
 
 def _name(device: torch.device) -> str:
-    backend = "triton" if use_triton(torch.empty(0, device=device)) else "torch"
+    backend = _lora_linear.column(torch.empty(0, device=device))
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {backend} backend"
     cpu = torch.cpu.get_capabilities().get("cpu_name", platform.processor())

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import QuantState, dequantize_4bit, quantize_4bit
-from kernels.bench.checks import as_the_twin
+from kernels.bench.checks import as_the_reference
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, Unavailable, randn
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.weight import nested_blocks, packed_sizes
@@ -24,14 +24,14 @@ def _packed(size: int, device: torch.device, dtype: str, blocksize: int, double_
 
 
 def _named(packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None) -> Result:
-    parts = {"packed": packed, "absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    return {name: tensor for name, tensor in parts.items() if tensor is not None}
+    nested = {} if nested_absmax is None else {"nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    return {"packed": packed, "absmax": absmax} | nested
 
 
 def _quantize(inputs: Inputs) -> Callable[[], Result]:
     def run() -> Result:
         packed, state = quantize_4bit(**inputs)
-        return _named(packed, *state.tensors())
+        return _named(packed, state.absmax, state.nested_absmax, state.nested_offset)
 
     return run
 
@@ -114,7 +114,7 @@ BENCHES = (
         configs=_CONFIGS,
         inputs=_weights,
         providers={"ours": _quantize, "bitsandbytes": _bnb_quantize},
-        check=as_the_twin(_quantize),
+        check=as_the_reference(_quantize),
         cost=_cost,
     ),
     Bench(
@@ -125,7 +125,7 @@ BENCHES = (
         configs=_CONFIGS,
         inputs=_packed,
         providers={"ours": _dequantize, "bitsandbytes": _bnb_dequantize, "unsloth": _unsloth_dequantize},
-        check=as_the_twin(_dequantize),
+        check=as_the_reference(_dequantize),
         cost=_cost,
     ),
 )

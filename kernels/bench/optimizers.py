@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernels import adamw, adamw8bit, reference_adamw
+from kernels import adamw, adamw8bit
 from kernels.adamw8bit import BLOCKSIZE
 from kernels.bench.checks import as_accurate
 from kernels.bench.spec import Bench, Inputs, Result, randn
 from kernels.codebook import dynamic_map
+from kernels.reference.adamw8bit import dequantize_state, quantize_state
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 STEP = 10
@@ -30,7 +31,7 @@ def _fp32(size: int, device: torch.device, dtype: str, tensors: int) -> Inputs:
 def _8bit(size: int, device: torch.device, dtype: str, tensors: int) -> Inputs:
     inputs = dict(_fp32(size, device, dtype, tensors))
     for name in _FP32:
-        inputs[name], inputs[f"{name}_absmax"] = reference_adamw.quantize_state(inputs[name], name == "exp_avg")
+        inputs[name], inputs[f"{name}_absmax"] = quantize_state(inputs[name], name == "exp_avg")
     return inputs
 
 
@@ -55,7 +56,7 @@ def _ours(op: Callable, names: tuple[str, ...]) -> Callable[[Inputs], Callable[[
 
 
 def _optimizer(make: Callable, names: dict[str, str]) -> Callable[[Inputs], Callable[[], Result]]:
-    """A torch optimizer made by `make`; `names` says what it calls each state tensor."""
+    """A torch optimizer made by `make`; `names` has its name of each state tensor."""
 
     def provider(inputs: Inputs) -> Callable[[], Result]:
         flat, lists = _copies(inputs)
@@ -115,9 +116,7 @@ def _check_fp32(inputs: Inputs) -> Callable[[Result], None]:
 def _check_8bit(inputs: Inputs) -> Callable[[Result], None]:
     """Parameters as accurate as torch's; states within half a step of the map from the exact ones, and the 1/65535 of
     absmax that bitsandbytes' CPU library rounds to."""
-    state = [
-        reference_adamw.dequantize_state(inputs[name], inputs[f"{name}_absmax"], name == "exp_avg") for name in _FP32
-    ]
+    state = [dequantize_state(inputs[name], inputs[f"{name}_absmax"], name == "exp_avg") for name in _FP32]
     exact = _step(inputs, *state, torch.float64)
     by_torch = _step(inputs, *state, torch.float32)
     check_params = as_accurate({"params": exact["params"]}, {"params": by_torch["params"]}, torch.float32)
@@ -126,7 +125,7 @@ def _check_8bit(inputs: Inputs) -> Callable[[Result], None]:
         check_params({"params": got["params"]})
         for name in _FP32:
             signed, absmax = name == "exp_avg", got[f"{name}_absmax"]
-            error = (reference_adamw.dequantize_state(got[name], absmax, signed) - exact[name]).abs()
+            error = (dequantize_state(got[name], absmax, signed) - exact[name]).abs()
             levels = dynamic_map(absmax.device, signed)
             gaps = torch.cat([levels.new_zeros(1), levels.diff(), levels.new_zeros(1)])
             if signed:

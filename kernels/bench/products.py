@@ -1,4 +1,4 @@
-"""The products of a frozen weight: over NF4 for few and many tokens, and both sides of the GEMM's choice."""
+"""Products with a frozen weight: over NF4 for few and many tokens, and both ways to compute a GEMM and its epilogue."""
 
 from collections.abc import Callable
 from itertools import product
@@ -10,7 +10,7 @@ from kernels import dequantize_4bit, nf4_linear, quantize_4bit
 from kernels.bench.checks import as_accurate
 from kernels.bench.nf4 import bnb_state, nf4_bytes
 from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
-from kernels.gemm import LIBRARY_FROM, gemm
+from kernels.triton.gemm import LIBRARY_FROM, gemm
 
 BLOCKSIZE = 64
 

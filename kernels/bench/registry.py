@@ -1,11 +1,11 @@
 """Every benchmark by its op's name."""
 
-from kernels.bench import double_quant, linears, nf4, norms, optimizers, products
+from kernels.bench import absmax, dora_norm, linears, nf4, optimizers, products
 
 BENCHES = {
     bench.kernel: bench
     for bench in (
-        *(*nf4.BENCHES, *double_quant.BENCHES, *products.BENCHES, *norms.BENCHES, *linears.BENCHES),
+        *(*nf4.BENCHES, *absmax.BENCHES, *products.BENCHES, *dora_norm.BENCHES, *linears.BENCHES),
         *optimizers.BENCHES,
     )
 }

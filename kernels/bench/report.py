@@ -15,13 +15,13 @@ STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D")
 
 
 def varied(bench: Bench, config: Mapping[str, Any]) -> str:
-    """What sets `config` apart from the benchmark's others."""
+    """The settings by which `config` differs from the benchmark's other configurations."""
     keys = [key for key in config if len({other[key] for other in bench.configs}) > 1]
     return " ".join(config[key] if isinstance(config[key], str) else f"{key}={config[key]}" for key in keys)
 
 
 def title(bench: Bench) -> str:
-    """The op and what all its configurations share."""
+    """The op, and the settings that all its configurations share."""
     first = bench.configs[0]
     shared = [f"{key}={first[key]}" for key in first if len({other[key] for other in bench.configs}) == 1]
     return ", ".join([bench.kernel, bench.mode, *shared])
@@ -64,7 +64,7 @@ def _digits(value: float) -> int:
 
 
 class CsvFile:
-    """The results as CSV, whole after every row: an interrupted run keeps what it measured."""
+    """The results as CSV, whole after every row: an interrupted run keeps its measurements."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)

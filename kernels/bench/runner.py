@@ -1,4 +1,4 @@
-"""Measure a benchmark: check every provider's result, then time those that are right."""
+"""Measure a benchmark: check the result of every provider, then time the providers that are right."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ class Row:
     """One provider at one size: a line of the CSV, whose columns are these, in this order.
 
     Attributes:
-        x: the size; what it counts is the benchmark's unit.
+        x: the size, in the benchmark's unit.
         p20, p50, p80: quantiles of the metric over the repetitions.
         bytes, flops: the least that must be moved and computed.
         roofline_share: the least time these take on this machine / p50. Above 1: data stayed in a cache.
@@ -46,7 +46,7 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 @dataclass(frozen=True)
 class Case:
-    """What came of one size and configuration: rows of the providers that were right, reasons for the others."""
+    """The outcome of one size and configuration: rows of the providers that were right, reasons for the others."""
 
     x: int
     config: Mapping[str, Any]
@@ -59,7 +59,7 @@ class Runner:
 
     Attributes:
         quick: the small sizes, and just enough repetitions to have a number.
-        notes: what was left out and why, each thing once.
+        notes: everything that was left out, with its reason, once.
     """
 
     def __init__(self, machine: Machine, quick: bool = False):
@@ -106,7 +106,7 @@ class Runner:
     def _row(self, bench: Bench, provider: str, x: int, config: Mapping[str, Any], seconds: list[float]) -> Row:
         n_bytes, flops = bench.cost(x, **config)
         floor = n_bytes / self.machine.bytes_per_s
-        if bench.products:  # the arithmetic of the others is no matmul, and waits for memory
+        if bench.products:  # the other ops' arithmetic is not a matmul, and waits for memory
             floor = max(floor, flops / self.machine.flops_per_s[config["dtype"]])
         quantiles = torch.tensor(seconds, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8]).double())
         p20, p50, p80 = (round(1e9 * t, 1) for t in quantiles.tolist())

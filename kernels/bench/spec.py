@@ -1,4 +1,4 @@
-"""What a benchmark states: an op, who else computes it, at which sizes, what a right result is, what it must cost."""
+"""A benchmark: an op, the others that compute it, sizes, the check of a result, the least cost."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Unavailable(Exception):
-    """Raised by a provider that cannot run here, saying why."""
+    """A provider cannot run here, for this reason."""
 
 
 Inputs = Mapping[str, Any]
@@ -25,16 +25,16 @@ class Bench:
     Attributes:
         kernel: name of the op, on the command line and in the results.
         mode: "forward" or "forward+backward".
-        unit: what a size counts: "weight" or "token".
+        unit: sizes count these: "weight", "row", "block" or "token".
         sizes, quick_sizes: the sizes to measure, and those for --quick.
-        configs: all else that varies: keyword arguments of `inputs` and `cost`. Each has a "dtype" of DTYPES.
-        inputs: (size, device, **config) → what the providers compute from.
-        providers: by name, (inputs) → the function to time. "ours" is the one the others are compared with.
-        check: (inputs) → a function that raises AssertionError, saying why, if a provider's result is wrong.
+        configs: everything else that varies: keyword arguments of `inputs` and `cost`. Each has a "dtype" of DTYPES.
+        inputs: (size, device, **config) → the inputs of the providers.
+        providers: by name, (inputs) → the function to time. The others are compared with "ours".
+        check: (inputs) → a function of a result, which raises AssertionError with the reason if the result is wrong.
         cost: (size, **config) → (bytes, flops): every input read once, every output written once, nothing else moved.
-        products: it multiplies matrices. Then FLOPs count in the roofline, and dtypes whose products the machine only
-            emulates are left out.
-        gpu_only: it compares GPU kernels, which a CPU does not run.
+        products: the op multiplies matrices. Then FLOPs count in the roofline, and dtypes whose products the machine
+            only emulates are left out.
+        gpu_only: the providers are GPU kernels, which a CPU does not run.
     """
 
     kernel: str

@@ -1,4 +1,4 @@
-"""How long functions take: repetitions of all of them alternate, so that a busy moment hits them alike."""
+"""The time that functions take. Their repetitions alternate, so that a busy moment hits all of them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ CUDA_ROUNDS = 3
 def times(functions: Sequence[Callable[[], Any]], device: torch.device, seconds: float) -> list[list[float]]:
     """Seconds of every repetition of every function, for about `seconds` in all. Each must have run once before.
 
-    On a CPU data stays in its caches from one repetition to the next; on CUDA `do_bench` flushes L2 in between.
+    On a CPU, data stays in its caches from one repetition to the next. On CUDA `do_bench` flushes L2 in between.
     """
     if device.type == "cuda":
         milliseconds = 1000 * seconds / (CUDA_ROUNDS * len(functions))

@@ -157,8 +157,8 @@ def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """The dense weight in `dtype`, to be read before the thread's next call, which may overwrite it.
 
-    It lies in a buffer that stays in the processor's cache and leaves no holes between what a training step keeps. A
-    dense weight, which must have this dtype, is returned itself.
+    It lies in a buffer that stays in the processor's cache and leaves no holes between the tensors that a training step
+    keeps. A dense weight, which must have this dtype, is returned itself.
     """
     if not weight.packed:
         return weight.values

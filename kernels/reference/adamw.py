@@ -16,7 +16,7 @@ def adamw(
     weight_decay: float,
     step: int,
 ) -> None:
-    # what torch.optim.AdamW(fused=True) calls, which counts the steps of each tensor by itself: a millisecond or two
+    # torch.optim.AdamW(fused=True) calls the same, but counts the steps of each tensor by itself: a millisecond or two
     steps = [torch.tensor(float(step), device=params[0].device)] * len(params)
     torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, maximize=False,

@@ -58,7 +58,7 @@ def dora_linear(
     z, xa = adapted(xd, xd, w, (lora_A * scaling).to(x.dtype), lora_B.to(x.dtype))
     g = gain.to(x.dtype)
     if dropout:
-        # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
+        # (x - drop(x))Wᵀ + g ⊙ z: elements dropped from the adapter still pass the base
         y = ((x - xd) @ w.t()).addcmul_(z, g)
         return (y if bias is None else y.add_(bias)), xa, norm, gain, z
     if bias is None:

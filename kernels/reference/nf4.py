@@ -7,7 +7,7 @@ from kernels.codebook import bin_table, level_pairs
 from kernels.reference.absmax import dequantize_absmax
 from kernels.weight import Weight
 
-_CHUNK = 2**18  # values, whole blocks of any size: what is computed between w and its codes stays in a CPU's cache
+_CHUNK = 2**18  # values, whole blocks of any size: the temporaries between w and its codes stay in a CPU's cache
 
 
 def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:

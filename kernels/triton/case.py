@@ -3,7 +3,7 @@
 `CASES: list[Case]` at the end of a kernel file lists the configurations that its launchers may choose. A case calls the
 launcher on meta tensors and names one of the launches that follow: `python -m kernels.aot` compiles that launch with
 the types, constants, alignments, warps and stages that it would really have. So a case states only the call, how the
-machine code is counted, and what it may cost.
+machine code is counted, and its budget.
 """
 
 from collections.abc import Callable, Mapping

@@ -193,7 +193,7 @@ def dora_linear(
     xd = drop(x, dropout, seed) if dropout else x
     xa = project(xd, lora_A.t(), scaling)
     epilogue = (xa, lora_B.t(), bias, gain)
-    if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: what is dropped from the adapter still passes the base
+    if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: elements dropped from the adapter still pass the base
         w = dense(weight, x.dtype)
         z, _ = gemm(xd, w.t(), xa, lora_B.t())
         y, _ = gemm(x - xd, w.t(), bias=bias)
@@ -231,7 +231,7 @@ def dora_linear_backward(
     if not needs_dx:
         return x.new_empty(0), dA, dB, dm
     dx, _ = gemm(dz, w, dxa, lora_A)
-    if dropout:  # what is dropped from the adapter's input passes the base alone
+    if dropout:  # elements dropped from the adapter's input pass the base alone
         through_base, _ = gemm(dy, w)
         dx = through_base + drop(dx - through_base, dropout, seed)
     return dx, dA, dB, dm

@@ -3,7 +3,7 @@
     norm_i = sqrt(Σ_k (W_ik + s·Σ_j B_ij A_jk)²)                            fp32
 
 A program walks BLOCK_N rows of W: a tile of sBA comes from the matrix units, is added to the tile of W in registers,
-squared and summed. Neither W nor BA nor W + sBA is materialised. The factored form (see the twin) needs as many
+squared and summed. Neither W nor BA nor W + sBA is materialised. The factored form (the reference's) needs as many
 matrix products, but cancels where sBA ≈ -W and must then look at W again; adding before squaring cannot cancel and
 costs two multiply-adds a weight. DoRA, Liu et al. 2024, §4.3.
 

@@ -138,7 +138,7 @@ def _major(device: torch.device) -> int:
 
 
 def use_library(x: Tensor) -> bool:
-    """Whether x's GEMM is the library's. The interpreter's never is: it has no speed to choose by."""
+    """True if the library computes x's GEMM. In the interpreter, which has no speed to choose by, it never does."""
     if not x.is_cuda:
         return False
     return x.dtype == torch.float32 or x.shape[0] >= LIBRARY_FROM.get(_major(x.device), float("inf"))
@@ -207,7 +207,7 @@ def _case(
         fn=gemm_kernel,
         # a value is one multiply-add of the main loop; of the epilogue it is one element of y
         values=lambda a: a.BLOCK_M * a.BLOCK_N * (1 if xw else a.BLOCK_K),
-        # of a product of 4096 tokens and features in and out, what its tiles read again coming from the L2 cache
+        # of a product of 4096 tokens and features in and out, if its tiles read from the L2 cache when they read again
         bytes_per_value=(DTYPES[xw].itemsize + DTYPES[dtype].itemsize) if xw else 3 * 2 / 4096,
         flops_per_value=2 * rank if xw else 2,
         loop=not xw,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ALIGNMENT = 16  # bytes; what a 128-bit load or store needs
+ALIGNMENT = 16  # bytes; a 128-bit load or store needs them
 
 
 @triton.jit
@@ -46,10 +46,10 @@ def _owners(sizes: tuple[int, ...], tile: int, device: torch.device) -> tuple[li
 
 
 def plan(arguments: Sequence[Sequence[Tensor]], tile: int) -> tuple[Tensor, Tensor, int, bool]:
-    """What a launch needs.
+    """The table and the programs of one launch.
 
     Args:
-        arguments: of each argument its tensors, contiguous, on one device; those of the first decide the programs.
+        arguments: the tensors of each argument, contiguous, on one device. Those of the first decide the programs.
         tile: elements of the first argument a program handles.
 
     Returns:

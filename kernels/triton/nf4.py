@@ -94,7 +94,7 @@ def _quantize_tile(
 def _quantize_partial_block(
     w_ptr, codes, bounds, packed_ptr, absmax_ptr, n, BINS: tl.constexpr, BLOCKSIZE: tl.constexpr
 ):
-    """The last n % BLOCKSIZE values: divided by absmax, not multiplied, and absmax is at least 1e-38 (see the twin)."""
+    """The last n % BLOCKSIZE values: divided by absmax, not multiplied, and absmax is at least 1e-38 (as in torch)."""
     block = n // BLOCKSIZE
     i = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
     w = tl.load(w_ptr + i, mask=i < n, other=0.0).to(tl.float32)

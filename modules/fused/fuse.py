@@ -12,12 +12,13 @@ from modules.linear import LoRALinear
 
 
 def fuse(model: nn.Module) -> list[str]:
-    """Have `model` compute norms, gated MLPs, rotary embedding and attention with the ops of kernels/, and adapted
-    linears that read one input together; in place, on any device.
+    """Have `model` compute norms, gated MLPs, rotary embedding and attention with the ops of kernels/, in place.
 
-    A part is replaced only if its replacement computes the same. Before or after `quantize` and `attach`: call it again
-    after `attach`, `load_adapter` or `set_adapter` to have the projections of an attention computed together. Modules
-    that an adapter has replaced are left alone.
+    The model may be on any device, packed or not, with adapters or without. A part is replaced only if its replacement
+    computes the same. A module that an adapter has replaced stays as it is.
+
+    Adapted linears that read one input are computed together. Those of an attention need another call of `fuse` after
+    `attach`, `load_adapter` or `set_adapter` has put them into the model; until then they are computed one by one.
 
     Returns:
         The full names of the modules that were replaced.

@@ -18,7 +18,7 @@ class Fused(nn.Module):
     that a change to one module is a change to both.
     """
 
-    def __init__(self, own: nn.Module):
+    def __init__(self, own: nn.Module):  # nn.Module's own __init__ would make new dictionaries
         self.__dict__.update(vars(own))
         self.__dict__["own_class"] = type(own)
 

@@ -113,4 +113,4 @@ def test_a_tuned_model_of_another_shape_is_refused(command, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     code, text = command(f"tuned={tmp_path / 'other'}")
-    assert code == 1 and "is no fine-tuned tiny: " in text and "Traceback" not in text
+    assert code == 1 and "is not a fine-tuned tiny: " in text and "Traceback" not in text

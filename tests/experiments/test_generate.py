@@ -13,7 +13,7 @@ from experiments import generate
 from experiments.models.generation import Sampling
 from experiments.models.generation import generate as generate_ids
 from experiments.runs.finished import load_run
-from modules import adapted_linears
+from modules import adapted_linears, unfuse
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,7 @@ def test_a_conversation_with_kept_keys_and_values_is_one_without(write, loaded, 
 def test_merging_leaves_plain_linears(wild_run, loaded):
     dense = load_run(wild_run, dense=True)
     assert adapted_linears(loaded.model) and not adapted_linears(dense.model)
+    unfuse(dense.model)
     assert {type(m).__module__.split(".")[0] for m in dense.model.modules()} <= {"torch", "transformers"}
     ids = torch.arange(3, 60).unsqueeze(0)
     with torch.inference_mode():
@@ -139,7 +140,7 @@ BAD = {
     ),
     "twice": (["prompt=x", "seed=1", "seed=2"], "seed= is there twice"),
     "tokens": (["prompt=x", "max_new_tokens=0"], "max_new_tokens=0: choose 1 or more"),
-    "too many tokens": (["prompt=x", "max_new_tokens=2048"], "are more than the 2048 that the model takes"),
+    "too many tokens": (["prompt=x", "max_new_tokens=2048"], "are more than the 2048 that the model can have"),
     "temperature": (["prompt=x", "temperature=-1"], "temperature=-1.0: choose 0 or more"),
     "top_p": (["prompt=x", "top_p=0"], "top_p=0.0: choose a number above 0, up to 1"),
     "top_k": (["prompt=x", "top_k=-1"], "top_k=-1: choose 0 or more"),

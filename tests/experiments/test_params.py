@@ -76,5 +76,5 @@ def test_what_has_no_such_table(terminal):
     fused = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 8}
     with pytest.raises(UserError, match="q_proj, k_proj, v_proj and o_proj"):
         params.count_all(ModelConfig(name="fused", source="preset", architecture=fused))
-    with pytest.raises(UserError, match="no causal language model"):
+    with pytest.raises(UserError, match="is not a causal language model"):
         params.count_all(ModelConfig(name="sound", source="preset", architecture={"model_type": "wav2vec2"}))

@@ -1,7 +1,8 @@
-"""Compiling without a GPU: the counts are right on hand-written listings, real kernels keep their budgets, and a
-broken budget is reported by name."""
+"""Compiling without a GPU: counts are right on hand-written listings, a case is compiled as its launcher launches it,
+real kernels keep their budgets, and a broken budget is reported by name."""
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from kernels import nf4, nf4_quantize
-from kernels.aot.__main__ import all_specs, main
+from kernels.aot.__main__ import all_cases, main
 from kernels.aot.machine_code import access_bits, count_path, parse_amd, parse_sass, spilled_bytes, uses_mma
+from kernels.triton import adamw, gemm, nf4
+from kernels.triton.case import Case, meta
 
 ROOT = Path(__file__).parents[2]
 SUBSET = ["nf4_dequantize/b64-double-bf16", "nf4_quantize/b64-bf16", "absmax_*"]
@@ -118,46 +120,139 @@ def test_default_configurations_keep_their_budgets(tmp_path):
 
 def test_broken_budgets_and_kernels_that_do_not_compile_fail_with_their_names():
     done = run_aot(
-        code="import dataclasses, sys; from kernels import double_quant; from kernels.aot.__main__ import run;"
-        "spec = double_quant.AOT_SPECS[1];"
-        "over = dataclasses.replace(spec, max_instr=1.0, max_registers=2, min_store_bits=64);"
-        "broken = dataclasses.replace(spec, config='broken', signature={'n': 'i64'});"
+        code="import dataclasses, sys; from kernels.triton import absmax; from kernels.aot.__main__ import run;"
+        "from kernels.triton.launch import launch;"
+        "case = absmax.CASES[1];"
+        "over = dataclasses.replace(case, max_instr=1.0, max_registers=2, min_store_bits=256);"
+        "call = lambda: launch(case.fn, (1,), *range(6), fp_fusion=False);"  # integers for pointers
+        "broken = dataclasses.replace(case, config='broken', call=call);"
         "sys.exit(run([over, broken], ['sm_80']))"
     )
     assert done.returncode == 1
-    for what in ("instructions a weight, budget 1.0", "registers, budget 2", "-bit stores, budget 64"):
+    for what in ("instructions a weight, budget 1.0", "registers, budget 2", "-bit stores, budget 256"):
         assert what in done.stderr
     assert done.stderr.count("OVER BUDGET absmax_dequantize/b256 on sm_80: ") == 3
     assert "absmax_dequantize/broken on sm_80: does not compile" in done.stderr
 
 
 def test_every_launch_of_nf4_is_compiled():
-    assert {spec.config for spec in nf4.AOT_SPECS} == {
+    cases = all_cases()
+    configs = {kernel: {case.config for case in cases if case.kernel == kernel} for kernel in {c.kernel for c in cases}}
+    assert configs["nf4_dequantize"] == {
         f"b{2**i}-{double}{dtype}"
         for i in range(5, 13)
         for double in ("", "double-")
         for dtype in ("bf16", "fp16", "fp32")
     }
-    assert {spec.config for spec in nf4_quantize.AOT_SPECS} == {
+    assert configs["nf4_quantize"] == {
         *(f"b{2**i}-{dtype}" for i in range(5, 13) for dtype in ("bf16", "fp16", "fp32")),
         *(f"search-b{blocksize}-{dtype}" for blocksize in (64, 4096) for dtype in ("bf16", "fp16", "fp32")),
     }
-    specs = all_specs()
-    assert len({(spec.kernel, spec.config) for spec in specs}) == len(specs)
+    assert len({(case.kernel, case.config) for case in cases}) == len(cases)
+
+
+# ------------------------------------------------------------------------- cases and their launches
+
+
+def case_of(module, config: str) -> Case:
+    """A case that has not been asked for its launch."""
+    return dataclasses.replace(next(case for case in module.CASES if case.config == config))
+
+
+def test_every_case_has_one_launch_and_a_count():
+    for case in all_cases():
+        assert case.launch.kernel is case.fn and case.launch.grid
+        assert case.count(case.values) > 0 and case.bytes_per_value > 0
+        assert set(case.launch.options) <= {"num_warps", "num_stages", "enable_fp_fusion"}
+
+
+def test_a_change_of_a_launcher_is_a_change_of_its_cases(monkeypatch):
+    before, real = case_of(gemm, "forward-r64-bf16"), gemm._tiles
+    assert before.launch.options["num_warps"] == 8
+    monkeypatch.setattr(gemm, "_tiles", lambda *args: real(*args) | {"BLOCK_K": 32, "num_warps": 4})
+    after = case_of(gemm, "forward-r64-bf16")
+    assert before.count(before.values) == 2 * after.count(after.values) == 128 * 128 * 64
+    assert after.launch.options["num_warps"] == 4
+    numbers = {name for name, value in before.launch.arguments.items() if isinstance(value, int | float)}
+    changed = {name for name in numbers if after.launch.arguments[name] != before.launch.arguments[name]}
+    assert changed == {"BLOCK_K"}
+
+
+def test_a_case_that_launches_its_kernel_twice_or_never_is_refused():
+    case = case_of(nf4, "b64-double-bf16")
+
+    def twice():
+        nf4.CASES[0].call()
+        nf4.CASES[1].call()
+
+    for call, times in ((twice, 2), (lambda: None, 0)):
+        wrong = dataclasses.replace(case, call=call)
+        with pytest.raises(ValueError, match=rf"nf4_dequantize/b64-double-bf16: .* _dequantize_kernel {times} times"):
+            wrong.launch  # noqa: B018
+
+
+def test_an_unaligned_tensor_without_memory_is_unaligned():
+    aligned, unaligned = (case_of(adamw, config).launch.arguments for config in ("fp32", "fp32-unaligned"))
+    assert aligned["ALIGNED"] and not unaligned["ALIGNED"]
+    assert meta(5)[1:].data_ptr() % 16 == 4
+
+
+def test_what_is_compiled_is_what_would_be_launched():
+    """Triton compiles from within `kernel[grid](...)` what `source_of` gives: with a driver that only names its GPU."""
+    done = run_aot(
+        code="""
+import triton
+from kernels.aot.__main__ import all_cases
+from kernels.aot.compiler import source_of
+from kernels.aot.targets import TARGETS
+
+class Driver:
+    def get_current_target(self): return TARGETS["sm_90"].gpu
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+
+compiled = []
+
+class Compiled:
+    def __init__(self, source, target, options): compiled.append((source.hash(), target, options))
+    def __getattr__(self, name): return lambda *args: None
+
+triton.runtime.driver.set_active(Driver())
+for case in all_cases():
+    launch = case.launch
+    _, _, target, backend, binder = launch.kernel.create_binder()
+    launch.kernel.compile = Compiled
+    launch.kernel.device_caches[0] = ({}, {}, target, backend, binder)
+    launch.kernel[launch.grid](**launch.arguments, **launch.options)
+    source, options = source_of(launch, "sm_90")
+    [(found, on, given)] = compiled
+    assert (found, on) == (source.hash(), target), case
+    differing = {name for name in options if options[name] != given[name]}
+    assert not differing, (case.kernel, case.config, differing)
+    compiled.clear()
+print(len(all_cases()))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == len(all_cases())
+
+
+# ----------------------------------------------------------------------------------------- the cache
 
 
 def test_only_what_has_changed_is_compiled_again(tmp_path):
     done = run_aot(
-        code="import dataclasses; from kernels import double_quant; from kernels.aot import compiler; done = [];"
+        code="import dataclasses; from kernels.triton import absmax; from kernels.aot import compiler; done = [];"
         "real = compiler._compile_one;"
-        "compiler._compile_one = lambda spec, target: done.append(spec.config) or real(spec, target);"
-        "specs = [dataclasses.replace(spec, config=spec.kernel) for spec in double_quant.AOT_SPECS];"
-        "rows = compiler.compile_all(specs, 'sm_80', 1);"
-        "assert compiler.compile_all(specs, 'sm_80', 1) == rows;"
-        "specs[1] = dataclasses.replace(specs[1], config='changed', num_warps=2);"
-        "rows = compiler.compile_all(specs, 'sm_80', 1);"
+        "compiler._compile_one = lambda case, target: done.append(case.config) or real(case, target);"
+        "cases = [dataclasses.replace(case, config=case.kernel) for case in absmax.CASES];"
+        "rows = compiler.compile_all(cases, 'sm_80', 1);"
+        "assert compiler.compile_all(cases, 'sm_80', 1) == rows;"
+        "absmax.NUM_WARPS = 2;"  # the launcher changes
+        "cases = [cases[0], dataclasses.replace(cases[1], config='changed')];"
+        "rows = compiler.compile_all(cases, 'sm_80', 1);"
         "[file.write_text('{') for file in compiler.cache_dir().iterdir()];"  # as if the disk had been full
-        "assert compiler.compile_all(specs, 'sm_80', 1) == rows;"
+        "assert compiler.compile_all(cases, 'sm_80', 1) == rows;"
         "print(*done)",
         QDORA_CACHE=str(tmp_path),
     )

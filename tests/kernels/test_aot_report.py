@@ -8,16 +8,16 @@ import bitsandbytes
 import pytest
 import triton
 
-from kernels import nf4
 from kernels.aot import cubin, machine_code, peers
 from kernels.aot.compiler import Row
 from kernels.aot.plot import plot
 from kernels.aot.report import table
 from kernels.aot.roofline import GPUS
 from kernels.aot.targets import TARGETS
+from kernels.triton import nf4
 
-SPEC = next(spec for spec in nf4.AOT_SPECS if spec.config == "b64-double-bf16")
-ROW = Row("nf4_dequantize", SPEC.config, "sm_90", 40, 0, 2048, 6.1406, 2.51569, 1, 128, 128, False)
+CASE = next(case for case in nf4.CASES if case.config == "b64-double-bf16")
+ROW = Row("nf4_dequantize", CASE.config, "sm_90", 40, 0, 2048, 6.1406, 2.51569, 1, 128, 128, False)
 
 
 def test_break_even_is_where_issuing_takes_as_long_as_memory():
@@ -39,9 +39,9 @@ def test_the_table_fits_a_terminal_and_marks_what_is_over_budget():
     worst = dataclasses.replace(
         ROW, config="bitsandbytes-triton-b64-bf16", registers=255, spill_bytes=4096, shared_bytes=227 * 1024, mma=True
     )
-    spec = dataclasses.replace(SPEC, flops_per_value=2000.0)
+    case = dataclasses.replace(CASE, flops_per_value=2000.0)
     lines = table(
-        [(SPEC, ROW), (spec, worst), (spec, dataclasses.replace(worst, target="gfx942"))], {worst}
+        [(CASE, ROW), (case, worst), (case, dataclasses.replace(worst, target="gfx942"))], {worst}
     ).splitlines()
     assert max(map(len, lines)) <= 140
     assert [line for line in lines if line.startswith("!")] == [lines[-2]]
@@ -51,10 +51,10 @@ def test_the_table_fits_a_terminal_and_marks_what_is_over_budget():
 
 
 def test_picture(tmp_path):
-    plot(tmp_path / "sub" / "static.png", [(SPEC, ROW), (SPEC, dataclasses.replace(ROW, target="sm_100"))])
+    plot(tmp_path / "sub" / "static.png", [(CASE, ROW), (CASE, dataclasses.replace(ROW, target="sm_100"))])
     assert (tmp_path / "sub" / "static.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="nothing to draw"):
-        plot(tmp_path / "none.png", [(SPEC, dataclasses.replace(ROW, kernel="gemm"))])
+        plot(tmp_path / "none.png", [(CASE, dataclasses.replace(ROW, kernel="gemm"))])
 
 
 @pytest.fixture(scope="module")

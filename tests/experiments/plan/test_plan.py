@@ -224,7 +224,7 @@ def test_the_plan_beside_a_run(terminal):
         (["gpus=33"], "k_proj has 32 rows, so shards make sense on 32 GPUs at most"),
         (["gpus=0"], "gpus=0: choose 1 or more"),
         (["seq=1"], "a sequence of one token has none to predict"),
-        (["seq=4096"], "seq=4096 is longer than model=tiny takes: 2048 tokens"),
+        (["seq=4096"], "seq=4096 is longer than the 2048 tokens that model=tiny can have"),
         (["gpu=h10"], "gpu=h10: choose one of"),
         (["utilisation=40"], "utilisation=40.0: choose a share above 0, up to 1"),
         (["optim.paged=true", "optim.budget_mb=1"], "optim.budget_mb=1 is smaller than a page: choose 4 or more"),
@@ -243,5 +243,5 @@ def test_an_architecture_without_linears_is_refused(tmp_path):
     path.write_text(json.dumps({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 0}))
     with pytest.raises(UserError, match="model=hf: LlamaForCausalLM has no linears to pack or to adapt"):
         planned_model(config("+method=qlora", "model=hf", f"model.path={path}"), torch.bfloat16)
-    with pytest.raises(UserError, match="no causal language model"):
+    with pytest.raises(UserError, match="is not a causal language model"):
         meta_model(ModelConfig(name="sound", source="preset", architecture={"model_type": "wav2vec2"}), torch.bfloat16)

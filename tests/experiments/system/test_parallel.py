@@ -238,7 +238,7 @@ def test_packed_weights_are_sharded_bit_for_bit_and_the_optimizers_state_too(fol
 
 def test_what_several_processes_cannot_do_is_said_once_and_early(folder):
     cases = {
-        "trainer.batch_size=1 is what 2 processes share: raise it": ["+method=lora", "trainer.batch_size=1"],
+        "trainer.batch_size=1 is too small for 2 processes: raise it": ["+method=lora", "trainer.batch_size=1"],
         "trainer.compile=true is for one process": ["+method=lora", "trainer.compile=true"],
         "trainer.parallel=fsdp cuts parameters where optim=adamw8bit": [
             *("+method=lora", "trainer.parallel=fsdp", "optim=adamw8bit")

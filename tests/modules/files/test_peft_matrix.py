@@ -1,7 +1,7 @@
 """Method × quantization × initialisation × direction on five architectures: real files, PEFT computes the same logits.
 
 PEFT's base is the dense model, or the one that transformers and bitsandbytes packed in NF4. PEFT's own LoftQ runs on
-CUDA alone; its files are plain LoRA, and so are ours. tests/experiments/test_smollm2.py has the real model.
+CUDA alone; its files are plain LoRA, and so are ours. tests/experiments/models/test_smollm2.py has the real model.
 """
 
 import pytest

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from kernels import dequantize_absmax, quantize_absmax
-from kernels.bench.checks import as_the_twin
+from kernels.bench.checks import as_the_reference
 from kernels.bench.spec import Bench, Inputs, Result, randn
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map
 from kernels.weight import nested_blocks
@@ -56,7 +56,7 @@ def _bench(kernel: str, inputs: Callable, ours: Callable, theirs: Callable) -> B
         configs=({"dtype": "fp32"},),
         inputs=inputs,
         providers={"ours": ours, "bitsandbytes": theirs},
-        check=as_the_twin(ours),
+        check=as_the_reference(ours),
         cost=lambda size, dtype: (size * 5 + nested_blocks(size) * 4 + 4, 2 * size),
     )
 
