@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import QuantConfig
-from experiments.data.chat import tokenize
+from experiments.data.tokens import tokenize
 from experiments.errors import UserError
 from experiments.models.directory import model_directory
 from experiments.models.load import load_base

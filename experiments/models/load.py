@@ -25,6 +25,7 @@ from transformers import (
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import Config, ModelConfig, adapter_settings
 from experiments.data.samples import Data, batches, collate, load_data
+from experiments.data.tokens import limit_tokens
 from experiments.errors import UserError
 from experiments.models.directory import load_directory, model_directory
 from experiments.system import parallel
@@ -57,10 +58,29 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
         raise UserError(f"model={cfg.name} has shapes for experiments.plan but no weights: use model=hf model.path=DIR")
     else:
         raise UserError(f"model.source={cfg.source}: choose {', '.join(sources)} or tiny")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    fit_tokenizer(tokenizer, model)
     fuse(model)
     return model.eval(), tokenizer
+
+
+def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Give the tokenizer a pad token that the model has an embedding for, if it has none, and have text with tokens
+    beyond the model's embeddings refused.
+
+    Raises:
+        UserError: no special token that could pad.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    limit_tokens(tokenizer, known)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
+        special = [tokenizer.eos_token_id, *sorted(tokenizer.all_special_ids), *sorted(tokenizer.added_tokens_decoder)]
+        fitting = [token for token in special if token is not None and token < known]
+        if not fitting:
+            raise UserError(
+                f"{tokenizer.name_or_path}: the tokenizer has neither pad nor other special tokens among the model's "
+                f"{known} embeddings: give it one that fills short samples up, tokenizer.pad_token = …"
+            )
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(fitting[0])
 
 
 def load_base(cfg: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -173,6 +174,11 @@ class _Run:
             with without_prefix(self.model):
                 measures = self.measures.measure(self.model)
                 before, texts = self._evaluate(), self._answers()
+            if not math.isfinite(before.loss):
+                dtype = str(self.trainer.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"the held-out loss is {before.loss} before training, in {dtype}: check the model's weights"
+                )
             self.before_stop = BeforeStop(before, texts, measures, tracker_id=self.tracking.run_id)
 
     def train(self) -> None:
@@ -257,7 +263,8 @@ class _Run:
     def _answers(self) -> list[str]:
         """The model's texts for the sample prompts."""
         prompts = [sample.prompt_ids for sample in self.samples]
-        return answer(self.model, self.tokenizer, prompts, self.cfg.trainer.sample_tokens) if prompts else []
+        tokens = self.cfg.trainer.sample_tokens
+        return answer(self.model, self.tokenizer, prompts, tokens, reasoning=True) if prompts else []
 
     def _samples(self) -> list[dict[str, str]]:
         """The sample prompts with reference and answers."""
