@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from experiments.config import Config
 from experiments.data.samples import load_data
+from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import check_ids, prepare_model
 from experiments.runs import directory, result_numbers, spectrum
