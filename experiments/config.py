@@ -235,8 +235,6 @@ def resolve(cfg: DictConfig) -> Config:
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")
     _check_adapter(config)
-    if config.overwrite and config.resume:
-        raise UserError("overwrite=true starts anew and resume=… goes on: leave one of them out")
     trainer = config.trainer
     for name in ("early_stopping_patience", "keep_best"):
         if getattr(trainer, name) and not trainer.eval_every:

@@ -28,6 +28,8 @@ def configured(cfg: DictConfig) -> Config:
     given = list(HydraConfig.get().overrides.task)
     output_dir = cfg.output_dir
     if cfg.resume:
+        if cfg.overwrite:
+            raise UserError("overwrite=true starts anew and resume=… goes on: leave one of them out")
         has_directory = is_given("output_dir")
         if cfg.resume == checkpoints.LATEST and not has_directory:
             cfg.resume = str(checkpoints.newest_run(Path(output_dir).parent))

@@ -150,7 +150,7 @@ BAD = {
     "lr is no number": (["+method=lora", "lr=nan"], "lr=nan: choose a number above 0"),
     "infinite lr": (["+method=lora", "lr=inf"], "lr=inf: choose a number above 0"),
     "lora_alpha": (["+method=lora", "lora_alpha=nan"], "lora_alpha=nan: choose a number above 0"),
-    "alpha_pattern": (["+method=lora", "alpha_pattern={q_proj:.nan}"], "alpha of q_proj=nan: choose a number above 0"),
+    "alpha_pattern": (["+method=lora", "alpha_pattern={q_proj:nan}"], "alpha of q_proj=nan: choose a number above 0"),
     "weight_decay": (["+method=lora", "trainer.weight_decay=nan"], "trainer.weight_decay=nan: choose 0 or more"),
     "max_grad_norm": (["+method=lora", "trainer.max_grad_norm=-1"], "trainer.max_grad_norm=-1.0: choose 0 or more"),
     "warmup is no number": (["+method=lora", "trainer.warmup=nan"], "trainer.warmup=nan: choose a share of the steps"),
