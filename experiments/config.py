@@ -53,6 +53,7 @@ class DataConfig:
     heldout_fraction: float = 0.1  # that share
     max_length: int = 256  # tokens
     too_long: str = "error"  # error | drop | truncate: samples longer than max_length
+    train_on: str = "all"  # all | last: the assistant turns of a conversation to learn from
     max_train: int | None = None  # use so many training samples at most
     max_heldout: int | None = None  # use so many held-out samples at most
     levels: list[int] | None = None  # of difficulty (arithmetic)

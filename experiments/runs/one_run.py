@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 from experiments.config import Config
 from experiments.data.samples import load_data
+from experiments.errors import UserError
 from experiments.models.generation import answer
-from experiments.models.load import prepare_model
+from experiments.models.load import check_ids, prepare_model
 from experiments.runs import directory, result_numbers, spectrum
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
@@ -108,6 +110,7 @@ class _Run:
         self.storage = result_numbers.storage(self.model)
         self.engine.place(self.model)
         self.data = load_data(cfg.data, self.tokenizer)
+        check_ids(self.model, self.tokenizer, self.data)
         print(self.data.note)
         self.measures = Measures(cfg, self.data, self.tokenizer)
         self.samples = [example for example in self.data.heldout if example.prompt_ids][: cfg.trainer.samples]
@@ -172,6 +175,11 @@ class _Run:
             with without_prefix(self.model):
                 measures = self.measures.measure(self.model)
                 before, texts = self._evaluate(), self._answers()
+            if not math.isfinite(before.loss):
+                dtype = str(self.trainer.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"the held-out loss is {before.loss} before training, in {dtype}: check the model's weights"
+                )
             self.before_stop = BeforeStop(before, texts, measures, tracker_id=self.tracking.run_id)
 
     def train(self) -> None:
@@ -220,6 +228,7 @@ class _Run:
             "total_seconds": self._seconds(),
             "cpu_energy_joules": self._joules(),
             "seed": cfg.seed,
+            "machine": machine.about(self.model.device),
             "versions": machine.versions(),
             "commit": machine.commit(),
             "results_version": VERSION,
@@ -255,7 +264,8 @@ class _Run:
     def _answers(self) -> list[str]:
         """The model's texts for the sample prompts."""
         prompts = [sample.prompt_ids for sample in self.samples]
-        return answer(self.model, self.tokenizer, prompts, self.cfg.trainer.sample_tokens) if prompts else []
+        tokens = self.cfg.trainer.sample_tokens
+        return answer(self.model, self.tokenizer, prompts, tokens, reasoning=True) if prompts else []
 
     def _samples(self) -> list[dict[str, str]]:
         """The sample prompts with reference and answers."""

@@ -133,7 +133,7 @@ class Trainer:
             save_best: keeps the weights; called after an evaluation better than all before, if `keep_best` is set.
 
         Raises:
-            UserError: the loss is not a number. The weights are those before that step.
+            UserError: a loss or gradient is not a number. The weights are those before that step.
             KeyboardInterrupt: a signal came; the step that it came in is finished.
         """
         settings, trained = self.cfg.trainer, self.trained
@@ -156,7 +156,7 @@ class Trainer:
     def _measure_if_due(self, measure: Callable[[], Evaluation], save_best: Callable[[], None]) -> None:
         settings, trained = self.cfg.trainer, self.trained
         due = trained.steps == settings.steps or (settings.eval_every and trained.steps % settings.eval_every == 0)
-        if due and trained.evaluated < trained.steps and trained.judge(measure()) and settings.keep_best:
+        if due and trained.evaluated < trained.steps and trained.judge(self._finite(measure())) and settings.keep_best:
             save_best()
 
     def _checkpoint_is_due(self) -> bool:
@@ -176,12 +176,15 @@ class Trainer:
         loss, late = parallel.total(with_room(self.optimizer, self.model.device, compute), float(late))
         self.late = late > 0
         if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss became {loss} at step {step}: stopped with the weights of step {step - 1}; "
-                f"try a lower lr than {self.cfg.lr:g}"
-            )
+            raise self._stopped(f"the training loss became {loss} at step {step}", step - 1)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.trainer.max_grad_norm or math.inf)
+        if hasattr(grad_norm, "full_tensor"):  # of sharded gradients
+            grad_norm = grad_norm.full_tensor()
+        grad_norm = float(grad_norm)
+        if not math.isfinite(grad_norm) and self.scaler.get_scale() <= 1:  # at a larger scale it skips the step, halves
+            self.optimizer.zero_grad(set_to_none=True)
+            raise self._stopped(f"the gradients became {grad_norm} at step {step}, under a loss of {loss:g}", step - 1)
         lr = self.schedule.get_last_lr()[0]
         self.engine.update(self.optimizer, lambda: self.scaler.step(self.optimizer))
         self.scaler.update()
@@ -193,10 +196,17 @@ class Trainer:
         self.between_steps = True
         if self.cfg.trainer.compile and step == 1:
             print(f"compiled with the first step: {seconds:.0f} s; the code is kept for the next run")
-        if hasattr(grad_norm, "full_tensor"):  # of sharded gradients
-            grad_norm = grad_norm.full_tensor()
-        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": float(grad_norm)}
+        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
         return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
+
+    def _finite(self, evaluation: Evaluation) -> Evaluation:
+        step = self.trained.steps
+        if not math.isfinite(evaluation.loss):
+            raise self._stopped(f"the held-out loss became {evaluation.loss} after step {step}", step)
+        return evaluation
+
+    def _stopped(self, reason: str, step: int) -> UserError:
+        return UserError(f"{reason}: stopped with the weights of step {step}; try a lower lr than {self.cfg.lr:g}")
 
 
 def checkpoint_blocks(model: PreTrainedModel) -> None:

@@ -20,7 +20,8 @@ class AdapterSettings:
     Types are those that Hydra can check. AdapterConfig checks the rest.
 
     Attributes:
-        rank: r, of every layer that `rank_pattern` does not match.
+        rank: r, of every layer that `rank_pattern` does not match. A linear that is narrower gets the largest rank that
+            it can have, at the same scaling.
         lora_alpha: α, of every layer that `alpha_pattern` does not match. The default is 2 · rank.
         target_modules: "all-linear" (all but the output embeddings), a list of suffixes (`q_proj` matches every
             `….q_proj`), or a regular expression that must match the full name. For "houlsby", all-linear is the last

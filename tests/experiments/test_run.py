@@ -23,7 +23,7 @@ from tests.experiments.helpers import records
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
 RESULT_KEYS = {
-    *("method", "rank", "seed", "versions", "commit", "config_hash", "config", "results_version"),
+    *("method", "rank", "seed", "machine", "versions", "commit", "config_hash", "config", "results_version"),
     *("bits_per_weight", "base_bytes", "adapter_bytes"),
     *("steps", "best_step"),
     *("loss_before", "loss_after", "perplexity_before", "perplexity_after"),

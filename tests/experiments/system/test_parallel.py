@@ -33,7 +33,7 @@ SETTINGS += ["data.max_train=19", "data.max_heldout=5", "trainer.eval_batch_size
 SHORT = ["trainer.steps=2", "trainer.eval_every=0", "trainer.samples=0"]
 LONG = ["trainer.checkpoint_every=2", "data.answer_tokens=3", "trainer.samples=1", "trainer.sample_tokens=4"]
 EACH = dict.fromkeys(METHODS + BASELINES, SHORT) | {"qdora": LONG, "full": ["trainer.samples=0", LONG[0]]}
-CLOCKS = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes", "cpu_energy_joules"}
+CLOCKS = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes", "cpu_energy_joules", "machine"}
 
 
 @pytest.fixture(scope="module")
