@@ -9,7 +9,8 @@ prompt=TEXT           may be given several times; prompts=FILE has one a line
 system=TEXT           the system message; unless set, the one that the run was trained with, on docstrings or arithmetic
 chat=false            continue the text as it is, without the chat template; so unless set after training on data=text
 max_new_tokens=256    the longest answer
-temperature=0         0: always the likeliest token; above, tokens are drawn: top_p=1 top_k=0 (all) seed=0
+temperature=0         0: always the likeliest token; above, tokens are drawn: top_p=1 top_k=0 (all) seed=0, and other
+                      settings of the model's generation_config.json, which are printed, such as repetition_penalty
 batch_size=16         so many prompts at once; in fp32 each is answered as it is alone, in bf16 a batch rounds otherwise
                       and of two tokens that close the other one may win
 merge=false           keep NF4 codes and adapters: less memory, slower; otherwise they become dense weights
@@ -28,11 +29,13 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from experiments.config import Config
-from experiments.data.chat import Message, tokenize
+from experiments.data.chat import Message
 from experiments.data.samples import TASKS
+from experiments.data.template import chat_template
+from experiments.data.tokens import begin_and_end, tokenize
 from experiments.data.user_files import read_text
 from experiments.errors import UserError
-from experiments.models.generation import Generated, Sampling, decode, generate
+from experiments.models.generation import Generated, Sampling, decode, generate, own_settings, without_reasoning
 from experiments.runs.finished import FinishedRun, load_run
 from experiments.system import machine
 from experiments.system.cli import command, read_options
@@ -65,6 +68,7 @@ class Writer:
         self.chat = cfg.data.source != "text" if options.chat is None else options.chat
         if self.chat and not self.tokenizer.chat_template:
             raise UserError("the tokenizer has no chat template: set chat=false to continue the text as it is")
+        self.template = chat_template(self.tokenizer) if self.chat else None
         if not self.chat and options.system:
             raise UserError("system=… is part of a chat template, which chat=false leaves out")
         self.system = _system(cfg) if options.system is None else options.system
@@ -78,14 +82,21 @@ class Writer:
         """The tokens of a prompt."""
         if self.chat:
             return self.encode_messages([*self.opening(), {"role": "user", "content": text}])
-        return self._checked(tokenize(self.tokenizer, text)["input_ids"])
+        begin, _ = begin_and_end(self.tokenizer)  # as the tokenizer begins a text: with BOS, or with nothing
+        return self._checked(begin if text else [], text)
 
     def encode_messages(self, messages: list[Message]) -> list[int]:
         """The tokens of a conversation, up to where the assistant's turn begins."""
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._checked(tokenize(self.tokenizer, text)["input_ids"])
+        try:
+            return self._checked([], self.template.generation_prompt(messages))
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
-    def _checked(self, ids: list[int]) -> list[int]:
+    def _checked(self, begin: list[int], text: str) -> list[int]:
+        try:
+            ids = begin + tokenize(self.tokenizer, text)["input_ids"]
+        except ValueError as error:
+            raise UserError(f"the prompt: {error}") from error
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", 0)
         longest -= sum(virtual_tokens(self.model)) if longest else 0
         if not ids:
@@ -154,13 +165,16 @@ def converse(writer: Writer) -> None:
             cache, cached = writer.new_cache(), []
         try:
             generated = writer.write([ids], stream=True, cache=cache, prompt_length=prompt_length)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if getattr(stop, "exit_code", 130) != 130:  # SIGTERM and SIGHUP end the conversation, Ctrl-C an answer
+                raise
             print("\n(stopped)", file=sys.stderr)
             messages.pop()
             cache, cached = writer.new_cache(), []
             continue
         [new] = generated.ids
-        messages.append({"role": "assistant", "content": decode(writer.tokenizer, new)})
+        said = decode(writer.tokenizer, without_reasoning(writer.tokenizer, new))  # as templates have earlier turns
+        messages.append({"role": "assistant", "content": said})
         cached = [*ids, *new][: cache.get_seq_length()] if cache else []
         print(generated.speed(), file=sys.stderr)
 
@@ -181,7 +195,7 @@ def _read_message(interactive: bool) -> str | None:
 
 @command
 def main() -> None:
-    options, changes = read_options(Options, __doc__, changes=("trainer.",))
+    options, changes = read_options(Options, __file__, changes=("trainer.",))
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k).check()
     if options.batch_size < 1:
         raise UserError(f"batch_size={options.batch_size}: choose 1 or more")
@@ -191,6 +205,8 @@ def main() -> None:
     run = load_run(Path(options.run), changes, options.merge)
     print(machine.describe(run.model.device, run.dtype), file=sys.stderr)
     writer = Writer(run, options)
+    if options.temperature and (own := own_settings(run.model)):
+        print("from the model's generation_config.json:", *(f"{k}={v}" for k, v in own.items()), file=sys.stderr)
     if not prompts:
         converse(writer)
     elif len(prompts) == 1:

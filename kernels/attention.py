@@ -73,5 +73,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
         raise ValueError(f"{queries} queries see up to their own place, but there are {keys} keys: give a mask")
     if mask is not None and mask.shape != (batch, 1, queries, keys):
         raise ValueError(f"mask {tuple(mask.shape)} must be {(batch, 1, queries, keys)}")
-    out = _attention(q.unflatten(1, (groups, -1)).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask, scale, batch)
+    out = _attention(q.reshape(batch * groups, -1, *q.shape[2:]), k.flatten(0, 1), v.flatten(0, 1), mask, scale, batch)
     return out.flatten(2, 3).transpose(1, 2)

@@ -60,7 +60,7 @@ def _joined_linears(
 def _joined_linears_backward(
     dys: list[Tensor],
     x: Tensor,
-    ys: list[Tensor],
+    ys: list[Tensor | None],
     kept: list[Tensor],
     weights: list[Weight],
     lora_A: list[Tensor],
@@ -81,15 +81,16 @@ def _like(x: Tensor):
 
 def _keep(inputs, results) -> dict:
     ys, kept = results
+    needed_ys = [None if m is None else y for m, y in zip(inputs.magnitude, ys)]  # LoRA's backward needs no y
     return {
-        **{"x": inputs.x, "ys": list(ys), "kept": list(kept), "weights": tuple(inputs.weights)},
+        **{"x": inputs.x, "ys": needed_ys, "kept": list(kept), "weights": tuple(inputs.weights)},
         **{"lora_A": list(inputs.lora_A), "lora_B": list(inputs.lora_B), "magnitude": list(inputs.magnitude)},
         "scaling": tuple(inputs.scaling),
     }
 
 
 def _backward(kept, needs, dys: list[Tensor | None], _) -> dict:
-    dys = [torch.zeros_like(y) if dy is None else dy.contiguous() for dy, y in zip(dys, kept.ys)]
+    dys = [kept.x.new_zeros(len(kept.x), len(B)) if dy is None else dy.contiguous() for dy, B in zip(dys, kept.lora_B)]
     dx, dA, dB, dm = _joined_linears_backward(
         *(dys, kept.x, kept.ys, kept.kept, list(kept.weights), kept.lora_A, kept.lora_B, kept.magnitude),
         *(list(kept.scaling), needs.x),

@@ -8,12 +8,13 @@ its results (`define_op`) and its gradients (`Op.differentiate`). Up to three fi
     kernels/cpu/<file>.py           kernels for CPUs
 
 each with a function of the op's name and arguments. A missing function is a missing cell of the grid. CUDA tensors run
-the Triton cell, CPU tensors the cpu cell if it supports them (`supports_if`), all others the reference. For GPUs before
-sm_80 Triton 3.7 has no matrix instructions: there ops with matrix products run the reference, and a warning says so.
-`QDORA_BACKEND=reference|triton|cpu` in the environment, read once, or `use_backend(...)` chooses the column for all ops
-(`torch` is an alias of `reference`). The cpu column that was asked for also runs on meta tensors: they go through all
-its steps and have no values. With `TRITON_INTERPRET=1` in the environment before triton is imported, the Triton
-column also runs on CPU tensors, in Triton's interpreter: slow, for proofs only.
+the Triton cell, CPU tensors the cpu cell; where it is missing, or does not support the tensors (`supports_if`), and on
+all other devices, the reference runs. For GPUs before sm_80 Triton 3.7 has no matrix instructions: there ops with
+matrix products run the reference, and a warning says so. `QDORA_BACKEND=reference|triton|cpu` in the environment, read
+once, or `use_backend(...)` chooses the column for all ops (`torch` is an alias of `reference`). The cpu column that was
+asked for also runs on meta tensors: they go through all its steps and have no values. With `TRITON_INTERPRET=1` in the
+environment before triton is imported, the Triton column also runs on CPU tensors, in Triton's interpreter: slow, for
+proofs only.
 
 Each op is a `torch.library` op, qdora::<name>: it works under torch.compile, on the meta device and in graph capture. A
 call skips PyTorch's dispatcher where the dispatcher would do nothing: no compiler, no mode, no tensor subclass, no meta
@@ -115,7 +116,7 @@ def _has_kernel_while_compiling(name: str, device: torch.device, dtype: torch.dt
 
 
 def supports_if(condition: Callable[..., bool]) -> Callable[[Callable], Callable]:
-    """Decorator of a function in kernels/cpu: it computes the op only of arguments for which `condition` is true."""
+    """Decorator of a cell: it computes the op only of arguments for which `condition` is true. Else it does of all."""
 
     def mark(function: Callable) -> Callable:
         function.supports = condition
@@ -180,35 +181,28 @@ class Op:
             RuntimeError: a column was asked for on tensors that it cannot run on.
         """
         column = self.choose(args)
-        if column != "reference" or _first_tensor(args).is_meta:  # on meta nothing is computed anyway
-            return column
-        asked = _override.get() or _environment()
-        if asked not in (None, column):
-            _warn_of_reference(self.name, asked)
+        if column == "reference":
+            asked = _override.get() or _environment()
+            # on meta nothing is computed anyway
+            if asked not in (None, column) and not _first_tensor(args).is_meta:
+                _warn_of_reference(self.name, asked)
         return column
 
     def choose(self, args: tuple) -> str:
         """`column`, without the warning."""
-        tensor = _first_tensor(args)
-        asked = _override.get() or _environment()
-        if asked is None:
-            if tensor.is_cuda and (not self.products or _has_matrix_instructions(tensor.device)):
-                return "triton" if self.cell("triton") else "reference"
-            return "cpu" if tensor.is_cpu and self._supported_on_cpu(args) else "reference"
-        if asked == "triton" and not (tensor.is_cuda or interpreting()):
+        tensor, column = _first_tensor(args), _override.get() or _environment()
+        if column is None:
+            on_gpu = tensor.is_cuda and (not self.products or _has_matrix_instructions(tensor.device))
+            column = "cpu" if tensor.is_cpu else "triton" if on_gpu else "reference"
+        elif column == "triton" and not (tensor.is_cuda or interpreting()):
             raise RuntimeError(
                 f"backend 'triton' was asked for on a {tensor.device.type} tensor: move it to a GPU, "
                 "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
             )
-        if asked == "cpu" and not (tensor.is_cpu or tensor.is_meta):
+        elif column == "cpu" and not (tensor.is_cpu or tensor.is_meta):
             raise RuntimeError(f"backend 'cpu' was asked for on a {tensor.device.type} tensor: move it to the CPU")
-        if self.cell("triton") if asked == "triton" else asked == "cpu" and self._supported_on_cpu(args):
-            return asked
-        return "reference"
-
-    def _supported_on_cpu(self, args: tuple) -> bool:
-        cell = self.cell("cpu")
-        return cell is not None and cell.supports(*args)
+        cell = self.cell(column)
+        return "reference" if cell is None or not cell.supports(*args) else column
 
     def _run(self, *args):
         if torch._C._is_any_autocast_enabled():  # it would cast some of the operations inside, and not the others
@@ -323,17 +317,18 @@ class _Function(torch.autograd.Function):
     def forward(cls, ctx, layout: _Layout, *args):
         op, args = cls.op, _grouped(layout.arguments, args)
         results = layout.compute(*args)
-        names, others, tensors = [], {}, []
+        names, lists, others, tensors = [], {}, {}, []
         for name, value in op.keep(op.inputs(*args), results).items():
             if isinstance(value, Tensor):
-                names.append((name, None))
+                names.append(name)
                 tensors.append(value)
             elif type(value) is list:
-                names.append((name, len(value)))
-                tensors += value
+                lists[name] = value
             else:
                 others[name] = value
-        ctx.kept = layout, names, others
+        for value in lists.values():
+            tensors += value
+        ctx.kept = layout, names, {name: len(value) for name, value in lists.items()} if lists else None, others
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)  # or zeros are made for the results that have no gradient
         if isinstance(results, Tensor):
@@ -348,16 +343,20 @@ class _Function(torch.autograd.Function):
 
     @classmethod
     def backward(cls, ctx, *gradients):
-        if gradients.count(None) == len(gradients):
+        for gradient in gradients:
+            if gradient is not None:
+                break
+        else:
             return (None,) * len(ctx.needs_input_grad)
-        op, (layout, names, others), tensors = cls.op, ctx.kept, iter(ctx.saved_tensors)
-        kept = SimpleNamespace(**others)
-        for name, count in names:
-            setattr(kept, name, next(tensors) if count is None else [next(tensors) for _ in range(count)])
+        op, (layout, names, lists, others), tensors = cls.op, ctx.kept, ctx.saved_tensors
+        kept = others.copy()
+        kept.update(zip(names, tensors))
+        if lists is not None:
+            kept.update(zip(lists, _grouped(list(lists.values()), tensors[len(names) :])))
         asked = ctx.needs_input_grad[1:]
         if layout.arguments is not None:
             asked = [any(one) if type(one) is list else one for one in _grouped(layout.arguments, asked)]
-        found = op.backward(kept, op.inputs(*asked), *_grouped(layout.results, gradients))
+        found = op.backward(SimpleNamespace(**kept), op.inputs(*asked), *_grouped(layout.results, gradients))
         given = [found.get(name) for name in op.parameters]
         if layout.arguments is not None:
             given = _flat([g or [None] * n if n is not None else g for g, n in zip(given, layout.arguments)])
@@ -405,7 +404,14 @@ def find_function(column: str, file: str, name: str) -> Callable | None:
         return None
     if importlib.util.find_spec(f"kernels.{column}.{file}") is None:
         return None
-    return getattr(importlib.import_module(f"kernels.{column}.{file}"), name, None)
+    function = getattr(importlib.import_module(f"kernels.{column}.{file}"), name, None)
+    if function is not None and not hasattr(function, "supports"):
+        function.supports = _always
+    return function
+
+
+def _always(*_) -> bool:
+    return True
 
 
 def _first_tensor(args: tuple) -> Tensor:

@@ -1,20 +1,23 @@
 """Conversations to token ids and labels.
 
-A conversation is rendered with the tokenizer's own chat template and tokenised once, as a whole, so that training sees
-the same tokens as use. The characters of an assistant turn are found by rendering the conversation's beginnings. Tokens
-inside them carry labels, all others IGNORED. A turn ends with the template's end-of-turn token, which is labelled (the
-model must learn to stop), but not with the newline after it.
+A conversation is rendered with the tokenizer's own chat template (template.py) and tokenised once, as a whole, so that
+training sees the same tokens as use. Tokens of assistant turns carry labels, all others IGNORED. The token that ends a
+turn is labelled (the model must learn to stop), but not the newline after it. Where the template marks with
+{% generation %} what the assistant writes, these marks decide.
+
+Some templates render a turn otherwise when more messages follow: they drop its reasoning (Qwen3), or end it by another
+token (gpt-oss). There each turn becomes a sample of its own, which ends with it.
 """
 
 from dataclasses import dataclass, replace
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from experiments.data.template import Message, OtherwiseInContext, chat_template
+from experiments.data.tokens import tokenize
 from experiments.errors import UserError
 
 IGNORED = -100  # the label that torch's and transformers' losses skip
-Message = dict[str, str]  # {"role": system | user | assistant, "content": …}
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,27 @@ class Conversation:
         where: FILE:LINE or MODULE:FUNCTION, for error messages.
         group: conversations of one group are all for training or all held out.
         level: of difficulty, where the data has levels.
+        trained: the positions of the assistant messages to learn from; None: all of them.
+        tools: JSON schemas of functions, which the template describes to the model.
     """
 
     messages: list[Message]
     where: str
     group: str
     level: int | None = None
+    trained: tuple[int, ...] | None = None
+    tools: list[dict] | None = None
+
+    @property
+    def answers(self) -> list[int]:
+        """The positions of the assistant messages to learn from."""
+        if self.trained is not None:
+            return list(self.trained)
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def until(self, i: int) -> "Conversation":
+        """The conversation that ends with message `i`, to learn from this one."""
+        return replace(self, messages=self.messages[: i + 1], trained=(i,))
 
 
 @dataclass(frozen=True)
@@ -57,25 +75,26 @@ class Example:
         return replace(self, labels=[IGNORED] * len(self.labels))
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """An assistant turn in rendered text: its first character, one past its last, and its content."""
+def split(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, train_on: str) -> list[Conversation]:
+    """The conversation as samples.
 
-    start: int
-    end: int
-    content: str
+    Args:
+        train_on: all: learn from each assistant turn, in one sample if the template renders turns alike wherever they
+            are, else each in its own; last: learn from the last one.
 
-    def holds(self, offset: tuple[int, int]) -> bool:
-        """True if the token is inside. A token of spaces may have an empty offset, at its end."""
-        return self.start <= offset[0] and self.start < offset[1] <= self.end
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError unless conversations can be encoded with this tokenizer."""
-    if not tokenizer.is_fast:
-        raise UserError(f"{tokenizer.name_or_path}: chat data needs a fast tokenizer (one with a tokenizer.json)")
-    if not tokenizer.chat_template:
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template: use a chat model or data=text")
+    Raises:
+        UserError: the template is not fit for it.
+    """
+    *_, last = answers = conversation.answers
+    if train_on == "last" or answers == [len(conversation.messages) - 1]:
+        return [conversation.until(last)]
+    try:
+        chat_template(tokenizer).turns(conversation.messages, answers, conversation.tools)
+    except OtherwiseInContext:
+        return [conversation.until(i) for i in answers]
+    except ValueError as error:
+        raise UserError(f"{conversation.where}: {error}") from error
+    return [conversation]
 
 
 def encode(
@@ -84,8 +103,7 @@ def encode(
     """Tokenise a conversation and label its assistant turns.
 
     Args:
-        conversation: the messages to tokenise.
-        tokenizer: one that `check_tokenizer` accepts.
+        conversation: the messages to tokenise, one that `split` gave.
         max_length: tokens the conversation may have.
         too_long: error | drop | truncate: for a longer one.
 
@@ -93,10 +111,15 @@ def encode(
         The example; None if it is dropped as too long.
 
     Raises:
-        UserError: it is too long, or has no label left after truncation, or the template is not fit for it.
+        UserError: it is too long, or has no label left after truncation, or the chat template is not fit for it.
     """
-    text, turns = _render(conversation, tokenizer)
-    encoded = tokenize(tokenizer, text, return_offsets_mapping=True)
+    template, answers = chat_template(tokenizer), conversation.answers
+    try:
+        text, turns = template.turns(conversation.messages, answers, conversation.tools)
+        marked = template.marked(conversation.messages, conversation.tools)
+        encoded = tokenize(tokenizer, text, return_offsets_mapping=True)
+    except ValueError as error:
+        raise UserError(f"{conversation.where}: {error}") from error
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if len(ids) > max_length:
         if too_long == "drop":
@@ -110,47 +133,19 @@ def encode(
 
     labels = [IGNORED] * len(ids)
     prompt_ids, reference = None, None
-    for turn in turns:
-        inside = [i for i, offset in enumerate(offsets) if turn.holds(offset)]
-        for i in inside:
-            labels[i] = ids[i]
-        if inside:  # truncation may have cut later turns off
-            prompt_ids, reference = ids[: inside[0]], turn.content
+    roles = [message["role"] for message in conversation.messages]
+    for i, turn in zip(answers, turns):
+        written = [place for place, offset in enumerate(offsets) if turn.holds(offset)]
+        spans = [turn] if marked is None else marked[roles[:i].count("assistant")]
+        inside = [place for place, offset in enumerate(offsets) if any(span.holds(offset) for span in spans)]
+        for place in inside:
+            labels[place] = ids[place]
+        if inside and written:  # truncation may have cut later turns off
+            prompt_ids = ids[: max(inside[0], written[0])]
+            reference = conversation.messages[i]["content"]
     if prompt_ids is None:
         raise UserError(
             f"{conversation.where}: none of the first {max_length} tokens is the assistant's: "
             "raise data.max_length, or set data.too_long=drop"
         )
     return Example(ids, labels, prompt_ids, reference, conversation.level)
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs):
-    """Token ids of text as it is: no special tokens are added, and no length is warned of."""
-    return tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False, **kwargs)
-
-
-def _render(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[_Turn]]:
-    """The conversation as text and its assistant turns in it."""
-    messages, where = conversation.messages, conversation.where
-
-    def render(count: int, add_generation_prompt: bool = False) -> str:
-        try:
-            return tokenizer.apply_chat_template(
-                messages[:count], tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except jinja2.TemplateError as error:
-            raise UserError(f"{where}: the tokenizer's chat template refuses this conversation: {error}") from error
-
-    text = render(len(messages))
-    turns = []
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            before = render(i, add_generation_prompt=True)
-            until = render(i + 1).rstrip()  # without the newline after the end-of-turn token
-            if not (text.startswith(until) and until.startswith(before)):
-                raise UserError(
-                    f"{where}: the tokenizer's chat template renders message {i + 1} differently when more follow, "
-                    "so assistant tokens cannot be told apart: use single-turn conversations or another tokenizer"
-                )
-            turns.append(_Turn(len(before), len(until), message["content"]))
-    return text, turns

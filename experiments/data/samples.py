@@ -24,9 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.config import DataConfig
 from experiments.data import arithmetic
-from experiments.data.chat import IGNORED, Conversation, Example, check_tokenizer, encode, tokenize
+from experiments.data.chat import IGNORED, Conversation, Example, encode, split
 from experiments.data.docstrings import docstring_pairs
-from experiments.data.user_files import read_conversations, read_text
+from experiments.data.template import chat_template
+from experiments.data.text import text_blocks
+from experiments.data.user_files import read_conversations
 from experiments.errors import UserError
 
 TASKS = {  # the system message of data that has one
@@ -78,7 +80,7 @@ def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
     if cfg.source == "text":
         return _load_text(cfg, tokenizer)
 
-    check_tokenizer(tokenizer)
+    chat_template(tokenizer)  # there must be one
     ignored: set[str] = set()
     if cfg.source == "docstrings":
         conversations = _docstring_conversations()
@@ -109,6 +111,8 @@ def _check(cfg: DataConfig) -> None:
         raise UserError(f"data.source={cfg.source} is not one of {', '.join(SOURCES)}")
     if cfg.too_long not in ("error", "drop", "truncate"):
         raise UserError(f"data.too_long={cfg.too_long} is not one of error, drop, truncate")
+    if cfg.train_on not in ("all", "last"):
+        raise UserError(f"data.train_on={cfg.train_on} is not one of all, last")
     if not 0 < cfg.heldout_fraction < 1:
         raise UserError(f"data.heldout_fraction={cfg.heldout_fraction} is not between 0 and 1")
     for name, least in ("max_length", 2), ("max_train", 1), ("max_heldout", 1):
@@ -191,49 +195,33 @@ def _encode_part(
     """The first `limit` examples by position (so a few are a fair sample), words for the note, and how many dropped."""
     examples: list[Example] = []
     groups: set[str] = set()
-    dropped = 0
+    dropped = used = 0
     for conversation in sorted(conversations, key=lambda c: _position(json.dumps(c.messages))):
         if len(examples) == limit:
             break
-        example = encode(conversation, tokenizer, cfg.max_length, cfg.too_long)
-        if example is None:
-            dropped += 1
-        else:
-            examples.append(example)
+        used += 1
+        found = [
+            encode(one, tokenizer, cfg.max_length, cfg.too_long) for one in split(conversation, tokenizer, cfg.train_on)
+        ]
+        dropped += found.count(None)
+        found = [example for example in found if example is not None]
+        examples += found if limit is None else found[: limit - len(examples)]
+        if found:
             groups.add(conversation.group)
     if not examples:
         raise UserError(f"{cfg.name}: every {part} sample is longer than data.max_length={cfg.max_length}: raise it")
     note = f"{len(examples)} of {len(conversations)} {part} samples"
+    if len(examples) + dropped > used:
+        note = f"{len(examples)} {part} samples, one a turn, of {used} conversations"
     if cfg.source == "docstrings":
         note += f" ({len(groups)} modules)"
     return examples, note, dropped
 
 
 def _load_text(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Plain text in blocks of max_length tokens, each token labelled; the file's last share is held out."""
-    train = tokenize(tokenizer, read_text(cfg.path))["input_ids"]
-    if cfg.heldout_path:
-        heldout = tokenize(tokenizer, read_text(cfg.heldout_path))["input_ids"]
-    else:
-        cut = len(train) - round(cfg.heldout_fraction * len(train))
-        train, heldout = train[:cut], train[cut:]
-    if min(len(train), len(heldout)) < 2:  # one token has no next token to predict
-        raise UserError(
-            f"{cfg.path}: {len(train)} training and {len(heldout)} held-out tokens are too few: "
-            "add text or set data.heldout_path=FILE"
-        )
-    train_examples = _blocks(train, cfg.max_length)[: cfg.max_train]
-    heldout_examples = _blocks(heldout, cfg.max_length)[: cfg.max_heldout]
-    note = (
-        f"{cfg.name}: {len(train_examples)} training and {len(heldout_examples)} held-out blocks "
-        f"of at most {cfg.max_length} tokens"
-    )
-    return Data(train_examples, heldout_examples, note)
-
-
-def _blocks(ids: list[int], length: int) -> list[Example]:
-    blocks = [ids[start : start + length] for start in range(0, len(ids), length)]
-    return [Example(block, block) for block in blocks if len(block) > 1]
+    train, heldout = text_blocks(cfg, tokenizer)
+    note = f"{cfg.name}: {len(train)} training and {len(heldout)} held-out blocks of at most {cfg.max_length} tokens"
+    return Data(train, heldout, note)
 
 
 def epoch_batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:

@@ -1,14 +1,22 @@
 """Text from a model: batches of prompts with a KV cache, streaming, and how fast it was."""
 
+import contextlib
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from experiments.data.template import chat_template
 from experiments.errors import UserError
 from modules.adapters.prefix import prompt_lengths
+
+_DRAWN = ("temperature", "top_p", "top_k")
+_NOT_OF_DRAWING = rf"({'|'.join(_DRAWN)}|do_sample|max_length|max_new_tokens|\w+_token_id|_.*|transformers_version)$"
+_NOT_OF_DRAWING += r"|use_cache$|cache_|output_|return_"
 
 
 @dataclass(frozen=True)
@@ -17,7 +25,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: an answer ends here if not before.
-        temperature: 0: always the likeliest token; above, tokens are drawn.
+        temperature: 0: always the likeliest token, whatever the model's generation_config.json says; above, tokens are
+            drawn, and its settings that are not among these hold too (`own_settings`).
         top_p: among the likeliest tokens with this probability together.
         top_k: among so many of the likeliest; 0: all.
     """
@@ -112,10 +121,11 @@ def generate(
     rows = [[pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     stops = _stops(model, tokenizer)
-    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    drawn = {"do_sample": True} | {name: getattr(sampling, name) for name in _DRAWN}
     clock = _Clock(TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None)
     ends = longest if prompt_length is None else [longest - len(prompt) + prompt_length for prompt in prompts]
-    with prompt_lengths(model, torch.tensor(ends, device=model.device).expand(len(prompts))):
+    own = contextlib.nullcontext() if sampling.temperature else _without_own_settings(model)
+    with own, prompt_lengths(model, torch.tensor(ends, device=model.device).expand(len(prompts))):
         output = model.generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
@@ -132,10 +142,29 @@ def generate(
     return Generated(ids, sum(map(len, prompts)), first - start, clock.times[-1] - first)
 
 
+def own_settings(model: PreTrainedModel) -> dict:
+    """The settings in generation_config.json that change which tokens are drawn, beside those of `Sampling`."""
+    settings = model.generation_config.to_diff_dict()
+    return {name: value for name, value in settings.items() if not re.match(_NOT_OF_DRAWING, name)}
+
+
+@contextlib.contextmanager
+def _without_own_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model has no generation settings of its own, which transformers would add to those it is given."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those that chat models name besides."""
+    """The tokens that end an answer: the tokenizer's, those that chat models name besides, and the one by which the
+    chat template ends a turn, which base models do not name."""
     configured = model.generation_config.eos_token_id
     more = configured if isinstance(configured, list) else [configured]
+    if tokenizer.is_fast and tokenizer.chat_template:
+        more = [*more, chat_template(tokenizer).stop]
     return sorted({token for token in (tokenizer.eos_token_id, *more) if token is not None})
 
 
@@ -150,8 +179,23 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    reasoning: bool = False,
 ) -> list[str]:
-    """The model's likeliest (greedy) continuation of each prompt, all in one batch, as text."""
+    """The model's likeliest (greedy) answer to each prompt, all in one batch, as text.
+
+    Args:
+        reasoning: with all that the model writes before the answer itself, such as a <think> block.
+    """
     generated = generate(model, tokenizer, prompts, Sampling(max_new_tokens))
-    return [decode(tokenizer, ids) for ids in generated.ids]
+    return [decode(tokenizer, ids if reasoning else without_reasoning(tokenizer, ids)) for ids in generated.ids]
+
+
+def without_reasoning(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """The tokens behind a <think> block or the name of a channel, if the chat template has such."""
+    opens = chat_template(tokenizer).opens if tokenizer.is_fast and tokenizer.chat_template else None
+    last = max((i for i, token in enumerate(ids) if token == opens), default=-1)
+    return ids[last + 1 :]

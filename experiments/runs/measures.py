@@ -1,7 +1,8 @@
 """Measures of a run before and after training, beside its own loss: right answers, and forgetting.
 
-Exact match is the share of held-out prompts to which the model's likeliest (greedy) answer, spaces aside, is the
-reference: with `data.answer_tokens=N`, which data=arithmetic sets. An answer not ended after N tokens is cut there.
+Exact match is the share of held-out prompts to which the model's likeliest (greedy) answer, spaces and reasoning aside,
+is the reference: with `data.answer_tokens=N`, which data=arithmetic sets. An answer not ended after N tokens is cut
+there.
 
 Forgetting is the loss on a second domain's held-out samples, which no step trains on: `data@second=docstrings`.
 """

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels.attention import rows
 from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, larger, narrow, number, octets, share
-from kernels.op import supports_if
 
 BLOCK = 128  # queries
 BLOCK_BYTES = 2**24  # of fp32 scores, unless 16 queries have more
@@ -22,7 +21,6 @@ _LOWEST = np.float32(np.finfo(np.float32).min)
 _WHOLE = 64  # elements: what vector code does at a time. A row's rest would be done one by one.
 
 
-@supports_if(lambda *_: True)
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, batch: int) -> Tensor:
     groups, heads, queries, _ = q.shape
     out = q.new_empty(batch, queries, groups // batch, heads, v.shape[-1])
@@ -42,7 +40,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     return out
 
 
-@supports_if(lambda *_: True)
 def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,6 @@ from torch import Tensor
 from kernels.cpu import supports
 from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, ints, larger, narrow, share, thread, wide
 from kernels.cross_entropy import by_chunks, precise
-from kernels.op import supports_if
 
 FP32_BYTES = 2**22  # of fp32 softmax: it stays in a CPU's cache
 _LOWEST = np.float32(np.finfo(np.float32).min)
@@ -67,7 +66,6 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-@supports_if(lambda *_: True)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,

@@ -16,7 +16,6 @@ from kernels.cpu.code import Kernel, arguments, bf16s, floats, ints, narrow, num
 from kernels.cpu.lora import adapted, factors, gradients
 from kernels.cpu.nf4 import dense
 from kernels.dropout import dropout as drop
-from kernels.op import supports_if
 from kernels.weight import Weight
 
 
@@ -121,13 +120,11 @@ def has_below(x: Tensor, limit: float) -> bool:
     return bool(found.value)
 
 
-@supports_if(lambda *_: True)
 def weight_norm_sq(weight: Weight) -> Tensor:
     w = weight.values if not weight.packed else dense(weight, torch.float32)
     return w.float().square().sum(dim=1)
 
 
-@supports_if(lambda *_: True)
 def dora_norm(weight: Weight, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     w = dense(weight, weight.dtype)
     a = (lora_A * scaling).to(w.dtype)
@@ -164,7 +161,6 @@ def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
     return (magnitude / norm).masked_fill_(norm == 0, 0.0)
 
 
-@supports_if(lambda *_: True)
 def dora_linear(
     x: Tensor,
     weight: Weight,
@@ -196,7 +192,6 @@ def dora_linear(
     return torch.addcmul(bias.to(x.dtype), z, g), xa, norm, gain, z
 
 
-@supports_if(lambda *_: True)
 def dora_linear_backward(
     dy: Tensor,
     x: Tensor,

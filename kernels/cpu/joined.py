@@ -6,11 +6,9 @@ from torch import Tensor
 from kernels.cpu.dora import magnitude_gradient, norm_and_gain, scale_columns, scale_columns_
 from kernels.cpu.lora import factors, wide_gradients
 from kernels.cpu.nf4 import dense
-from kernels.op import supports_if
 from kernels.weight import Weight
 
 
-@supports_if(lambda *_: True)
 def joined_linears(
     x: Tensor,
     weights: list[Weight],
@@ -40,11 +38,10 @@ def joined_linears(
     return ys, [a_all, xa_all, *bs, *norms, *gains]
 
 
-@supports_if(lambda *_: True)
 def joined_linears_backward(
     dys: list[Tensor],
     x: Tensor,
-    ys: list[Tensor],
+    ys: list[Tensor | None],
     kept: list[Tensor],
     weights: list[Weight],
     lora_A: list[Tensor],

@@ -12,7 +12,6 @@ from kernels.cpu import supports
 from kernels.cpu.code import Kernel, arguments, bf16s, floats, narrow, number, wide
 from kernels.cpu.nf4 import dense
 from kernels.dropout import dropout as drop
-from kernels.op import supports_if
 from kernels.weight import Weight
 
 
@@ -83,7 +82,6 @@ def adapted(
     return y, xa
 
 
-@supports_if(lambda *_: True)
 def lora_linear(
     x: Tensor,
     weight: Weight,
@@ -98,7 +96,6 @@ def lora_linear(
     return adapted(x, drop(x, dropout, seed), dense(weight, x.dtype), a, b, bias)
 
 
-@supports_if(lambda *_: True)
 def lora_linear_backward(
     dy: Tensor,
     x: Tensor,

@@ -35,7 +35,7 @@ def joined_linears(
 def joined_linears_backward(
     dys: list[Tensor],
     x: Tensor,
-    ys: list[Tensor],
+    ys: list[Tensor | None],
     kept: list[Tensor],
     weights: list[Weight],
     lora_A: list[Tensor],

@@ -4,14 +4,13 @@ The products are the library's. One launch a chunk reads the logits of each row 
 place; no logits in fp32 are in memory.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.cross_entropy import by_chunks
+from kernels.op import supports_if
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
 
@@ -58,7 +57,17 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     return loss.sum()
 
 
-linear_cross_entropy = functools.partial(by_chunks, _loss)
+@supports_if(lambda hidden, *_: hidden.dtype != torch.float64)  # the sums here are fp32
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    needs_dhidden: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return by_chunks(_loss, hidden, weight, bias, targets, needs_dhidden, needs_dweight, needs_dbias)
 
 
 def _case(dtype: str) -> Case:

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.op import supports_if
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch, next_power_of_2
 
@@ -89,6 +90,7 @@ def _tiles(n: int, dweight: bool = False) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": max(1, min(8, block // values))}
 
 
+@supports_if(lambda x, *_: x.dtype != torch.float64)  # the sums here are fp32
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     r = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
@@ -97,6 +99,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return y, r
 
 
+@supports_if(lambda dy, *_: dy.dtype != torch.float64)  # the sums here are fp32
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool) -> tuple[Tensor, Tensor]:
     rows, n = r.numel(), x.shape[-1]
     dx = torch.empty_like(x)

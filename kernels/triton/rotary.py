@@ -4,10 +4,12 @@ A program turns a few heads of one token. Each product is rounded to the tensors
 are transformers' bit for bit.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.op import supports_if
 from kernels.rotary import gradient_of
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import cdiv, launch, next_power_of_2
@@ -79,12 +81,14 @@ def _rotary_kernel(
         )  # fmt: skip
 
 
+@supports_if(lambda q, *_: q.dtype != torch.float64)  # the sums here are fp32
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     turned = q.new_empty(q.shape), k.new_empty(k.shape)
     _launch(q, k, cos, sin, *turned, backward=False)
     return turned
 
 
+@supports_if(lambda dq, *_: dq.dtype != torch.float64)  # the sums here are fp32
 def rotary_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     turned = gradient_of(dq, cos), gradient_of(dk, cos)
     _launch(dq, dk, cos, sin, *turned, backward=True)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.op import supports_if
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import cdiv, launch
 
@@ -47,6 +48,7 @@ def _swiglu_backward_kernel(
     tl.store(dup_ptr + i, (dy * x * sigmoid).to(dup_ptr.dtype.element_ty), mask=i < n)
 
 
+@supports_if(lambda gate, *_: gate.dtype != torch.float64)  # the sums here are fp32
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
     n = y.numel()
@@ -54,6 +56,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
+@supports_if(lambda dy, *_: dy.dtype != torch.float64)  # the sums here are fp32
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     n = dy.numel()

@@ -19,6 +19,7 @@ from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.config import ALL_LINEAR, SETTINGS, AdapterConfig
 from modules.adapters.init import check_init, initialise, principal_inputs
 from modules.adapters.linear4bit import take_over_linear4bit
+from modules.adapters.model_code import changed_in_place
 from modules.adapters.own import own_copy
 from modules.adapters.prefix import prefix_modules
 from modules.adapters.saving import save_as_adapter
@@ -29,6 +30,7 @@ from modules.adapters.targets import (
     decoder_linears,
     find_saved,
     find_targets,
+    fitted,
     wrapped_linears,
 )
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
@@ -66,7 +68,7 @@ def attach(
         The full names of the adapted linears.
 
     Raises:
-        ValueError: the adapter or a setting is unknown, no linear matches, a layer is too small for its rank, or the
+        ValueError: the adapter or a setting is unknown, no linear matches, a rank is too large for every layer, or the
             name is taken. The model is then unchanged, but linears of bitsandbytes have become NF4Linears.
         TypeError: a setting of that name does not exist.
     """
@@ -77,6 +79,7 @@ def attach(
     active = prepare_to_add(model, name)
     try:
         names = find_targets(model, config)
+        config = fitted(model, config, names)
         linears = all_linears(model)
         check_init(config.init, [linears[target] for target in names], calibration)
         own = own_tensors(model, config, names)
@@ -163,8 +166,11 @@ def add_adapter(
     modules: dict[str, nn.Module] = {}
     for path, tensors in own.items():
         modules[path] = own_copy(model.get_submodule(path), tensors)
+    changed = changed_in_place(model) if config.adapter == "dora" else set()
     for path in names:
         modules[path] = _layer(linears[path], path, config)
+        if any(f"{path}.".startswith(f"{result}.") for result in changed):
+            modules[path].copies_result = True
     if config.adapter.startswith("prefix"):
         modules |= prefix_modules(model, config)
     base = {path: model.get_submodule(path) for path in modules}

@@ -65,13 +65,6 @@ def backend(request, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def column(request):
-    """Runs a test of an op without Triton kernels on its definition and on its CPU kernels."""
-    with use_backend(request.param):
-        yield request.param
-
-
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
 def number_of_threads(request):
     before = torch.get_num_threads()

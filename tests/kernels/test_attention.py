@@ -46,7 +46,7 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize(
     "kind, queries, keys", [("causal", 2, 2), ("causal", 37, 37), ("bool", 37, 37), ("bool", 9, 40), ("float", 37, 37)]
 )
-def test_against_float64(column, kind, queries, keys, heads, groups, dtype, small_blocks):
+def test_against_float64(backend, kind, queries, keys, heads, groups, dtype, small_blocks):
     *tensors, dout = inputs(queries, keys, heads, groups, dtype)
     mask = masks(kind, queries, keys)
     got = with_gradients(lambda q, k, v: attention(q, k, v, mask, SCALE), tensors, dout)
@@ -57,20 +57,20 @@ def test_against_float64(column, kind, queries, keys, heads, groups, dtype, smal
     assert_as_accurate(got, torchs, exact, dtype)
 
 
-def test_gradients(column, small_blocks):
+def test_gradients(backend, small_blocks):
     q, k, v, _ = (x.double().requires_grad_() for x in inputs(18, 18, 2, 1, torch.float32))
     assert torch.autograd.gradcheck(
         lambda q, k, v: attention(q, k, v, None, SCALE), (q[..., :2], k[..., :2], v[..., :2]), fast_mode=True
     )
 
 
-def test_a_query_that_sees_nothing_is_finite(column):
+def test_a_query_that_sees_nothing_is_finite(backend):
     *tensors, dout = inputs(5, 5, 2, 2, torch.float32)
     mask = torch.zeros(2, 1, 5, 5, dtype=torch.bool)
     assert all(x.isfinite().all() for x in with_gradients(lambda *x: attention(*x, mask, SCALE), tensors, dout))
 
 
-def test_memory_is_as_the_next_linear_reads_it(column):
+def test_memory_is_as_the_next_linear_reads_it(backend):
     q, k, v, _ = inputs(5, 5, 4, 2, torch.bfloat16)
     assert attention(q, k, v, None, SCALE).transpose(1, 2).is_contiguous()
 
@@ -128,7 +128,7 @@ def test_opcheck(kind):
     torch.library.opcheck(torch.ops.qdora.attention_backward.default, backward)
 
 
-def test_compiles(column):
+def test_compiles(backend):
     q, k, v, _ = inputs(5, 5, 4, 2, torch.float32)
     assert_compiles(lambda q, k, v: attention(q, k, v, None, SCALE), q, k, v)
 

