@@ -205,6 +205,9 @@ class Op:
         return "reference" if cell is None or not cell.supports(*args) else column
 
     def _run(self, *args):
+        if torch._C._is_any_autocast_enabled():  # it would cast some of the operations inside, and not the others
+            with torch.autocast(_first_tensor(args).device.type, enabled=False):
+                return self.cell(self.column(*args))(*args)
         return self.cell(self.column(*args))(*args)
 
     # The dispatcher takes flat arguments: a Weight is a list of tensors and a string (weight.py), a list of weights
