@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments.config import ModelConfig
+from experiments.data.tokens import tokenize
 from experiments.errors import UserError
 from experiments.models.load import load_model
 
@@ -74,3 +75,29 @@ def test_a_damaged_packed_directory_is_one_line(packed_tiny):
     (packed_tiny / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
         load(source="hf", path=str(packed_tiny))
+
+
+def saved(directory, tokenizer):
+    model, _ = load(source="tiny")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return load_model(ModelConfig(name="hf", source="hf", path=str(directory)), torch.float32, 0)[1]
+
+
+def test_the_pad_token_has_an_embedding(tmp_path):
+    _, beyond = load(source="tiny")
+    beyond.add_special_tokens({"pad_token": "[PAD]"})
+    assert beyond.pad_token_id == 258  # and the model has 258 embeddings
+    assert saved(tmp_path / "beyond", beyond).pad_token == "<|im_end|>"
+    _, none = load(source="tiny")
+    none.pad_token = none.eos_token = None
+    assert saved(tmp_path / "none", none).pad_token_id in (256, 257)
+
+
+def test_text_with_tokens_beyond_the_embeddings_is_refused(tmp_path):
+    _, more = load(source="tiny")
+    more.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    tokenizer = saved(tmp_path / "more", more)
+    assert tokenize(tokenizer, "no such token")["input_ids"]
+    with pytest.raises(ValueError, match="'<tool>' as token 258, and the model has embeddings of 258 tokens only"):
+        tokenize(tokenizer, "a <tool> token")
