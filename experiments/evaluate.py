@@ -73,7 +73,7 @@ def _measure(run: FinishedRun, data: DataConfig) -> str:
 
 @command
 def main() -> None:
-    options, changes = read_options(Options, __doc__, changes=("trainer.", "data.", "data="))
+    options, changes = read_options(Options, __file__, changes=("trainer.", "data.", "data="))
     if (options.limit or options.include_path) and not options.tasks:
         raise UserError("limit=… and include_path=… are for tasks=…; data.max_heldout=N uses so many samples")
     if options.limit is not None and options.limit < 1:

@@ -41,13 +41,13 @@ class ExtractConfig:
     base: str = MISSING  # a name in conf/model, a Hugging Face directory or a GGUF file
     tuned: str = MISSING  # a run's directory or a Hugging Face directory of the same architecture
     adapter: str = MISSING  # lora | dora
-    rank: int = MISSING
+    rank: int = MISSING  # of every adapter
     lora_alpha: float | None = None  # rank, so that BA itself is the change
-    target_modules: Any = "all-linear"
-    decomposition: str = MISSING  # see modules/adapters/decompose.py
+    target_modules: Any = "all-linear"  # as in a run
+    decomposition: str = MISSING  # svd | randomized | als | nuclear: modules/adapters/decompose.py
     data: DataConfig = field(default_factory=DataConfig)  # whose held-out part is measured on
-    batch_size: int = 16
-    output_dir: str = MISSING
+    batch_size: int = 16  # samples at once
+    output_dir: str = MISSING  # where to write
 
 
 ConfigStore.instance().store(name="extract_schema", node=ExtractConfig)
@@ -154,7 +154,7 @@ def table(result: dict) -> str:
     return "\n".join(rows)
 
 
-@hydra_command("extract")
+@hydra_command("extract", ExtractConfig)
 def main(cfg: DictConfig) -> None:
     for key in ("base", "tuned"):
         if OmegaConf.is_missing(cfg, key):

@@ -165,7 +165,9 @@ def converse(writer: Writer) -> None:
             cache, cached = writer.new_cache(), []
         try:
             generated = writer.write([ids], stream=True, cache=cache, prompt_length=prompt_length)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if getattr(stop, "exit_code", 130) != 130:  # SIGTERM and SIGHUP end the conversation, Ctrl-C an answer
+                raise
             print("\n(stopped)", file=sys.stderr)
             messages.pop()
             cache, cached = writer.new_cache(), []
@@ -193,7 +195,7 @@ def _read_message(interactive: bool) -> str | None:
 
 @command
 def main() -> None:
-    options, changes = read_options(Options, __doc__, changes=("trainer.",))
+    options, changes = read_options(Options, __file__, changes=("trainer.",))
     Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k).check()
     if options.batch_size < 1:
         raise UserError(f"batch_size={options.batch_size}: choose 1 or more")

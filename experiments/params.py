@@ -187,7 +187,7 @@ def table(name: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-@hydra_command("params")
+@hydra_command("params", ParamsConfig)
 def main(cfg: DictConfig) -> None:
     config: ParamsConfig = OmegaConf.to_object(cfg)
     print(table(config.model.name, count_all(config.model)))

@@ -55,14 +55,14 @@ class StudyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)  # whose held-out part is measured on
     quant_types: list[str] = field(default_factory=list)  # nf4 | fp4 | int4 | nf2 … nf8
-    blocksizes: list[int] = field(default_factory=list)
+    blocksizes: list[int] = field(default_factory=list)  # weights that share an absmax
     double: list[bool] = field(default_factory=list)  # absmax in 8 bits
     every: int = 10  # errors are measured on every so many-th linear of the decoder
-    values: int = 2**20  # random weights of each kind
+    values: int = 1_048_576  # random weights of each kind
     loss: bool = True  # measure the held-out loss, of the whole decoder in every setting
-    batch_size: int = 16
-    seed: int = 0
-    output_dir: str = ""
+    batch_size: int = 16  # samples at once
+    seed: int = 0  # of the random weights
+    output_dir: str = ""  # where to write
 
 
 ConfigStore.instance().store(name="quant_study_schema", node=StudyConfig)
@@ -257,7 +257,7 @@ def plot_loss(found: Study) -> Figure:
     return figure
 
 
-@hydra_command("quant_study")
+@hydra_command("quant_study", StudyConfig)
 def main(cfg: DictConfig) -> None:
     config: StudyConfig = OmegaConf.to_object(cfg)
     found = study(config)

@@ -12,9 +12,8 @@ Every key of conf/ can be set on the command line; `-m` runs a sweep:
 
     torchrun --nproc-per-node 2 -m experiments.run +method=qdora        trainer.parallel=fsdp shards the model too
 
-A run that wrote checkpoints goes on from the newest, in its own directory and as if it had never stopped:
+A run that was interrupted or died goes on from its newest checkpoint, in its own directory, as if it had never stopped:
 
-    python -m experiments.run +method=qdora rank=16 trainer.checkpoint_every=10 output_dir=outputs/mine
     python -m experiments.run resume=outputs/mine
 """
 
@@ -24,18 +23,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from experiments.config import Config
 from experiments.runs import result_numbers, sweep
+from experiments.runs.directory import new_directory
 from experiments.runs.one_run import run
-from experiments.runs.start import configured
+from experiments.runs.start import configured, is_given
 from experiments.system import parallel
 from experiments.system.cli import hydra_command
 
 
-@hydra_command("config")
+@hydra_command("config", Config)
 def main(cfg: DictConfig) -> sweep.Outcome | None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.hydra_job(cfg)
-    config = parallel.agree(configured(cfg))
+    config = configured(cfg)
+    if parallel.is_main() and not config.resume and not is_given("output_dir"):
+        config.output_dir = str(new_directory(Path(config.output_dir)))
+    config = parallel.agree(config)
     result = run(config)
     files = [path for path in sorted(Path(config.output_dir).iterdir()) if not path.name.startswith(".")]
     print(f"\n{result_numbers.table(result)}\n\nWritten:", *files, sep="\n  ")

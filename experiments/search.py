@@ -23,11 +23,11 @@ from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from experiments.config import resolve
+from experiments.config import Config, resolve
 from experiments.errors import UserError
 from experiments.runs import sweep
-from experiments.system.cli import HELP, command, composed
-from experiments.system.files import RESULT, writable_dir
+from experiments.system.cli import command, composed, takes_keys
+from experiments.system.files import RESULT, claim, writable_dir
 
 try:
     import optuna
@@ -155,7 +155,7 @@ def search(arguments: list[str]) -> None:
     folder = Path(resolve(composed(*fixed, *_any_values(space))).output_dir)
     fixed = [argument for argument in fixed if not argument.startswith("output_dir=")]
     writable_dir(folder, "set output_dir to a folder")
-    with sweep.claim(folder / ".locks" / STUDY) as claimed:
+    with claim(folder / ".locks" / STUDY) as claimed:
         if not claimed:
             raise UserError(f"another search is at work in {folder}: choose another output_dir")
         told = [argument for argument in arguments if not argument.startswith(("trials=", "output_dir="))]
@@ -202,10 +202,8 @@ def _shown(params: dict) -> list[str]:
 
 
 @command
+@takes_keys("config", Config, ("trials",))
 def main() -> None:
-    if HELP & set(sys.argv):
-        print(__doc__.strip())
-        return
     search(sys.argv[1:])
 
 

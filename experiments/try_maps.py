@@ -45,7 +45,7 @@ class TrialConfig(TuneConfig):
     second: DataConfig = field(default_factory=lambda: DataConfig(name="none", source="none"))  # measured on as well
     maps: list[str] = field(default_factory=list)  # more maps to try
     alone: list[int] = field(default_factory=list)  # block sizes at which each kind of linear is packed alone
-    batch_size: int = 16
+    batch_size: int = 16  # samples at once
 
 
 ConfigStore.instance().store(name="try_maps_schema", node=TrialConfig)
@@ -153,7 +153,7 @@ def try_maps(cfg: TrialConfig) -> str:
     return text
 
 
-@hydra_command("try_maps")
+@hydra_command("try_maps", TrialConfig)
 def main(cfg: DictConfig) -> None:
     config: TrialConfig = OmegaConf.to_object(cfg)
     text = try_maps(config)

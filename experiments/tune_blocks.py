@@ -124,7 +124,7 @@ def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str
     return "\n".join(lines)
 
 
-@hydra_command("tune_blocks")
+@hydra_command("tune_blocks", TuneConfig)
 def main(cfg: DictConfig) -> None:
     config: TuneConfig = OmegaConf.to_object(cfg)
     text = tune(config)

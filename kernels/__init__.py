@@ -1,5 +1,7 @@
 """The ops. Each takes and returns tensors; importing this package never touches a GPU."""
 
+import logging
+
 from kernels.absmax import dequantize_absmax, quantize_absmax
 from kernels.adamw import adamw
 from kernels.adamw8bit import adamw8bit
@@ -15,6 +17,9 @@ from kernels.rms_norm import rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 from kernels.weight import QuantState, Weight
+
+# bitsandbytes takes this folder for a PyPI package of its name, warns about `get_kernel`, and goes on without it
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 quantize_nf4, dequantize_nf4 = quantize_4bit, dequantize_4bit
 

@@ -248,6 +248,7 @@ class DoRALinear(LoRALinear):
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
         self._cached_norm: tuple[tuple, Tensor] | None = None  # versions of its inputs, and the norm
+        self.copies_result = False  # the model changes the result in place, and the op keeps it for backward
 
     def train(self, mode: bool = True) -> "DoRALinear":
         self._cached_norm = None
@@ -269,7 +270,7 @@ class DoRALinear(LoRALinear):
 
     def _alone(self, x: Tensor) -> Tensor:
         weight = weight_of(self.base)
-        return kernels.dora_linear(
+        y = kernels.dora_linear(
             x,
             weight,
             self.norm_sq,
@@ -280,6 +281,7 @@ class DoRALinear(LoRALinear):
             dropout=self.dropout if self.training else 0.0,
             norm=self._norm(weight),
         )
+        return y.clone() if self.copies_result and y.requires_grad else y
 
     def merged_weight(self) -> Tensor:
         """m/‖W + sBA‖ ⊙ (W + sBA) [out, in], computed in fp32 and rounded once to the base's dtype."""

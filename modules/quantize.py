@@ -8,6 +8,7 @@ from kernels.weight import check_blocksize, check_quant_type
 from modules.adapters.attach import refuse_parts
 from modules.adapters.config import changes_base, quantized_start
 from modules.adapters.init import pack
+from modules.adapters.linear4bit import take_over_linear4bit
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import decoder_linears
 from modules.linear import NF4Linear
@@ -36,6 +37,7 @@ def quantize(
     """
     refuse_parts(model)
     check_quant_type(quant_type)
+    take_over_linear4bit(model)
     linears = decoder_linears(model)
     state = state_of(model)
     if state is not None:

@@ -20,7 +20,7 @@ from experiments.bench_cpu.plot import plot
 from experiments.bench_cpu.worker import PEER_NOTE, Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.models.load import wheel_directory
+from experiments.models.gguf import wheel_directory
 from experiments.system import machine
 from kernels.bench.nf4 import BENCHES as NF4
 from kernels.bench.timing import times

@@ -21,7 +21,7 @@ from experiments.bench_cpu.pair import Side, batches, tokens_of
 from experiments.bench_cpu.worker import Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.models.load import wheel_directory
+from experiments.models.gguf import wheel_directory
 from experiments.system import machine
 from experiments.system.files import write_atomically
 from experiments.system.progress import bar

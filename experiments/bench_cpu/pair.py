@@ -20,8 +20,9 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from experiments.bench_cpu import worker
 from experiments.bench_cpu.worker import Job
 from experiments.errors import UserError
-from experiments.models.load import quiet, wheel_directory
+from experiments.models.gguf import wheel_directory
 from experiments.system.files import PROJECT_ROOT
+from experiments.system.quiet import quiet
 
 SIDES = ("ours", "peft")
 

@@ -17,7 +17,7 @@ from experiments.bench_cpu.cases import CASES
 from experiments.bench_cpu.pair import batches, tokens_of
 from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig
-from experiments.models.load import wheel_directory
+from experiments.models.gguf import wheel_directory
 from experiments.system import machine
 from kernels.cpu import dora, joined, lora, nf4_linear
 from modules import decoder_linears

@@ -128,8 +128,9 @@ class Worker:
 def _ours(job: Job) -> tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.Optimizer]:
     import experiments.runs.sweep  # noqa: F401  (the imports of a run count as its memory)
     from experiments.config import Config, MethodConfig, ModelConfig, QuantConfig, TrainerConfig
-    from experiments.models.load import prepare_model, quiet
+    from experiments.models.load import prepare_model
     from experiments.system import machine
+    from experiments.system.quiet import quiet
     from experiments.training.loss import LabelLoss
     from experiments.training.optim import make_optimizer
     from modules import parameter_groups

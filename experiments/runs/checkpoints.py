@@ -13,6 +13,7 @@ A directory is filled under another name and renamed, so each is whole. Nothing 
 data need not be kept: the batches of a step are a function of its number (experiments/data/samples.py).
 """
 
+import contextlib
 import json
 import random
 from collections.abc import Callable
@@ -32,10 +33,11 @@ from experiments.runs.model_files import ADAPTER, base_name, load_trained, read_
 from experiments.system import parallel
 from experiments.system.files import delete_directory, directory_atomically
 from experiments.training.evaluation import Evaluation
-from experiments.training.loop import Trained, Trainer
+from experiments.training.loop import Trained, Trainer, checkpoints_by_time
 from modules import save_adapter
 
 FOLDER, LATEST = "checkpoints", "latest"
+KEPT = "a run that has finished keeps some with trainer.checkpoint_every=N"
 TENSORS, STATE = "training.safetensors", "training.json"
 
 
@@ -44,6 +46,18 @@ class Checkpoints:
 
     def __init__(self, run: Path, cfg: Config, data: Data):
         self.folder, self.cfg, self.data = run / FOLDER, cfg, data
+        self.wanted = checkpoints_by_time(cfg) or bool(cfg.trainer.checkpoint_every)
+
+    def exist(self) -> bool:
+        """Whether the run has one to go on from."""
+        return bool(of_run(self.folder.parent))
+
+    def delete(self) -> None:
+        """Delete all of them, but for the best weights."""
+        for path in of_run(self.folder.parent):
+            delete_directory(path)
+        with contextlib.suppress(OSError):  # not empty
+            self.folder.rmdir()
 
     def save(self, trainer: Trainer, before_stop: dict) -> None:
         """Write a checkpoint.
@@ -135,7 +149,7 @@ def newest_run(folder: Path) -> Path:
     """
     written = sorted(folder.glob(f"*/{FOLDER}/step-*"), key=lambda path: path.stat().st_mtime)
     if not written:
-        raise UserError(f"resume={LATEST}: no run in {folder} has a checkpoint; trainer.checkpoint_every=N makes some")
+        raise UserError(f"resume={LATEST}: no run in {folder} has a checkpoint; {KEPT}")
     return written[-1].parent.parent
 
 
@@ -150,9 +164,7 @@ def find(resume: str, output_dir: Path) -> Path:
         return path.absolute()
     checkpoints = of_run(path.absolute())
     if not checkpoints:
-        what = (
-            "no such directory" if not path.exists() else "no checkpoint there; trainer.checkpoint_every=N makes some"
-        )
+        what = f"no checkpoint there; {KEPT}" if path.exists() else "no such directory"
         raise UserError(f"resume={resume}: {path}: {what}")
     return checkpoints[-1]
 
@@ -163,7 +175,8 @@ def read_state(checkpoint: Path) -> dict:
         state = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError) as error:  # ValueError: not JSON, not text
         raise UserError(f"{checkpoint / STATE} cannot be read: {error}") from error
-    trained = Trained(**state["trained"])
+    # until there was `evaluated`, a checkpoint came after the evaluation of its step
+    trained = Trained(**{"evaluated": state["trained"]["steps"]} | state["trained"])
     for name in ("evaluation", "best"):
         if value := getattr(trained, name):
             setattr(trained, name, Evaluation(**value))

@@ -15,9 +15,9 @@ CONFIG = "config.yaml"
 
 
 def write_config(cfg: Config, directory: Path) -> None:
-    """Write config.yaml. `resume` is left out: it says how a run was started, not which run it is."""
+    """Write config.yaml. `resume` and `overwrite` are left out: they say how a run was started, not which run it is."""
     values = OmegaConf.structured(cfg)
-    values.resume = None
+    values.resume, values.overwrite = None, False
     write_atomically(directory / CONFIG, OmegaConf.to_yaml(values))
 
 

@@ -33,6 +33,7 @@ MEASURES = {
     "bits_per_weight": "bits",
 }
 NO_MEASURE = ("rank", "seed", "results_version")  # numbers of a result.json that its configuration has too
+MACHINE = ("device", "threads")  # of a run, without which times cannot be compared
 
 
 @dataclass
@@ -55,7 +56,8 @@ class Run:
     seed: int
     config: dict[str, Any]
     measures: dict[str, float]
-    about: dict[str, str]  # commit and versions of packages
+    about: dict[str, str]  # commit, versions of packages, processor or card, threads
+    crowded: bool = False  # other processes needed the cores too, so its times are too long
     shared_base: bool | None = None  # whether a sweep had packed its base before; None: it has a dense one
     curve: list[dict] = field(default_factory=list)
     effective_ranks: dict[str, float] = field(default_factory=dict)
@@ -173,6 +175,7 @@ def _read(path: Path, folder: Path) -> Run:
     if wrong:
         raise ValueError(f"missing or not a finite number: {', '.join(wrong)}")
     config, versions = result["config"], result.get("versions")
+    machine = result["machine"] if isinstance(result.get("machine"), dict) else {}
     method = RENAMED_METHODS.get(config["method.name"], config["method.name"])
     measures = {name: value for name, value in _numbers(result) if name not in NO_MEASURE}
     if "second_loss_after" in measures:
@@ -184,7 +187,12 @@ def _read(path: Path, folder: Path) -> Run:
         seed=result["seed"],
         config=config | {"method.name": method},
         measures=measures,
-        about={"commit": result.get("commit") or "unknown", **(versions if isinstance(versions, dict) else {})},
+        about={
+            "commit": result.get("commit") or "unknown",
+            **(versions if isinstance(versions, dict) else {}),
+            **{key: str(machine[key]) for key in MACHINE if key in machine},
+        },
+        crowded=machine.get("crowded") is True,
         shared_base=result.get("shared_base"),
         curve=_curve(path.parent / METRICS),
         effective_ranks=_effective_ranks(path.parent / SPECTRUM),
@@ -270,13 +278,23 @@ def _varied(runs: list[Run]) -> list[str]:
     return [key for key in dict.fromkeys(order) if len(values[key]) > 1 and key not in follows]
 
 
+def why_times_differ(runs: list[Run]) -> str | None:
+    """Why the times of the runs cannot be compared; None if nothing is known against it."""
+    for key in MACHINE:
+        if len({run.about.get(key) for run in runs}) > 1:
+            return f"the runs were made with different {key}"
+    if crowded := sum(run.crowded for run in runs):
+        return f"other processes needed the cores during {crowded} of {len(runs)} runs"
+    return None
+
+
 def disagreements(runs: list[Run]) -> list[str]:
     """A line for each difference in how the compared runs were made."""
     lines = []
     for key in sorted({key for run in runs for key in run.about}):
         values = sorted({run.about.get(key, "unknown") for run in runs})
         if len(values) > 1:
-            lines.append(f"made with different {key}: {', '.join(value[:20] for value in values)}")
+            lines.append(f"made with different {key}: {', '.join(value[:40] for value in values)}")
     if {True, False} <= {run.shared_base for run in runs}:
         lines.append(
             "that packed their own base, which may be the peak of their memory, are beside others that began with one "

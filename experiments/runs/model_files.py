@@ -24,7 +24,7 @@ from experiments.training.engines import Engine
 from modules import save_adapter, set_adapter
 from modules.adapters.config import changes_base
 from modules.adapters.state import DEFAULT
-from modules.files.bitsandbytes import save_bnb4
+from modules.files.bitsandbytes import load_bnb4, save_bnb4
 
 ADAPTER, MODEL, BASE, WEIGHTS = "adapter", "model", "base", "weights.safetensors"
 
@@ -41,13 +41,22 @@ def save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Path) -> None:
-    """Write the packed base to base/ if `cfg.init` chose its codes: then nothing else is that base."""
+    """Write the packed base to base/ if `cfg.init` chose its codes: then nothing else is that base. Read it back, for
+    without it the trained adapter would be lost.
+
+    Raises:
+        UserError: it cannot be written or read.
+    """
     if not changes_base(cfg.init):
         return
     set_adapter(model, None)
     with directory_atomically(run / BASE) as directory, quiet():
         directory.rmdir()  # save_bnb4 makes it
-        save_bnb4(model, directory)
+        try:
+            save_bnb4(model, directory)
+            load_bnb4(directory)
+        except ValueError as error:
+            raise UserError(f"init={cfg.init} keeps a base of its own, which cannot be done here: {error}") from error
         tokenizer.save_pretrained(directory)
     set_adapter(model, DEFAULT)
 

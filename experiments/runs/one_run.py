@@ -1,6 +1,7 @@
 """One run, from its configuration to its result: `run`."""
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -16,7 +17,7 @@ from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import prepare_model
-from experiments.runs import checkpoints, result_numbers, spectrum
+from experiments.runs import directory, result_numbers, spectrum
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
 from experiments.runs.measures import Measures, without_prefix
@@ -26,11 +27,10 @@ from experiments.runs.start import checkpoint_of
 from experiments.runs.tracking import tracker
 from experiments.system import machine, parallel
 from experiments.system.energy import EnergyMeter
-from experiments.system.files import writable_dir
 from experiments.system.progress import bar
 from experiments.training.engines import engine_of
 from experiments.training.evaluation import Evaluation, evaluate
-from experiments.training.loop import Trainer, heldout_record
+from experiments.training.loop import Trainer, checkpoints_by_time, heldout_record
 from modules.adapters.config import changes_base
 
 
@@ -49,21 +49,14 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
     parallel.check(cfg)
     checkpoint = checkpoint_of(cfg) if cfg.resume else None
     path = Path(cfg.output_dir) if checkpoint is None else checkpoint.parent.parent
-    if checkpoint is None and (old := checkpoints.of_run(path)):
-        raise UserError(f"{old[-1]} is there: go on from it with resume=latest, or choose another output_dir")
-    files = OutputFiles(writable_dir(path, "set output_dir to a folder"))
-    try:
-        one = _Run(cfg, files, checkpoint, base, watch)
+    with directory.own_directory(path, goes_on=checkpoint is not None, overwrite=cfg.overwrite):
+        one = _Run(cfg, OutputFiles(path), checkpoint, base, watch)
         one.begin()
         with one.tracked():
             one.measure_before()
             one.train()
             result = one.measure_after()
         return one.finish(result)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            path.rmdir()  # nothing was written yet: leave no empty directory behind
-        raise
 
 
 @dataclass
@@ -131,6 +124,7 @@ class _Run:
         """Start the run's files anew, or restore the checkpoint and cut the files back to its step."""
         if self.checkpoint is None:
             if parallel.is_main():
+                directory.clear(self.files.path)  # not before: until here a mistake leaves an earlier run as it was
                 self.files.begin(self.cfg)
             if changes_base(self.cfg.init):
                 with self.engine.whole(self.model, everything=True):
@@ -145,21 +139,34 @@ class _Run:
 
     @contextlib.contextmanager
     def tracked(self) -> Iterator[None]:
-        """Inside, `self.tracking` is the configured tracker. An error inside ends with the trained weights saved."""
+        """Inside, `self.tracking` is the configured tracker. An error inside ends with the trained weights saved, an
+        interruption also with a checkpoint."""
         try:
             with (
-                parallel.interrupted_together(),
+                parallel.interrupts_wait() if parallel.size() > 1 else contextlib.nullcontext(),
                 tracker(self.cfg, self.files.path, self.before_stop.tracker_id) as self.tracking,
             ):
                 yield
         except BaseException as error:
             if self.trained.steps and parallel.stops_together(error):
-                self._save_weights(finished=False)
-                if parallel.is_main():
-                    where = f"its weights and metrics are in {self.files.path}"
-                    print(f"stopped after step {self.trained.steps}: {where}", file=sys.stderr)
-                parallel.wait()  # torchrun ends all as soon as one has ended
+                with parallel.interrupts_wait():
+                    self._stop(interrupted=isinstance(error, KeyboardInterrupt))
+            if isinstance(error, KeyboardInterrupt) and self.checkpoints.exist():
+                error.args = (f"go on with: python -m experiments.run resume={self.files.path}",)
             raise
+
+    def _stop(self, interrupted: bool) -> None:
+        """Save the weights and, if the run was interrupted, a checkpoint; say where they are."""
+        try:
+            if interrupted and self.checkpoints.wanted and self.trainer.between_steps:
+                self._checkpoint()
+            self._save_weights(finished=False)
+            where = f"its weights and metrics are in {self.files.path}"
+        except OSError as full:  # the error that the run ends with may be the same one
+            where = str(full)
+        if parallel.is_main():
+            print(f"stopped after step {self.trained.steps}: {where}", file=sys.stderr)
+        parallel.wait()  # torchrun ends all as soon as one has ended
 
     def measure_before(self) -> None:
         """Measure the model before training, unless a checkpoint has kept that."""
@@ -176,11 +183,12 @@ class _Run:
 
     def train(self) -> None:
         """Train to the end, then go back to the best weights if `trainer.keep_best` asks for them."""
-        self.trainer.fit(
-            self.data, self._log, self._evaluate, self._checkpoint, lambda: self.checkpoints.save_best(self.trainer)
-        )
+        save_best = functools.partial(self.checkpoints.save_best, self.trainer)
+        with parallel.interrupts_wait() if parallel.size() == 1 else contextlib.nullcontext():
+            self.trainer.fit(self.data, self._log, self._evaluate, self._checkpoint, save_best)
         if self.cfg.trainer.keep_best:
             self.checkpoints.restore_best(self.trainer)
+            self.trainer.between_steps = False  # these weights are not those of the optimizer's state
 
     def measure_after(self) -> dict:
         """Save the weights, measure the model, show samples; return the measured part of result.json."""
@@ -219,6 +227,7 @@ class _Run:
             "total_seconds": self._seconds(),
             "cpu_energy_joules": self._joules(),
             "seed": cfg.seed,
+            "machine": machine.about(self.model.device),
             "versions": machine.versions(),
             "commit": machine.commit(),
             "results_version": VERSION,
@@ -227,6 +236,8 @@ class _Run:
         }
         if parallel.is_main():
             self.files.write_result(result)
+            if checkpoints_by_time(cfg):
+                self.checkpoints.delete()
         return result
 
     def _log(self, record: dict) -> None:

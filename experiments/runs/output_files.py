@@ -20,9 +20,8 @@ class OutputFiles:
         self.records: list[dict] = []
 
     def begin(self, cfg: Config) -> None:
-        """Start anew: write config.yaml, forget the metrics of an earlier run here."""
+        """Start anew: write config.yaml."""
         write_config(cfg, self.path)
-        self.metrics.unlink(missing_ok=True)
 
     def rewind(self, cfg: Config, step: int) -> None:
         """Go on after `step`: keep the records up to there. Later records of a killed run come again."""

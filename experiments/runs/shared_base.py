@@ -13,11 +13,13 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.models.load import is_packed, load_base, quiet
+from experiments.models.directory import is_packed
+from experiments.models.load import load_base
 from experiments.system import machine
 from experiments.system.files import cache_dir
+from experiments.system.quiet import quiet
 from modules.adapters.config import quantized_start
-from modules.files.bitsandbytes import save_bnb4
+from modules.files.bitsandbytes import load_bnb4, save_bnb4
 
 
 class SharedBase:
@@ -52,8 +54,8 @@ class SharedBase:
 
 
 def _pack(cfg: Config, directory: Path) -> None:
-    """Write `packed` into `directory`. Write nothing where the base is packed already, or is wrong: the job itself will
-    say so."""
+    """Write `packed` into `directory`. Write nothing where the base is packed already, is wrong, or cannot be read
+    back: the job itself will say so, or pack for itself."""
     with contextlib.suppress(UserError, OSError, ValueError):
         if cfg.model.source == "hf" and cfg.model.path is not None and is_packed(Path(cfg.model.path).expanduser()):
             return
@@ -61,5 +63,6 @@ def _pack(cfg: Config, directory: Path) -> None:
         model, tokenizer = load_base(cfg, dtype)
         with quiet():
             save_bnb4(model, directory / "partial")
+            load_bnb4(directory / "partial")  # or all jobs would fail
             tokenizer.save_pretrained(directory / "partial")
         (directory / "partial").rename(directory / "packed")

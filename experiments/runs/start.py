@@ -18,12 +18,19 @@ MAY_CHANGE = {"trainer.steps", "trainer.early_stopping_patience", "trainer.dtype
 MAY_CHANGE |= {"trainer.gradient_checkpointing", "optim.paged", "optim.budget_mb", "optim.host_mb"}
 
 
+def is_given(key: str) -> bool:
+    """Whether the command line sets the key."""
+    return any(override.startswith(f"{key}=") for override in HydraConfig.get().overrides.task)
+
+
 def configured(cfg: DictConfig) -> Config:
     """The configuration as composed; where resume comes without a method, the run's own with the changes given."""
     given = list(HydraConfig.get().overrides.task)
     output_dir = cfg.output_dir
     if cfg.resume:
-        has_directory = any(override.startswith("output_dir=") for override in given)
+        if cfg.overwrite:
+            raise UserError("overwrite=true starts anew and resume=… goes on: leave one of them out")
+        has_directory = is_given("output_dir")
         if cfg.resume == checkpoints.LATEST and not has_directory:
             cfg.resume = str(checkpoints.newest_run(Path(output_dir).parent))
         checkpoint = checkpoints.find(cfg.resume, Path(output_dir))

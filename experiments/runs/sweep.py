@@ -11,8 +11,6 @@ dies: several sweeps, also of different machines that share a file system with l
 """
 
 import atexit
-import contextlib
-import fcntl
 import json
 import multiprocessing
 import secrets
@@ -21,7 +19,7 @@ import signal
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,8 +37,8 @@ from experiments.runs.one_run import run
 from experiments.runs.result_numbers import table
 from experiments.runs.shared_base import SharedBase
 from experiments.runs.start import configured
-from experiments.system import parallel
-from experiments.system.files import NAME_LENGTH, RESULT, write_atomically
+from experiments.system import parallel, signals
+from experiments.system.files import NAME_LENGTH, RESULT, claim, write_atomically
 
 DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
 STOPPED = "stopped"  # by whoever watched it
@@ -68,6 +66,8 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     """
     if cfg.resume:
         return Outcome(FAILED, "a sweep resumes by itself: leave resume out and name its folder with output_dir=…")
+    if cfg.overwrite:
+        return Outcome(FAILED, "a sweep keeps its results: leave overwrite out, and choose another output_dir")
     folder, identity = Path(cfg.output_dir), config_hash(cfg)
     new = folder / f"{name.replace('+', '').replace('/', '-')[:NAME_LENGTH]}_{identity}"
     directory = min(folder.glob(f"*_{identity}"), default=new)
@@ -92,7 +92,7 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
         ended = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
         return Outcome(FAILED, f"its process ended with {ended}; 9 is often a lack of memory")
     except KeyboardInterrupt:
-        process.terminate()  # for the run the same as Ctrl-C: it saves its weights first
+        process.terminate()  # for the run the same as Ctrl-C: it saves a checkpoint first
         process.join()
         raise
     process.join()
@@ -105,6 +105,9 @@ def hydra_job(cfg: DictConfig) -> Outcome:
         return job(configured(cfg), HydraConfig.get().job.override_dirname)
     except UserError as error:
         return Outcome(FAILED, str(error))
+    except KeyboardInterrupt as stop:
+        stop.args = (f"go on with the same command and output_dir={cfg.output_dir}",)
+        raise
 
 
 class _Stopped(Exception):
@@ -120,8 +123,9 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
             if connection.recv():
                 raise _Stopped(f"after step {record['step']}, at a held-out loss of {record['heldout_loss']:.4f}")
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to every process; the sweep's passes it on
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to every process; the sweep's passes them on
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signals.interrupt)
     sys.stdout.reconfigure(line_buffering=True)
     directory = Path(cfg.output_dir)
     try:
@@ -132,6 +136,7 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
                 outcome = Outcome(DONE_BEFORE, directory=cfg.output_dir)
             else:
                 cfg.resume = checkpoints.LATEST if checkpoints.of_run(directory) else None
+                cfg.overwrite = cfg.resume is None  # what is there is of this job, and has no result
                 print(f"\n{table(run(cfg, base, watch))}\n")
                 outcome = Outcome(DONE, directory=cfg.output_dir)
     except _Stopped as stopped:
@@ -144,19 +149,6 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
     except KeyboardInterrupt:
         sys.exit(130)
     connection.send(outcome)
-
-
-@contextlib.contextmanager
-def claim(lock: Path) -> Iterator[bool]:
-    """Whether the block has `lock` to itself."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
 
 
 def _has_result(directory: Path, identity: str) -> bool:

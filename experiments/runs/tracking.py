@@ -81,18 +81,25 @@ def tracker(cfg: Config, directory: Path, run_id: str | None = None) -> Iterator
         return
     if cfg.tracking.name != "wandb":
         raise UserError(f"tracking.name={cfg.tracking.name}: choose none or wandb")
-    import wandb  # here, because importing it takes a second that other runs need not spend
+    try:
+        import wandb  # here, because importing it takes a second that other runs need not spend
+    except ImportError as error:
+        raise UserError("tracking=wandb needs Weights & Biases: pip install wandb") from error
 
-    run = wandb.init(
-        project=cfg.tracking.project,
-        group=cfg.tracking.group,
-        tags=cfg.tracking.tags,
-        name=directory.name,
-        config=asdict(cfg),
-        dir=str(directory),
-        id=run_id,
-        resume="allow" if run_id else None,
-    )
+    try:
+        run = wandb.init(
+            project=cfg.tracking.project,
+            group=cfg.tracking.group,
+            tags=cfg.tracking.tags,
+            name=directory.name,
+            config=asdict(cfg),
+            dir=str(directory),
+            id=run_id,
+            resume="allow" if run_id else None,
+        )
+    except wandb.Error as error:
+        how = "run `wandb login` or set WANDB_API_KEY; WANDB_MODE=offline keeps the run on this machine"
+        raise UserError(f"tracking=wandb: {' '.join(str(error).split())}: {how}") from error
     exit_code = 1
     try:
         yield WandbTracker(wandb, run)

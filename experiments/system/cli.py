@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 import hydra
@@ -16,12 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
-from experiments.system import parallel
+from experiments.system import arguments, parallel, signals
 from experiments.system.files import PROJECT_ROOT
 from experiments.system.parallel import last_words
 
 CONF = str(PROJECT_ROOT / "conf")
-HELP = {"-h", "--help"}
 Options = TypeVar("Options")
 
 
@@ -31,10 +31,10 @@ def composed(*overrides: str, config_name: str = "config") -> DictConfig:
         return hydra.compose(config_name, overrides=list(overrides))
 
 
-def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
+def hydra_command(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:
     """Decorator: a function of a configuration becomes a command with Hydra's grammar, over conf/<config_name>.yaml.
 
-    `--help` prints the docstring of the function's module, then Hydra's help.
+    `--help` prints the docstring of the function's module and the keys of the dataclass `schema`.
     """
 
     def decorate(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
@@ -42,7 +42,7 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
         def guarded(cfg: DictConfig) -> Any:
             try:
                 return main(cfg)
-            except UserError as error:  # here, not in `command`: Hydra would print a second message around it
+            except (UserError, OSError) as error:  # here, not in `command`: Hydra would print a second message
                 sys.exit(last_words(f"error: {error}"))
             except RuntimeError as error:  # likewise
                 if not parallel.lost_another(error):
@@ -51,27 +51,44 @@ def hydra_command(config_name: str) -> Callable[[Callable[[DictConfig], Any]], C
 
         start = hydra.main(version_base="1.3", config_path=CONF, config_name=config_name)(guarded)
 
-        @command
-        @functools.wraps(main)
-        def started() -> None:
-            if HELP & set(sys.argv):
-                print(sys.modules[main.__module__].__doc__.strip(), end="\n\n")
-            start()
+        return command(takes_keys(config_name, schema)(start))
 
-        return started
+    return decorate
+
+
+def takes_keys(config_name: str, schema: type, more: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Decorator: answer `--help` and a wrong key before the function is called (arguments.py, which reads these
+    arguments from the source).
+
+    Args:
+        config_name: conf/<config_name>.yaml has the keys of `schema`.
+        more: keys beside them.
+    """
+
+    def decorate(main: Callable[[], Any]) -> Callable[[], Any]:
+        @functools.wraps(main)
+        def answered() -> Any:
+            arguments.answer(Path(sys.modules[main.__module__].__file__), sys.argv[1:])
+            return main()
+
+        return answered
 
     return decorate
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorator: end `main` with one line and exit code 1 after a user's mistake, with exit code 130 after Ctrl-C."""
+    """Decorator: end `main` with one line and exit code 1 after a user's mistake, with 128 + its number after a signal.
+
+    A KeyboardInterrupt may carry lines of its own, which are printed last.
+    """
 
     @functools.wraps(main)
     def run() -> None:
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
         try:
-            main()
+            with signals.handled(signals.interrupt):
+                main()
         except UserError as error:
             sys.exit(last_words(f"error: {error}"))
         except OverrideParseException as error:
@@ -82,21 +99,22 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(last_words(f"error: {_one_line(error)}"))
         except OSError as error:
             sys.exit(last_words(f"error: {error}"))
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             if isinstance(last_words("interrupted"), str):
-                print("interrupted", file=sys.stderr)
-            sys.exit(130)
+                print("\n".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+            sys.exit(getattr(stop, "exit_code", 130))
 
     return run
 
 
-def read_options(schema: type[Options], help: str, changes: tuple[str, ...]) -> tuple[Options, list[str]]:
+def read_options(schema: type[Options], file: str, changes: tuple[str, ...]) -> tuple[Options, list[str]]:
     """The command line's `key=value` arguments as an instance of the dataclass `schema`.
 
     They look like Hydra's overrides, but a value is taken as it is: a prompt may hold commas, quotes and braces.
-    A key of type list[str] may be given several times. `--help` prints `help` and ends.
+    A key of type list[str] may be given several times. `--help` prints the command's docstring and ends.
 
     Args:
+        file: the command's source.
         changes: beginnings of arguments that are changes to the run's configuration, such as "trainer.".
 
     Returns:
@@ -105,9 +123,7 @@ def read_options(schema: type[Options], help: str, changes: tuple[str, ...]) -> 
     Raises:
         UserError: an unknown or a missing key, or a value of the wrong type.
     """
-    if HELP & set(sys.argv):
-        print(help.strip())
-        sys.exit(0)
+    arguments.answer(Path(file), sys.argv[1:])
     changed = [argument for argument in sys.argv[1:] if argument.startswith(changes)]
     known = {f.name: f for f in fields(schema)}
     values = OmegaConf.structured(schema)
@@ -116,9 +132,8 @@ def read_options(schema: type[Options], help: str, changes: tuple[str, ...]) -> 
         if argument in changed:
             continue
         key, equals, value = argument.partition("=")
-        if not equals or key not in known:
-            keys = [*(f"{name}=" for name in known), *(f"{beginning}…" for beginning in changes)]
-            raise UserError(f"{argument}: not one of {', '.join(keys)}; --help explains them")
+        if not equals:
+            raise UserError(f"{argument}: give it as key=value; --help lists the keys")
         if get_origin(known[key].type) is list:
             values[key] = [*values[key], value]
         elif key in given:

@@ -2,11 +2,16 @@
 
 import contextlib
 import csv
+import errno
+import fcntl
 import io
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from experiments.errors import UserError
 
@@ -56,7 +61,11 @@ def as_csv(columns: Sequence[str], rows: Iterable[dict]) -> str:
 
 @contextlib.contextmanager
 def directory_atomically(path: Path) -> Iterator[Path]:
-    """An empty directory to fill. When the block ends well it gets the name `path` and replaces a directory there."""
+    """An empty directory to fill. When the block ends well it gets the name `path` and replaces a directory there.
+
+    Raises:
+        OSError: the disk is full; the message names `path`.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -65,6 +74,10 @@ def directory_atomically(path: Path) -> Iterator[Path]:
         if path.exists():
             delete_directory(path)
         os.rename(partial, path)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -74,3 +87,36 @@ def delete_directory(path: Path) -> None:
     gone = path.with_name(f".{path.name}.{os.getpid()}.deleted.partial")
     os.rename(path, gone)
     shutil.rmtree(gone)
+
+
+@contextlib.contextmanager
+def claim(lock: Path) -> Iterator[bool]:
+    """Whether the block has the file `lock` to itself, which is gone afterwards. The system releases the lock of a
+    process that dies."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    file = _locked(lock)
+    try:
+        yield file is not None
+    finally:
+        if file is not None:
+            lock.unlink(missing_ok=True)
+            file.close()
+
+
+def _locked(lock: Path) -> io.TextIOWrapper | None:
+    """The file, opened and locked; None: another process has it."""
+    while True:
+        file = lock.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        except OSError as error:
+            reason = f"its file system has no locks ({error.strerror}), so see to it that nothing else writes there"
+            print(f"note: {lock.parent}: {reason}", file=sys.stderr)
+            return file
+        with contextlib.suppress(FileNotFoundError):  # whoever had it may have deleted it just now
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+        file.close()

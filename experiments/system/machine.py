@@ -18,8 +18,10 @@ from experiments.config import TrainerConfig
 from experiments.errors import UserError
 from experiments.system import parallel
 from kernels import cpu
+from kernels.cpu.others import OthersLoad, crowded
 
 HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
+LOAD = OthersLoad()  # since this program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -75,6 +77,7 @@ def set_up_cpu(trainer: TrainerConfig) -> None:
     if parallel.size() > 1:  # torchrun tells every process to use one thread
         threads = max(1, usable_cores() // parallel.local_size())
     torch.set_num_threads(trainer.threads or threads)
+    cpu.threads.share_cores()
     _allocator(mapped_from=2**17)
 
 
@@ -131,19 +134,32 @@ def _huge_pages() -> None:
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
     """One line for the terminal: device and dtype of the run."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = (
-            f"{torch.cpu.get_capabilities().get('cpu_name', platform.processor())}, {torch.get_num_threads()} threads"
-        )
+    name, threads = device_name(device), torch.get_num_threads()
+    if device.type == "cpu":
+        name += f", {threads} thread{'s' if threads > 1 else ''}"
     why = "" if has_native_bf16(device) else ", which has no bf16 matmul"
     if device.type == "cpu" and dtype == torch.bfloat16 and not cpu.threads.available():
         why += ", without kernels for CPUs: this PyTorch brings no libgomp"
     busy = ""
-    if device.type == "cpu" and os.getloadavg()[0] > 1 and torch.get_num_threads() > 1:
-        busy = f"; others keep it busy (load {os.getloadavg()[0]:.1f}), where trainer.threads=1 may be faster"
+    if device.type == "cpu" and crowded(others := LOAD.cores(), threads):
+        busy = f"; others keep {others:.1f} of {usable_cores()} cores busy, which slows it down"
+        busy += ", and trainer.threads=1 may be faster" if threads > 1 else ""
     return f"{str(dtype).removeprefix('torch.')} on {device.type} ({name}{why}){busy}"
+
+
+def device_name(device: torch.device) -> str:
+    """The card, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.cpu.get_capabilities().get("cpu_name") or platform.processor()
+
+
+def about(device: torch.device) -> dict[str, str | int | float | bool]:
+    """What a time measured here depends on: processor or card, threads, and other processes since `describe`."""
+    others, threads = LOAD.cores(), torch.get_num_threads()
+    needed = threads if device.type == "cpu" else 1
+    name = {"device": device_name(device), "threads": threads}
+    return name | {"others_cores": round(others, 2), "crowded": crowded(others, needed)}
 
 
 def peak_memory_bytes(device: torch.device) -> int:

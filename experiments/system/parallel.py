@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from experiments.config import Config
 from experiments.errors import UserError
+from experiments.system import signals
 
 T = TypeVar("T")
 
@@ -31,7 +33,8 @@ TIMEOUT = timedelta(minutes=30)
 SECONDS_TO_LEAVE = 5  # for torchrun to see which process ended first, and to end the others
 LAST_WORDS = "last words"  # how many processes had some, in the store that torchrun keeps
 
-_interrupted = False
+_noted = 0  # the signal that this process has had, and keeps waiting
+_agreed = False  # whether a process of several has had one, which all of them know
 
 
 def start() -> None:
@@ -108,18 +111,14 @@ def share(items: list[T]) -> list[T]:
 
 
 def total(*numbers: float) -> list[float]:
-    """The sum over all processes of each number, the same everywhere; every process must call it.
-
-    Raises:
-        KeyboardInterrupt: in all of them, if one was interrupted.
-    """
+    """The sum over all processes of each number, the same everywhere; every process must call it."""
+    global _agreed
     if size() == 1:
         return list(numbers)
-    sums = torch.tensor([*numbers, float(_interrupted)], dtype=torch.float64)
+    sums = torch.tensor([*numbers, float(_noted > 0)], dtype=torch.float64)
     dist.all_reduce(sums)
     *found, interrupts = sums.tolist()
-    if interrupts:
-        raise KeyboardInterrupt
+    _agreed = _agreed or interrupts > 0
     return found
 
 
@@ -148,21 +147,32 @@ def wait() -> None:
 
 
 @contextlib.contextmanager
-def interrupted_together() -> Iterator[None]:
-    """Inside, Ctrl-C, which a terminal sends to every process at another point of its work, waits for `total`."""
-    if size() == 1:
-        yield
-        return
+def interrupts_wait() -> Iterator[None]:
+    """Inside, Ctrl-C and its like wait for `stop_if_interrupted`: several processes get them at different points of
+    their work, and a step that is cut off cannot go on later. In one process a second Ctrl-C does not wait."""
+    global _noted, _agreed
 
-    def note(*_) -> None:
-        global _interrupted
-        _interrupted = True
+    def note(number: int, frame: FrameType | None) -> None:
+        global _noted
+        if _noted and size() == 1:
+            signals.interrupt(number, frame)
+        signals.leave_terminal(number)
+        if size() == 1:
+            with contextlib.suppress(OSError):  # not print, which the signal may have come in the middle of
+                os.write(2, b"\ninterrupted: finishing what is under way first; once more ends it at once\n")
+        _noted = number
 
-    before = signal.signal(signal.SIGINT, note)
     try:
-        yield
+        with signals.handled(note):
+            yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _noted, _agreed = 0, False
+
+
+def stop_if_interrupted() -> None:
+    """Raise Interrupted, in every process, after a signal that one of them has kept waiting."""
+    if _noted if size() == 1 else _agreed:
+        raise signals.Interrupted(_noted or signal.SIGINT)
 
 
 @contextlib.contextmanager

@@ -93,6 +93,7 @@ def evaluate(
         logits, targets = label_logits(model, to_device(collate(own, pad_id), model.device))
         found = F.cross_entropy(logits.float(), targets, reduction="sum").double().item()
         sums = parallel.total(found, (logits.argmax(dim=-1) == targets).sum().item(), targets.numel())
+        parallel.stop_if_interrupted()
         loss, correct, tokens = (a + b for a, b in zip((loss, correct, tokens), sums))
     model.train(training)
     return Evaluation(loss / tokens, correct / tokens, int(tokens))

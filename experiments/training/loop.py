@@ -23,6 +23,8 @@ from experiments.training.loss import LabelLoss
 from experiments.training.optim import make_optimizer, with_room
 from modules import parameter_groups
 
+CHECKPOINT_SECONDS = 300  # between the checkpoints that nobody asked for
+
 
 @dataclass
 class Trained:
@@ -35,6 +37,7 @@ class Trained:
         evaluation: the newest one on held-out data; None before the first step's.
         best: the one with the lowest loss, made at step `best_step`.
         stale: evaluations since then.
+        evaluated: the step of the newest evaluation.
     """
 
     steps: int = 0
@@ -44,6 +47,7 @@ class Trained:
     best: Evaluation | None = None
     best_step: int = 0
     stale: int = 0
+    evaluated: int = 0
 
     def finished(self, settings: TrainerConfig) -> bool:
         """Whether all steps are done, or early stopping has ended training."""
@@ -52,7 +56,7 @@ class Trained:
 
     def judge(self, evaluation: Evaluation) -> bool:
         """Take the evaluation of the step just done; True if none before had as low a loss."""
-        self.evaluation = evaluation
+        self.evaluation, self.evaluated = evaluation, self.steps
         if self.best is None or evaluation.loss < self.best.loss:
             self.best, self.best_step, self.stale = evaluation, self.steps, 0
             return True
@@ -69,6 +73,12 @@ def lr_factor(step: int, trainer: TrainerConfig) -> float:
     return {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[trainer.schedule]
 
 
+def checkpoints_by_time(cfg: Config) -> bool:
+    """Whether checkpoints are those that nobody asked for: one every CHECKPOINT_SECONDS. Of an adapter they are small.
+    Where every weight trains they take twelve bytes a parameter, so there are none unless they are asked for."""
+    return cfg.trainer.checkpoint_every is None and cfg.method.adapter != "none"
+
+
 class Trainer:
     """Trains a model in place. Its attributes that are not arguments change from step to step; checkpoints keep them
     (experiments/runs/checkpoints.py).
@@ -77,6 +87,9 @@ class Trainer:
         dtype: to compute in. Weights that train are fp32; where all of them do, matmuls run under autocast.
         pad_id: token that fills short samples up.
         engine: the engine that has placed the model; None: none has.
+
+    Attributes:
+        between_steps: whether all state is that of one step, so that a checkpoint of it can go on.
 
     Raises:
         UserError: gradient checkpointing of a model that cannot; no room for the optimizer's pages.
@@ -94,6 +107,8 @@ class Trainer:
         self.label_loss = LabelLoss(model, cfg.trainer.compile)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.trained = Trained()
+        self.between_steps = True
+        self.saved_at, self.late = time.monotonic(), False
         if cfg.trainer.gradient_checkpointing:
             checkpoint_blocks(model)
         self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
@@ -113,37 +128,53 @@ class Trainer:
         Args:
             log: takes one record a step: step, loss, lr, grad_norm, tokens, seconds.
             measure: evaluates the model; called every `eval_every` steps and after the last.
-            save: writes a checkpoint; called every `checkpoint_every` steps and after the last, evaluation included.
+            save: writes a checkpoint, evaluation included; called every `checkpoint_every` steps and after the last, or
+                by time (`checkpoints_by_time`).
             save_best: keeps the weights; called after an evaluation better than all before, if `keep_best` is set.
 
         Raises:
             UserError: a loss or gradient is not a number. The weights are those before that step.
+            KeyboardInterrupt: a signal came; the step that it came in is finished.
         """
         settings, trained = self.cfg.trainer, self.trained
         served = trained.steps * settings.grad_accum
         stream = batches(data.train, settings.batch_size, self.cfg.seed, start=served)
         self.model.train()
         with Progress(settings.steps, "training", trained.steps) as progress:
+            self._measure_if_due(measure, save_best)  # a checkpoint may be from before the evaluation of its step
             while not trained.finished(settings):
                 record = self.step(list(itertools.islice(stream, settings.grad_accum)))
-                last = trained.steps == settings.steps
-                if last or trained.steps % settings.log_every == 0:
+                if trained.steps == settings.steps or trained.steps % settings.log_every == 0:
                     log(record)
                 progress.advance(loss=record["loss"], tokens_per_s=trained.tokens / trained.seconds)
-                due = last or (settings.eval_every and trained.steps % settings.eval_every == 0)
-                if due and trained.judge(self._finite(measure())) and settings.keep_best:
-                    save_best()
-                every = settings.checkpoint_every
-                if every and (trained.steps % every == 0 or trained.finished(settings)):
+                self._measure_if_due(measure, save_best)
+                if self._checkpoint_is_due():
                     save()
+                    self.saved_at = time.monotonic()
+                parallel.stop_if_interrupted()
+
+    def _measure_if_due(self, measure: Callable[[], Evaluation], save_best: Callable[[], None]) -> None:
+        settings, trained = self.cfg.trainer, self.trained
+        due = trained.steps == settings.steps or (settings.eval_every and trained.steps % settings.eval_every == 0)
+        if due and trained.evaluated < trained.steps and trained.judge(self._finite(measure())) and settings.keep_best:
+            save_best()
+
+    def _checkpoint_is_due(self) -> bool:
+        every, finished = self.cfg.trainer.checkpoint_every, self.trained.finished(self.cfg.trainer)
+        if checkpoints_by_time(self.cfg):  # `keep_best` goes on to other weights, which no checkpoint can begin from
+            return self.late or (finished and self.cfg.trainer.keep_best)
+        return bool(every) and (finished or self.trained.steps % every == 0)
 
     def step(self, group: list[list[Example]]) -> dict[str, float]:
         """One optimizer step on the mean loss of a group of batches; returns its record."""
         start = time.perf_counter()
         step = self.trained.steps + 1
+        self.between_steps = False
         context = (self.pad_id, self.dtype, self.scaler, self.engine)
         compute = functools.partial(_accumulate, self.label_loss, group, *context)
-        (loss,) = parallel.total(with_room(self.optimizer, self.model.device, compute))
+        late = parallel.is_main() and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS  # clocks differ
+        loss, late = parallel.total(with_room(self.optimizer, self.model.device, compute), float(late))
+        self.late = late > 0
         if not math.isfinite(loss):
             raise self._stopped(f"the training loss became {loss} at step {step}", step - 1)
         self.scaler.unscale_(self.optimizer)
@@ -162,6 +193,7 @@ class Trainer:
         self.trained.steps = step
         self.trained.tokens += sum(len(example.input_ids) for batch in group for example in batch)
         self.trained.seconds += (seconds := time.perf_counter() - start)
+        self.between_steps = True
         if self.cfg.trainer.compile and step == 1:
             print(f"compiled with the first step: {seconds:.0f} s; the code is kept for the next run")
         record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}

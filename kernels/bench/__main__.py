@@ -11,6 +11,7 @@ from kernels.bench.registry import BENCHES
 from kernels.bench.report import CsvFile, Table, plot
 from kernels.bench.runner import Runner
 from kernels.bench.spec import Bench
+from kernels.cpu.others import SLACK, OthersLoad
 from kernels.op import interpreting
 
 
@@ -38,7 +39,7 @@ def _run(benches: list[Bench], csv: Path, plots: Path | None, quick: bool) -> in
     speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in machine.flops_per_s.items())
     print(f"{machine.name}: copies {machine.bytes_per_s / 1e9:,.0f} GB/s, multiplies {speeds}")
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
-    runner = Runner(machine, quick)
+    runner, load = Runner(machine, quick), OthersLoad()
     written, wrong = [csv], False
     for bench in benches:
         table, rows = Table(bench), []
@@ -50,6 +51,10 @@ def _run(benches: list[Bench], csv: Path, plots: Path | None, quick: bool) -> in
             wrong = wrong or bool(case.refused)
         if plots and rows:
             written.append(plot(bench, rows, plots))
+    if (others := load.cores()) > SLACK:
+        runner.notes.append(
+            f"others kept {others:.1f} cores of this machine busy meanwhile: measure again without them"
+        )
     for note in runner.notes:
         print(f"\n{note}")
     print("\nWritten:", *written, sep="\n  ")

@@ -11,14 +11,18 @@ What an adapter is, and how several share a model: state.py.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 
 from torch import nn
 
 from modules.adapters.bottleneck import BottleneckLinear
-from modules.adapters.config import ALL_LINEAR, AdapterConfig
+from modules.adapters.config import ALL_LINEAR, SETTINGS, AdapterConfig
 from modules.adapters.init import check_init, initialise, principal_inputs
+from modules.adapters.linear4bit import take_over_linear4bit
+from modules.adapters.model_code import changed_in_place
 from modules.adapters.own import own_copy
 from modules.adapters.prefix import prefix_modules
+from modules.adapters.saving import save_as_adapter
 from modules.adapters.state import DEFAULT, Adapter, AdapterState, set_adapter, state_of
 from modules.adapters.targets import (
     all_linears,
@@ -26,11 +30,15 @@ from modules.adapters.targets import (
     decoder_linears,
     find_saved,
     find_targets,
+    fitted,
     wrapped_linears,
 )
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
+
+PEFT_NAMES = {"r": "rank", "lora_dropout": "dropout", "use_rslora": "rslora", "init_lora_weights": "init"}
+PEFT_NAMES |= {"use_dora": "adapter", "peft_type": "adapter", "adapter_name": "name"}
 
 
 def attach(
@@ -60,13 +68,18 @@ def attach(
         The full names of the adapted linears.
 
     Raises:
-        ValueError: the adapter or a setting is unknown, no linear matches, a layer is too small for its rank, or the
-            name is taken. The model is then unchanged.
+        ValueError: the adapter or a setting is unknown, no linear matches, a rank is too large for every layer, or the
+            name is taken. The model is then unchanged, but linears of bitsandbytes have become NF4Linears.
+        TypeError: a setting of that name does not exist.
     """
+    for wrong in more.keys() - {f.name for f in fields(AdapterConfig)}:
+        hint = f"{PEFT_NAMES[wrong]}= here" if wrong in PEFT_NAMES else "not one of " + ", ".join(SETTINGS["lora"])
+        raise TypeError(f"attach: {wrong}= is {hint}")
     config = AdapterConfig(adapter, rank, lora_alpha, target_modules, dropout, **more)
     active = prepare_to_add(model, name)
     try:
         names = find_targets(model, config)
+        config = fitted(model, config, names)
         linears = all_linears(model)
         check_init(config.init, [linears[target] for target in names], calibration)
         own = own_tensors(model, config, names)
@@ -86,10 +99,14 @@ def attach(
 def prepare_to_add(model: nn.Module, name: str) -> str | None:
     """Check that an adapter `name` can be added, deactivate the active adapter and return its name.
 
+    Linears of bitsandbytes become NF4Linears.
+
     Raises:
-        ValueError: the name is taken, or a part of the model has an adapter of its own.
+        ValueError: the name is taken, a part of the model has an adapter of its own, or a linear of bitsandbytes cannot
+            be taken over.
     """
     refuse_parts(model)
+    take_over_linear4bit(model)
     state = state_of(model)
     if state is None:
         return None
@@ -149,8 +166,11 @@ def add_adapter(
     modules: dict[str, nn.Module] = {}
     for path, tensors in own.items():
         modules[path] = own_copy(model.get_submodule(path), tensors)
+    changed = changed_in_place(model) if config.adapter == "dora" else set()
     for path in names:
         modules[path] = _layer(linears[path], path, config)
+        if any(f"{path}.".startswith(f"{result}.") for result in changed):
+            modules[path].copies_result = True
     if config.adapter.startswith("prefix"):
         modules |= prefix_modules(model, config)
     base = {path: model.get_submodule(path) for path in modules}
@@ -159,6 +179,7 @@ def add_adapter(
     state.base |= base
     state.named[name] = Adapter(config, modules, own)
     model._adapters = state
+    save_as_adapter(model)
     set_adapter(model, name)
 
 

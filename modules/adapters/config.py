@@ -20,8 +20,9 @@ class AdapterSettings:
     Types are those that Hydra can check. AdapterConfig checks the rest.
 
     Attributes:
-        rank: of every layer that `rank_pattern` does not match.
-        lora_alpha: of every layer that `alpha_pattern` does not match. The default is 2 · rank.
+        rank: r, of every layer that `rank_pattern` does not match. A linear that is narrower gets the largest rank that
+            it can have, at the same scaling.
+        lora_alpha: α, of every layer that `alpha_pattern` does not match. The default is 2 · rank.
         target_modules: "all-linear" (all but the output embeddings), a list of suffixes (`q_proj` matches every
             `….q_proj`), or a regular expression that must match the full name. For "houlsby", all-linear is the last
             linear of each attention and of each MLP.
@@ -32,7 +33,8 @@ class AdapterSettings:
         modules_to_save: suffixes of modules that train whole, beside the adapters: `[lm_head]`.
         bias: "none", "lora_only" (the biases of the adapted linears train) or "all".
         rslora: scale by lora_alpha / √rank instead of lora_alpha / rank.
-        init: how A and B start, see `modules/adapters/init.py`: one of INITS or INITS_WITH_NUMBER.
+        init: how A and B start, see `modules/adapters/init.py`: default, gaussian, orthogonal, pissa, pissa_niter_N,
+            olora, loftq, loftq_iter_N, qpissa, qpissa_iter_N or eva.
         freeze_A: train only B, and DoRA's magnitude. LoRA-FA, Zhang et al. 2023.
         prefix_tokens: how many trainable tokens precede the text.
         infix_tokens: how many trainable tokens precede the last token of the prompt.
@@ -139,7 +141,7 @@ class AdapterConfig(AdapterSettings, _Kind):  # fields of the last base come fir
             if self.init == "orthogonal" and rank % 2:
                 raise ValueError(f"{where}={rank} is odd: init=orthogonal needs an even rank")
         for where, alpha in _entries("lora_alpha", self.lora_alpha, self.alpha_pattern):
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or alpha <= 0:
+            if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
                 raise ValueError(f"{where}={alpha}: choose a number above 0")
         for name in _PREFIX:
             tokens = getattr(self, name)

@@ -9,7 +9,7 @@ from torch import nn
 from modules.adapters.attach import add_adapter, prepare_to_add
 from modules.adapters.config import AdapterConfig
 from modules.adapters.own import merged_copy
-from modules.adapters.state import named_adapter, replace_module, set_adapter, state_of
+from modules.adapters.state import forget, named_adapter, replace_module, set_adapter, state_of
 from modules.linear import LoRALinear, NF4Linear, dense_weight
 
 
@@ -67,7 +67,7 @@ def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[s
             del adapter.modules[path], state.base[path], module
     state.merged, state.untied = True, _untie(model)
     if unload:
-        del model._adapters
+        forget(model)
     return requantized
 
 

@@ -126,11 +126,17 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         set_adapter(model, None)
         for parameter in state.trainable:
             parameter.requires_grad_(True)
-        del model._adapters
+        forget(model)
+
+
+def forget(model: nn.Module) -> None:
+    """Take off `model` what belongs to adapters: their state, and `save_pretrained` as saving.py made it."""
+    del model._adapters
+    vars(model).pop("save_pretrained", None)
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters of `model`, by full name."""
+    """The trainable parameters of `model`, by full name: `torch.optim.AdamW(trainable_parameters(model).values())`."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 

@@ -2,18 +2,23 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import nn
 
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.config import ALL_LINEAR, SETTINGS, AdapterConfig, compile_patterns, matching_key
+from modules.adapters.model_code import left_out
 from modules.linear import LoRALinear, NF4Linear, is_conv1d, weight_shape
 
 
 def all_linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every nn.Linear, Conv1D and NF4Linear of `model`, by its full name. An adapted layer counts as its base."""
+    """Every nn.Linear, Conv1D and NF4Linear of `model`, by its full name, but for those that model_code.py leaves out.
+
+    An adapted layer counts as its base.
+    """
     wrapped = wrapped_linears(model)
-    inner = {f"{name}.base" for name in wrapped} | _read_not_called(model)
+    inner = {f"{name}.base" for name in wrapped} | left_out(model).keys()
     found = {}
     for name, module in model.named_modules():
         if name in wrapped:
@@ -21,12 +26,6 @@ def all_linears(model: nn.Module) -> dict[str, nn.Module]:
         elif name not in inner and (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)):
             found[name] = module
     return found
-
-
-def _read_not_called(model: nn.Module) -> set[str]:
-    """The linears that torch never calls: it reads their weight only, so an adapter there would have no effect."""
-    attentions = (name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
-    return {f"{name}.out_proj" for name in attentions}
 
 
 def decoder_linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -165,11 +164,33 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
             raise ValueError(
                 f"{setting}: {', '.join(idle)} matches no adapted linear that an earlier key does not match"
             )
-    for name in names:
-        largest = min(weight_shape(linears[name]))
-        if config.rank_of(name) > largest:
-            raise ValueError(f"rank {config.rank_of(name)} is out of range: {name} can have 1 to {largest}")
+    for name, most in _narrow(model, config, names).items():
+        if matching_key(config.rank_pattern, name) is not None or most == max(_largest_ranks(model, names).values()):
+            raise ValueError(f"rank {config.rank_of(name)} is out of range: {name} can have 1 to {most}")
     return names
+
+
+def _largest_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    linears = all_linears(model)
+    return {name: min(weight_shape(linears[name])) for name in names}
+
+
+def _narrow(model: nn.Module, config: AdapterConfig, names: Iterable[str]) -> dict[str, int]:
+    """Those of the linears `names` that cannot have their rank in `config`, and the largest that they can have."""
+    return {name: most for name, most in _largest_ranks(model, names).items() if config.rank_of(name) > most}
+
+
+def fitted(model: nn.Module, config: AdapterConfig, names: Iterable[str]) -> AdapterConfig:
+    """`config` with the largest rank that they can have for those of the linears `names` that are narrower than it, at
+    the same scaling: gates of one row, keys of one head."""
+    ranks, alphas = {}, {}
+    for name, most in _narrow(model, config, names).items():
+        key, share = f"^{re.escape(name)}", most / config.rank_of(name)
+        ranks[key] = most
+        alphas[key] = config.lora_alpha_of(name) * (share**0.5 if config.rslora else share)
+    if not ranks:
+        return config
+    return replace(config, rank_pattern=ranks | config.rank_pattern, alpha_pattern=alphas | config.alpha_pattern)
 
 
 def find_saved(model: nn.Module, modules_to_save: list[str]) -> list[str]:

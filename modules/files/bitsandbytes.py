@@ -13,13 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kernels.codebook import BITSANDBYTES_TYPES
+from modules.adapters.model_code import left_out
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import wrapped_linears
+from modules.files.conversion import are_joined, bring_into_memory
 from modules.files.packed_weight import is_packed, packed_tensors, read_packed
 from modules.files.tensors import TensorFiles, describe
 from modules.linear import NF4Linear, weight_of
@@ -66,6 +68,7 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
     del config.quantization_config  # or transformers takes the model for one that its own quantizer made
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
+    bring_into_memory(files, model)
     packed = {
         name: module
         for name, module in model.named_modules()
@@ -73,12 +76,17 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
     }
     if not packed:
         raise ValueError(f"{directory}: config.json says load_in_4bit, but no linear of the model is packed")
+    stay_dense = left_out(model)  # bitsandbytes packs them all the same
     _load_dense(model, files, {f"{name}.weight" for name in packed})
     for name, module in packed.items():
         shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         weight = read_packed(files, f"{name}.weight", shape, quant_type)
         linear = NF4Linear(weight.values, weight.quant_state, module.bias, conv1d=isinstance(module, Conv1D))
-        replace_module(model, name, linear if dtype is None else linear.to(dtype))
+        linear = linear if dtype is None else linear.to(dtype)
+        if name in stay_dense:
+            module.weight = linear.dequantize().weight
+        else:
+            replace_module(model, name, linear)
     expected_leftovers = [*(model._keys_to_ignore_on_load_unexpected or ()), ROTARY]
     for name in sorted(files.unread()):
         if not any(re.search(pattern, name) for pattern in expected_leftovers):
@@ -126,7 +134,8 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
     }
     try:
         partial.mkdir(parents=True)
-        model.save_pretrained(partial, state_dict=tensors)
+        joined = are_joined(model, [f"{name}.weight" for name in packed])
+        model.save_pretrained(partial, state_dict=tensors, save_original_format=not joined)
         os.rename(partial, directory)
     finally:
         del model.config.quantization_config
@@ -134,15 +143,32 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
 
 
 def by_definition(model: nn.Module) -> nn.Module:
-    """Make the bitsandbytes linears in `model` compute with their dequantized weights; returns the model.
+    """Make the bitsandbytes linears in `model` compute with the weights that their codes stand for; returns the model.
 
-    Otherwise, on processors with AVX-512 and bf16, they repack themselves in evaluation mode for a kernel that rounds
-    absmax to bf16 and supports only some shapes.
+    On a CPU bitsandbytes 0.50 computes with others: it dequantizes wrongly if rows are not a whole number of blocks,
+    and in evaluation mode with AVX-512 and bf16 it repacks weights for a kernel that rounds absmax to bf16.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            module.register_forward_hook(_by_definition)
     return model
+
+
+def _by_definition(linear: nn.Module, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+    """Forward hook of a bitsandbytes linear: the result by the definition of its format."""
+    from bitsandbytes.functional import dequantize_blockwise  # only a model that it has loaded needs it
+
+    state, codes = linear.weight.quant_state, linear.weight.data.view(torch.uint8).flatten()
+    absmax = state.absmax
+    if state.nested:
+        absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
+    values = state.code.to(codes.device)[torch.stack([codes >> 4, codes & 15], dim=1).flatten().long()]
+    n = state.shape.numel()
+    weight = (values[:n] * absmax.float().repeat_interleave(state.blocksize)[:n]).view(state.shape)
+    x, bias = inputs[0], linear.bias
+    weight = weight.to(state.dtype).to(x.dtype)
+    return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
 def _quant_type(directory: Path) -> str:

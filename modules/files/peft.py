@@ -26,6 +26,7 @@ from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
 from modules.adapters.config import BASELINES, AdapterConfig
 from modules.adapters.init import initialise
 from modules.adapters.own import own_tensor
+from modules.adapters.saving import saves_adapters
 from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, set_adapter
 from modules.adapters.targets import find_targets, matches
 from modules.files.baselines import (
@@ -71,6 +72,7 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
     return state
 
 
+@saves_adapters
 def save_adapter(
     model: nn.Module, directory: str | Path, base_model_name: str | None = None, name: str | None = None
 ) -> None:

@@ -1,7 +1,8 @@
 """The tensors of a model directory: model.safetensors, or the shards that model.safetensors.index.json names."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ class TensorFiles:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._where: dict[str, tuple[Path, safe_open]] = {}
+        self._where: dict[str, tuple[Path, Callable[[], Tensor]]] = {}  # its file, and how to get it
         self._read: set[str] = set()
         single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
         if single.is_file():
@@ -46,7 +47,8 @@ class TensorFiles:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-        self._where |= dict.fromkeys(file.keys(), (path, file))
+        names = file.keys()
+        self._where |= {name: (path, partial(file.get_tensor, name)) for name in names}
 
     def __contains__(self, name: str) -> bool:
         return name in self._where
@@ -57,6 +59,17 @@ class TensorFiles:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
+
+    def rename(self, names: dict[str, str]) -> None:
+        """Give tensors other names."""
+        self._where = {names.get(name, name): there for name, there in self._where.items()}
+
+    def replace(self, names: list[str], tensors: dict[str, Tensor]) -> None:
+        """Have `tensors` in place of the tensors `names`, of which they are made."""
+        path = self.path(names[0])
+        for name in names:
+            del self._where[name]
+        self._where |= {name: (path, partial(tensor.view, tensor.shape)) for name, tensor in tensors.items()}
 
     def unread(self) -> set[str]:
         """The names of the tensors that `read` has not returned yet."""
@@ -70,7 +83,7 @@ class TensorFiles:
         """
         if name not in self:
             raise ValueError(f"{self.directory}: {name} is missing")
-        return self._where[name][1].get_tensor(name)
+        return self._where[name][1]()
 
     def read(self, name: str, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
         """A copy of the tensor. In the file it may lack the alignment that kernels need.

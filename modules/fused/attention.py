@@ -4,6 +4,9 @@ It is registered with transformers as one of its attention implementations.
 """
 
 import functools
+import inspect
+import re
+import sys
 from collections.abc import Callable
 
 from torch import Tensor, nn
@@ -14,8 +17,9 @@ OWN, NAME = "sdpa", "qdora"  # the implementation that it takes the place of, an
 
 
 def use(model: nn.Module) -> None:
-    """Have `model` compute attention here, if it would call torch's kernels."""
-    if _implementation(model) == OWN:
+    """Have `model` compute attention here, if it would call torch's kernels, whatever their name."""
+    files = {type(part).__module__ for part in model.modules()}
+    if _implementation(model) == OWN and not any(map(_asks_for_own, files)):
         _register()
         model.set_attn_implementation(NAME)
 
@@ -28,6 +32,16 @@ def release(model: nn.Module) -> None:
 
 def _implementation(model: nn.Module) -> str | None:
     return getattr(getattr(model, "config", None), "_attn_implementation", None)
+
+
+@functools.cache
+def _asks_for_own(module: str) -> bool:
+    """True if the code of a Python module does something else for OWN than for other names: DeepSeek-V3.2, Falcon."""
+    try:
+        source = inspect.getsource(sys.modules[module])
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"_attn_implementation (==|!=|in|not in) .*\b{OWN}\b", source) is not None
 
 
 @functools.cache

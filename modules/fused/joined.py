@@ -28,6 +28,8 @@ def _can_join(linears: Sequence[nn.Module], x: Tensor) -> bool:
     for linear in linears:
         if type(linear) not in (LoRALinear, DoRALinear) or not linear.training or linear.dropout:
             return False
+        if getattr(linear, "copies_result", False):
+            return False
         if linear.output_bias is not None or linear._forward_hooks or linear._forward_pre_hooks:
             return False
     return kernels.has_kernel("joined_linears", x)

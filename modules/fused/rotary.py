@@ -41,7 +41,9 @@ def release(model: nn.Module) -> None:
 
 def _ours_or_own(own: Callable) -> Callable:
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
-        fits = q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[-1] == cos.shape[-1] and q.dtype == cos.dtype
+        # models that turn a part of each head give narrower angles
+        fits = q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        fits = fits and cos.shape[-1] % 2 == 0 and q.dtype == k.dtype == cos.dtype
         ours = fits and not torch.compiler.is_compiling()
         return (kernels.rotary if ours else own)(q, k, cos, sin, *args, **kwargs)
 

@@ -29,7 +29,7 @@ def write_run(folder: Path, method: str, seed: int, loss: float, curve: bool = T
         config |= {"rank": 16, "dropout": 0.0, "target_modules": "all-linear"}
     if quant == "nf4":
         config |= {"quant.blocksize": 64, "quant.double": True}
-    measured = {*MEASURES, "results_version", "versions", "shared_base"} & changes.keys()
+    measured = {*MEASURES, "results_version", "versions", "machine", "shared_base"} & changes.keys()
     config |= {key.replace("__", "."): value for key, value in changes.items() if key not in measured}
     if "rank" in config:
         config["lora_alpha"] = 2.0 * config["rank"]

@@ -49,8 +49,8 @@ def test_every_sample_of_a_file(command, finished_once, tmp_path):
 BAD = {
     "no such file": (["data=jsonl", "data.path=/nowhere.jsonl"], "/nowhere.jsonl: cannot read this file"),
     "no path": (["data=jsonl"], "data=jsonl needs data.path=FILE"),
-    "unknown data": (["data=csv"], "Could not find 'data/csv'"),
-    "unknown data key": (["data.pth=x"], "Key 'pth' not in 'DataConfig'"),
+    "unknown data": (["data=csv"], "data=csv: no such data; there are arithmetic"),
+    "unknown data key": (["data.pth=x"], "no such key: data.pth; did you mean data.path?"),
     "limit of no task": (["limit=3"], "limit=… and include_path=… are for tasks=…"),
     "limit": (["tasks=arc_easy", "limit=0"], "limit=0: choose 1 or more"),
     "data of tasks": (["tasks=arc_easy", "data=docstrings"], "data=docstrings: tasks bring their own data"),

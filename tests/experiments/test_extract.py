@@ -90,7 +90,7 @@ BAD = {
     "decomposition": (["tuned=tiny", "decomposition=qr"], "decomposition=qr: choose svd, randomized, als, nuclear"),
     "rank": (["tuned=tiny", "rank=0"], "rank=0 is not a rank: choose a whole number, 1 or more"),
     "batch": (["tuned=tiny", "batch_size=0"], "batch_size=0: choose 1 or more"),
-    "misspelt": (["tuned=tiny", "rnk=2"], "Key 'rnk' not in 'ExtractConfig'"),
+    "misspelt": (["tuned=tiny", "rnk=2"], "no such key: rnk; did you mean rank?"),
     "targets": (["tuned=tiny", "target_modules=[nope]"], "matches no linear of the model"),
 }
 

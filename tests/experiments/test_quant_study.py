@@ -80,7 +80,7 @@ BAD_QUANT = {
     "block": (["blocksizes=[48]"], "blocksizes: 48 is not one of 32, 64"),
     "nothing": (["double=[]"], "double=[] leaves nothing to compare"),
     "every": (["every=0"], "every=0: choose 1 or more"),
-    "misspelt": (["blocksize=64"], "Key 'blocksize' not in 'StudyConfig'"),
+    "misspelt": (["blocksize=64"], "no such key: blocksize; did you mean blocksizes?"),
     "shapes only": (["model=gpt3-175b"], "model=gpt3-175b has shapes for"),
 }
 

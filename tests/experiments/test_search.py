@@ -86,8 +86,8 @@ def test_a_search_goes_on_and_does_again_what_was_cut_off(start, jobs, monkeypat
         (["rank=4,8"], "no method: add one, +method=qdora, or several to choose from"),
         (["rank=4,8", "trials=0"], "trials=0: choose 1 or more"),
         (["rank=4,8", "sweep=rank"], "sweep=rank: a search makes its own jobs"),
-        (["rankk=4,8"], "Could not override 'rankk'. Key 'rankk' not in 'Config'"),
-        (["rank=4,8", "trainer.steps=x"], "Value 'x' of type 'str' could not be converted to Integer"),
+        (["rankk=4,8"], "no such key: rankk; did you mean rank?"),
+        (["rank=4,8", "trainer.steps=x"], "trainer.steps=x: choose a whole number"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(terminal, tmp_path, arguments, message):

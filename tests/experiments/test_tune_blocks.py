@@ -80,7 +80,7 @@ BAD = {
     "another type": (["quant.type=fp4", "profile={profile}"], "is of quant.type=nf4, not fp4: set it so"),
     "no type": (["quant.type=nf3"], "quant.type=nf3: choose nf4, fp4, int4"),
     "no CSV": (["profile={map}"], "is not a profile that tune_blocks wrote: "),
-    "misspelt": (["budgett=0.05"], "Key 'budgett' not in 'TuneConfig'"),
+    "misspelt": (["budgett=0.05"], "no such key: budgett; did you mean budget?"),
     "preset": (["model=gpt3-175b"], "model=gpt3-175b has shapes for experiments.plan but no weights"),
 }
 

@@ -10,7 +10,7 @@ from experiments.bench_cpu.pair import Pair, batches
 from experiments.bench_cpu.plot import plot
 from experiments.bench_cpu.worker import Job
 from experiments.errors import UserError
-from experiments.models.load import wheel_directory
+from experiments.models.gguf import wheel_directory
 
 
 @pytest.fixture(scope="module")

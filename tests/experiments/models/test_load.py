@@ -58,6 +58,12 @@ def test_nothing_to_load(tmp_path):
         load(source="zip")
 
 
+def test_a_directory_without_a_tokenizer(tmp_path):
+    load(source="tiny")[0].save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no tokenizer in this directory: copy tokenizer.json"):
+        load(source="hf", path=str(tmp_path))
+
+
 def test_damaged_weights_are_one_line(tmp_path):
     model, tokenizer = load(source="tiny")
     model.save_pretrained(tmp_path)
@@ -99,5 +105,5 @@ def test_text_with_tokens_beyond_the_embeddings_is_refused(tmp_path):
     more.add_special_tokens({"additional_special_tokens": ["<tool>"]})
     tokenizer = saved(tmp_path / "more", more)
     assert tokenize(tokenizer, "no such token")["input_ids"]
-    with pytest.raises(ValueError, match="'<tool>' as token 258, and the model has embeddings of 258 tokens only"):
+    with pytest.raises(ValueError, match="the token '<tool>' with id 258, and the model has 258 embeddings: make room"):
         tokenize(tokenizer, "a <tool> token")

@@ -13,7 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from experiments.config import ModelConfig
-from experiments.models.load import load_model, wheel_directory
+from experiments.models.gguf import wheel_directory
+from experiments.models.load import load_model
 from modules import attach, decoder_linears, detach, load_adapter, merge, quantize, save_adapter
 from modules.files.bitsandbytes import by_definition, load_bnb4, save_bnb4
 from tests.modules.architectures import scramble

@@ -220,7 +220,7 @@ def test_the_plan_beside_a_run(terminal):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["model=llama-8b"], "Could not find 'model/llama-8b'"),
+        (["model=llama-8b"], "model=llama-8b: no such model; did you mean llama-3-8b?"),
         (["gpus=33"], "k_proj has 32 rows, so shards make sense on 32 GPUs at most"),
         (["gpus=0"], "gpus=0: choose 1 or more"),
         (["seq=1"], "a sequence of one token has none to predict"),

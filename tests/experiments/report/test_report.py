@@ -196,3 +196,24 @@ def test_one_run_is_a_report_without_comparisons(terminal, tmp_path):
     markdown = (tmp_path / "report" / "report.md").read_text()
     assert "**qdora**, 2.8000 nats a token (one seed, so no spread is known)" in markdown
     assert {path.name for path in (tmp_path / "report").glob("*.png")} == {"1-curves.png"}
+
+
+@pytest.mark.parametrize(
+    "second, why",
+    [
+        ({}, None),
+        ({"crowded": True}, "other processes needed the cores during 1 of 2 runs"),
+        ({"threads": 1}, "the runs were made with different threads"),
+        ({"device": "H100"}, "the runs were made with different device"),
+    ],
+)
+def test_times_are_compared_only_if_the_machine_allows(terminal, tmp_path, second, why):
+    machine = {"device": "EPYC", "threads": 2, "others_cores": 0.5, "crowded": False}
+    write_run(tmp_path, "lora", 0, 2.9, machine=machine)
+    write_run(tmp_path, "dora", 0, 2.8, machine=machine | second)
+    assert terminal(command, str(tmp_path))[0] == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert ("the least training time" in text) == (why is None)
+    assert why is None or f"- Training times are not compared: {why}." in text
+    with (tmp_path / "report" / "runs.csv").open() as file:
+        assert {row["machine.others_cores"] for row in csv.DictReader(file)} == {"0.5"}

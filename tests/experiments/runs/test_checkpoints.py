@@ -1,16 +1,21 @@
 """A run that was killed and goes on equals one that was not: metrics, weights, optimizer state, bit for bit."""
 
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from experiments import run
 from experiments.data.samples import load_data
-from experiments.runs import checkpoints
+from experiments.runs import checkpoints, one_run
 from experiments.runs.finished import load_run
+from experiments.training import loop
 from experiments.training.evaluation import evaluate
+from experiments.training.loop import Trainer
 from tests.experiments.helpers import (
     CHECKPOINTS,
     SMALL,
@@ -51,6 +56,62 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(killed, command, tmp_path, m
     assert code == 0, text
     assert [record["step"] for record in repeatable_records(out) if "loss" in record] == [1, 2, 3, 4, 5, 6]
     assert_same(out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "number, at",
+    [(signal.SIGINT, "a step"), (signal.SIGTERM, "an evaluation"), (signal.SIGHUP, "a step")],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
+)
+def test_a_signal_leaves_a_checkpoint_by_default(command, terminal, tmp_path, monkeypatch, number, at):
+    """It comes in the middle of step 4, or of the evaluation after it, and the run goes on as if it had not."""
+    settings = ["+method=qdora", "dropout=0.1", "lr=1e-2", "trainer.steps=6", *SMALL]
+    owner, name = (Trainer, "step") if at == "a step" else (one_run, "evaluate")
+    whole, calls = getattr(owner, name), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == (4 if at == "a step" else 3):  # evaluations are at steps 0, 2 and 4
+            os.kill(os.getpid(), number)
+        return whole(*args)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    code, text = command(*settings)
+    out = tmp_path / "out"
+    assert code == 128 + number and "Traceback" not in text
+    assert text.rstrip().endswith(f"interrupted\ngo on with: python -m experiments.run resume={out}")
+    assert [path.name for path in checkpoints.of_run(out)] == ["step-00000004"]
+    monkeypatch.undo()
+    code, text = terminal(run, f"resume={out}")
+    assert code == 0 and "going on after step 4" in text, text
+    assert not (out / "checkpoints").exists(), "a run that has finished needs none"
+    assert command(*settings, f"output_dir={tmp_path / 'whole'}")[0] == 0
+    assert_same(out, tmp_path / "whole")
+
+
+def test_checkpoints_by_time(command, tmp_path, monkeypatch):
+    """Nobody asked for them: an adapter's run has one when the time has come, full fine-tuning none."""
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    saved = []
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", lambda self, trainer, now: saved.append(self.cfg.method.name))
+    for method in ("lora", "full"):
+        assert command(f"+method={method}", *SMALL, f"output_dir={tmp_path / method}")[0] == 0
+    assert command("+method=dora", *SMALL, "trainer.checkpoint_every=0")[0] == 0
+    assert saved == ["lora"] * 4
+
+
+def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch):
+    def full(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    code, text = command("+method=lora", "trainer.checkpoint_every=2")
+    out = tmp_path / "out"
+    assert code == 1 and "Traceback" not in text
+    [line] = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: {out / 'checkpoints' / 'step-00000002'} cannot be written: ") and "No space" in line
+    assert f"stopped after step 2: its weights and metrics are in {out}" in text
+    assert (out / "adapter").is_dir() and not list(out.rglob("*.partial"))
 
 
 def test_killed_while_a_checkpoint_is_written(killed, terminal, command, tmp_path):
@@ -134,7 +195,7 @@ def test_a_checkpoint_of_other_data_or_dtype_is_refused(finished, terminal, chat
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["resume=latest"], "no checkpoint there; trainer.checkpoint_every=N makes some"),
+        (["resume=latest"], "no checkpoint there; a run that has finished keeps some with trainer.checkpoint"),
         (["resume=/nowhere"], "resume=/nowhere: /nowhere: no such directory"),
         (["trainer.keep_checkpoints=0"], "trainer.keep_checkpoints=0: choose 1 or more"),
         (
@@ -154,7 +215,7 @@ def test_bad_settings(command, tmp_path, overrides, message):
 def test_checkpoints_are_not_overwritten(finished, command):
     before = tensors(finished)
     code, text = command("+method=qdora")
-    assert code == 1 and "step-00000006 is there: go on from it with resume=latest, or choose another" in text
+    assert code == 1 and f"step-00000006 is there: go on from it with resume={finished}, choose another" in text
     assert tensors(finished) == before
 
 

@@ -12,7 +12,7 @@ from experiments.config import resolve
 from experiments.runs import identity, sweep
 from experiments.runs.shared_base import SharedBase
 from experiments.system.cli import composed
-from experiments.system.files import PROJECT_ROOT
+from experiments.system.files import PROJECT_ROOT, claim
 from tests.experiments.helpers import TINY
 
 
@@ -40,12 +40,12 @@ def test_failures_are_listed_and_only_what_is_missing_is_done_again(command, tmp
 def test_a_run_that_another_process_has_is_left_to_it(command, tmp_path, chats):
     where = [*TINY, "data=jsonl", f"data.path={chats}"]
     run_hash = identity.config_hash(resolve(composed("+method=lora", *where)))
-    with sweep.claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
+    with claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
         assert claimed
         code, text = command("-m", "+method=lora", "seed=0")
     assert code == 0 and "1 runs in" in text and "1 being done by another process" in text
     assert not list((tmp_path / "out").glob("*/result.json"))
-    with sweep.claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
+    with claim(tmp_path / "out" / ".locks" / run_hash) as claimed:
         assert claimed
 
 
@@ -122,18 +122,15 @@ def test_launchers(command, tmp_path, launcher, ranks, told):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("foo=1,2", "error: Could not override 'foo'. Key 'foo' not in 'Config'\n"),
-        (
-            "rank=x,y",
-            "error: Error merging override rank=x Value 'x' of type 'str' could not be converted to Integer\n",
-        ),
-        ("+foo=1,2", " +foo=2: no such key: foo; there are rank, lora_alpha, "),
+        ("foo=1,2", "error: no such key: foo; --help lists them"),
+        ("rank=x,y", "error: rank=x,y: choose a whole number"),
+        ("+foo=1,2", "error: no such key: foo; --help lists them"),
     ],
 )
 def test_a_sweep_over_what_is_not_there_says_so(terminal, tmp_path, wrong, message):
     code, text = terminal(run, "-m", "+method=lora", *TINY, f"output_dir={tmp_path / 'out'}", wrong)
     assert code == 1 and message in f"{text}\n" and "Traceback" not in text, text
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"multirun.yaml"}
+    assert not (tmp_path / "out").exists()
 
 
 def test_slurm_is_missed_in_one_line(command, monkeypatch):

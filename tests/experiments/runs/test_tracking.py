@@ -61,6 +61,18 @@ def test_an_offline_run_holds_the_metrics_and_the_summary(offline, command, tmp_
     assert [record.exit.exit_code for record in records if record.WhichOneof("record_type") == "exit"] == [0]
 
 
+def test_without_a_key_a_run_says_what_to_do(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where `wandb login` keeps one
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # which has read the variables, and keeps them
+    code, text = command("+method=lora", "tracking=wandb")
+    wandb.teardown()
+    assert code == 1 and "Traceback" not in text
+    [line] = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: tracking=wandb: ") and "set WANDB_API_KEY; WANDB_MODE=offline keeps" in line
+
+
 def test_a_run_that_fails_is_finished_all_the_same(offline, command, tmp_path):
     code, text = command("+method=lora", "tracking=wandb", "lr=1e38", "trainer.max_grad_norm=0", "trainer.warmup=0")
     assert code == 1 and "loss became nan" in text

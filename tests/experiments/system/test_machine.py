@@ -27,3 +27,14 @@ def test_says_which_kernels_a_cpu_lacks(monkeypatch):
     assert "without kernels for CPUs: this PyTorch brings no libgomp" in machine.describe(
         torch.device("cpu"), torch.bfloat16
     )
+
+
+@pytest.mark.parametrize("others, words", [(0.1, None), (0.9, "others keep 0.9 of 2 cores busy")])
+def test_says_that_others_need_the_cores(monkeypatch, others, words):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    monkeypatch.setattr("kernels.cpu.others.os.sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr(machine.LOAD, "cores", lambda: others)
+    line, about = machine.describe(torch.device("cpu"), torch.float32), machine.about(torch.device("cpu"))
+    assert ("busy" in line) == about["crowded"] == (words is not None) and (words or "") in line
+    assert about["threads"] == 2 and about["others_cores"] == others and about["device"] in line

@@ -33,7 +33,7 @@ SETTINGS += ["data.max_train=19", "data.max_heldout=5", "trainer.eval_batch_size
 SHORT = ["trainer.steps=2", "trainer.eval_every=0", "trainer.samples=0"]
 LONG = ["trainer.checkpoint_every=2", "data.answer_tokens=3", "trainer.samples=1", "trainer.sample_tokens=4"]
 EACH = dict.fromkeys(METHODS + BASELINES, SHORT) | {"qdora": LONG, "full": ["trainer.samples=0", LONG[0]]}
-CLOCKS = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes", "cpu_energy_joules"}
+CLOCKS = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes", "cpu_energy_joules", "machine"}
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,9 @@ def test_ctrl_c_in_one_process_stops_all_after_the_same_step(folder, mode):
     assert "Traceback" not in text and text.count("\ninterrupted\n") == 1, text
     assert text.count("stopped after step 2: its weights and metrics are in") == 1, text
     interrupted = folder / f"interrupted-{mode}"
-    assert (interrupted / "adapter" / "adapter_model.safetensors").is_file() and records(interrupted)[-1]["step"] == 2
+    assert (interrupted / "adapter" / "adapter_model.safetensors").is_file() and records(interrupted)[-1]["step"] == 3
+    assert [path.name for path in (interrupted / "checkpoints").iterdir()] == ["step-00000003"]
+    assert text.rstrip().endswith(f"go on with: python -m experiments.run resume={interrupted}")
 
 
 def test_threads_are_shared(monkeypatch):

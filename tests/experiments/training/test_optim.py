@@ -76,7 +76,7 @@ def test_without_pages_there_is_nothing_to_evict(tmp_path):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["optim=sgd"], "Could not find 'optim/sgd'"),
+        (["optim=sgd"], "optim=sgd: no such optim; there are adamw, adamw8bit"),
         (["optim.name=lion"], "optim.name=lion: choose adamw or adamw8bit"),
         (["optim.paged=true"], r"optim.paged=true needs optim.budget_mb=N"),
         (["optim.paged=true", "optim.budget_mb=3"], "optim.budget_mb=3 is smaller than a page: choose 4 or more"),

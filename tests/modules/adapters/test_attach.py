@@ -42,7 +42,7 @@ def test_not_a_regular_expression(llama):
         (0, "rank=0 is not a rank: choose a whole number, 1 or more"),
         (-4, "rank=-4 is not a rank"),
         (2.5, "rank=2.5 is not a rank"),
-        (33, r"rank 33 is out of range: model.layers.0.self_attn.k_proj can have 1 to 32"),
+        (65, r"rank 65 is out of range: model.layers.0.self_attn.q_proj can have 1 to 64"),
     ],
 )
 def test_a_rank_one_layer_cannot_have(llama, rank, message):

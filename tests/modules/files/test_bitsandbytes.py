@@ -158,3 +158,24 @@ def test_save_overwrites_nothing_and_drops_nothing(llama, tmp_path):
     with pytest.raises(ValueError, match="a bitsandbytes directory cannot hold adapters: detach or merge them first"):
         save_bnb4(llama, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("double", [True, False], ids=["double", "single"])
+def test_by_definition_where_rows_are_no_whole_number_of_blocks(llama, tmp_path, double):
+    """Weights in float64 by bitsandbytes' definition of the format; its CPU kernel gives others on AVX-512."""
+    quantize(llama, blocksize=128, double_quant=double)  # q_proj has rows of 64
+    save_bnb4(llama, tmp_path / "saved")
+    name = "model.layers.0.self_attn.q_proj"
+    file = load_file(tmp_path / "saved" / "model.safetensors")
+    codes, absmax = file[f"{name}.weight"].flatten().long(), file[f"{name}.weight.absmax"].double()
+    if double:
+        state = json.loads(bytes(file[f"{name}.weight.quant_state.bitsandbytes__nf4"].tolist()))
+        scale = file[f"{name}.weight.nested_absmax"].double().repeat_interleave(256)[: absmax.numel()]
+        absmax = file[f"{name}.weight.nested_quant_map"].double()[absmax.long()] * scale + state["nested_offset"]
+    values = file[f"{name}.weight.quant_map"].double()[torch.stack([codes >> 4, codes & 15], dim=1).flatten()]
+    exact = (values * absmax.repeat_interleave(128)[: values.numel()]).view(64, 64)
+    q_proj = theirs(tmp_path / "saved").get_submodule(name)
+    found = q_proj(torch.eye(64)).T.double()
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
+    ours = llama.get_submodule(name).dequantize().weight.double()
+    torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-8)

@@ -10,6 +10,7 @@ import kernels
 from kernels import use_backend
 from modules import fuse, unfuse
 from modules.fused.attention import NAME
+from tests.survey.small import build
 
 
 @pytest.fixture
@@ -69,3 +70,10 @@ def test_eager_attention_stays(models):
     assert models[0].config._attn_implementation == "eager"
     unfuse(models[0])
     assert models[0].config._attn_implementation == "eager"
+
+
+def test_a_model_whose_code_asks_for_torchs_by_name_keeps_it():
+    """DeepSeek-V3.2 masks keys for `eager` and `sdpa` alone."""
+    model = build("deepseek_v32")
+    fuse(model)
+    assert model.config._attn_implementation == "sdpa"

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 from transformers.models.glm import modeling_glm
 from transformers.models.llama import modeling_llama
 
@@ -50,3 +51,16 @@ def test_the_last_model_gives_the_function_back():
 def test_another_formula_is_told_apart():
     """GLM turns neighbours, and half of the dimensions only."""
     assert not rotary._gives_the_same_bits(modeling_glm.apply_rotary_pos_emb)
+
+
+def test_models_that_turn_a_part_of_each_head_call_their_own():
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=4, rope_parameters=rope))
+    ids = torch.arange(6).unsqueeze(0)
+    want = model.eval()(input_ids=ids).logits
+    fuse(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
+    model.to(torch.bfloat16)(input_ids=ids).logits.float().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    unfuse(model)

@@ -1,0 +1,52 @@
+"""The signals that end a command: Ctrl-C, a scheduler's SIGTERM, and SIGHUP when its terminal closes."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """One of ENDING came."""
+
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Inside, `handler` gets the signals of ENDING; one that is ignored stays so, as under nohup."""
+    if threading.current_thread() is not threading.main_thread():  # no other can handle signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in ENDING}
+    try:
+        for number, old in before.items():
+            if old not in (signal.SIG_IGN, None):
+                signal.signal(number, handler)
+        yield
+    finally:
+        for number, old in before.items():
+            if old is not None:
+                signal.signal(number, old)
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler that raises Interrupted."""
+    leave_terminal(number)
+    raise Interrupted(number)
+
+
+def leave_terminal(number: int) -> None:
+    """After SIGHUP stop printing to the terminal: it is gone, and an error there would end the work that is left."""
+    if number == signal.SIGHUP:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name).isatty():
+                setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115

@@ -1,0 +1,160 @@
+"""The life of one small model with one method, each stage beside PEFT or plain transformers."""
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import tokenizers
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from experiments.config import resolve
+from experiments.errors import UserError
+from experiments.export import export
+from experiments.models.generation import Sampling, generate
+from experiments.models.load import CHATML
+from experiments.runs.finished import load_run
+from experiments.runs.one_run import run
+from experiments.system.cli import composed
+from modules import NF4Linear, adapted_linears, decoder_linears, unfuse
+from modules.linear import dense_weight, is_conv1d
+from tests.survey.small import VOCABULARY, build
+
+METHODS = ("lora", "qlora", "dora", "qdora")
+STAGES = ("train", "load", "gradients", "generate", "merged", "bnb4")
+CLOSE = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ of logits in fp32
+CLOSE_GRADIENTS = 1e-3  # likewise of each gradient, beside the largest of all
+IDS = torch.arange(3, 43).view(2, 20)
+NEW = 4  # tokens
+
+
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Bytes and three special tokens, and a chat template."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    raw.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    made.chat_template = CHATML
+    assert len(made) == VOCABULARY
+    return made
+
+
+def save_small(model_type: str, folder: Path) -> Path:
+    """Write the small model of `model_type` with its tokenizer, and chats to train on, into `folder`."""
+    directory = folder / model_type
+    build(model_type).save_pretrained(directory)
+    tokenizer().save_pretrained(directory)
+    chats = [{"prompt": f"add {n} and {n}", "completion": f"it is {2 * n}"} for n in range(12)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return directory
+
+
+def live(directory: Path, method: str, out: Path) -> dict[str, str]:
+    """Train the model in `directory` for a step, save, load, generate and export it.
+
+    Returns:
+        Of each stage that was reached "ok", or the difference; "said": what was left out; "refused": why it ended.
+    """
+    found: dict[str, str] = {}
+    try:
+        with silent() as said:
+            run(resolve(composed(*arguments(directory, method, out))))
+        found["train"] = "ok"
+        found["said"] = "\n".join(line for line in said.getvalue().splitlines() if "adapted: " in line)
+        finished = load_run(out)
+        ours, theirs = finished.model, peft_model(finished.model, directory, out)
+        found["load"] = _close(difference(logits(ours), logits(theirs)))
+        found["gradients"] = _gradients(ours, theirs)
+        prompt = IDS[:1, :6]
+        answer = generate(ours, finished.tokenizer, prompt.tolist(), Sampling(max_new_tokens=NEW)).ids[0]
+        unfuse(ours)  # which gives transformers its functions back
+        found["generate"] = "ok" if answer == _greedy(theirs, prompt) else "other tokens"
+        for to in ("merged", "bnb4"):
+            with silent():
+                export(out, to, out / to, [])
+            found[to] = "ok"
+    except UserError as error:
+        found["refused"] = str(error)
+    return found
+
+
+def arguments(directory: Path, method: str, out: Path) -> list[str]:
+    data = ["data=jsonl", f"data.path={directory.parent / 'chats.jsonl'}", "data.max_heldout=2"]
+    trainer = ["trainer=debug", "trainer.steps=1", "trainer.batch_size=2", "trainer.eval_every=0", "trainer.samples=1"]
+    trainer += ["trainer.sample_tokens=4", "trainer.dtype=float32", "trainer.device=cpu", "lr=1e-2", "rank=4"]
+    return [f"+method={method}", "model=hf", f"model.path={directory}", *data, *trainer, f"output_dir={out}"]
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits.float()
+
+
+def peft_model(ours: PreTrainedModel, directory: Path, out: Path) -> nn.Module:
+    """PEFT's model of the run in `out`, over transformers' base with the weights that ours was packed to."""
+    base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    for name, linear in decoder_linears(ours).items():
+        if isinstance(linear, NF4Linear):
+            own, weight = base.get_submodule(name), dense_weight(linear)
+            own.weight.data.copy_(weight.t() if is_conv1d(own) else weight)
+    # Of some architectures PEFT takes names such as gate_proj for those of experts. Here its layers are the oracle.
+    conversion = "peft.utils.transformers_weight_conversion"
+    with (
+        mock.patch(f"{conversion}.convert_peft_config_for_transformers"),
+        mock.patch(
+            f"{conversion}.convert_peft_adapter_state_dict_for_transformers",
+            lambda **given: given["adapter_state_dict"],
+        ),
+    ):
+        return PeftModel.from_pretrained(base, out / "adapter", is_trainable=True)
+
+
+def _gradients(ours: nn.Module, theirs: nn.Module) -> str:
+    for model in (ours, theirs):
+        out = model.eval()(input_ids=IDS, use_cache=False).logits
+        nn.functional.cross_entropy(out[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()).backward()
+    reference = dict(theirs.named_parameters())
+    largest = max(parameter.grad.norm() for parameter in reference.values() if parameter.grad is not None)
+    worst = 0.0
+    for name, layer in adapted_linears(ours).items():
+        for own, peft in (("lora_A", "lora_A"), ("lora_B", "lora_B"), ("magnitude", "lora_magnitude_vector")):
+            if hasattr(layer, own):
+                got, want = getattr(layer, own).grad, reference[f"base_model.model.{name}.{peft}.default.weight"].grad
+                if (got is None) != (want is None):
+                    return f"{name}.{own}: one has none"
+                if got is not None:
+                    worst = max(worst, ((got - want.view_as(got)).norm() / (want.norm() + 1e-2 * largest)).item())
+    return _close(worst, CLOSE_GRADIENTS)
+
+
+def _greedy(model: nn.Module, prompt: Tensor) -> list[int]:
+    end, pad = VOCABULARY - 2, VOCABULARY - 1
+    how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": pad, "eos_token_id": [end]}
+    return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **how)[
+        0, prompt.shape[1] :
+    ].tolist()
+
+
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def _close(difference: float, most: float = CLOSE) -> str:
+    return "ok" if difference <= most else f"{difference:.1e}"
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[io.StringIO]:
+    """Nothing is printed inside; gives what would have been."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield said
