@@ -31,6 +31,7 @@ from experiments.system.progress import bar
 from experiments.training.engines import engine_of
 from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.loop import Trainer, checkpoints_by_time, heldout_record
+from kernels.bench.machine import commit
 from modules.adapters.config import changes_base
 
 
@@ -229,7 +230,7 @@ class _Run:
             "seed": cfg.seed,
             "machine": machine.about(self.model.device),
             "versions": machine.versions(),
-            "commit": machine.commit(),
+            "commit": commit(),
             "results_version": VERSION,
             "config_hash": config_hash(cfg),
             "config": identity(cfg),

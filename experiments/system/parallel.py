@@ -210,7 +210,8 @@ def outlived() -> int:
 
 
 def last_words(message: str) -> str | int:
-    """The argument of sys.exit: `message`, or exit code 1 alone if another process had a message before."""
+    """The argument of sys.exit. Exit with `message`. If another process has printed one already, exit with code 1
+    only."""
     if size() == 1:
         return message
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun quotes this file at the end
