@@ -73,6 +73,9 @@ class Op(Row):
             return self._run(*args)
 
     def _run(self, *args):
+        if torch._C._is_any_autocast_enabled():  # it would cast some of the operations inside, and not the others
+            with torch.autocast(_first_tensor(args).device.type, enabled=False):
+                return self.cell(self.column(*args))(*args)
         return self.cell(self.column(*args))(*args)
 
     # The dispatcher takes flat arguments: a Weight is a list of tensors and a string (weight.py), a list of weights

@@ -40,6 +40,20 @@ def weight_of(linear: nn.Module) -> Weight:
     return Weight(linear.weight.t() if is_conv1d(linear) else linear.weight)
 
 
+def under_autocast(x: Tensor) -> bool:
+    """True if torch.autocast casts the arguments of products with x."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def operands(x: Tensor, linear: nn.Module) -> tuple[Tensor, Weight]:
+    """x and the weight of an nn.Linear, NF4Linear or Conv1D as ops take them: under autocast both in its dtype."""
+    weight = weight_of(linear)
+    if not under_autocast(x):
+        return x, weight
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return x.to(dtype), weight if weight.packed else Weight(weight.values.to(dtype))
+
+
 def dense_weight(linear: nn.Module) -> Tensor:
     """The weight [out, in] of an nn.Linear, NF4Linear or Conv1D as a dense tensor, in the dtype it computes in.
 
@@ -103,7 +117,7 @@ class NF4Linear(nn.Module):
         return QuantState(self.absmax, shape, self.dtype, self.blocksize, *nested, quant_type=self.quant_type)
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.nf4_linear(x, weight_of(self), bias=self.bias)
+        return kernels.nf4_linear(*operands(x, self), bias=self.bias)
 
     def dequantize(self) -> nn.Module:
         """A frozen dense nn.Linear or Conv1D that computes the same."""
@@ -191,7 +205,7 @@ class LoRALinear(nn.Module):
 
     def _alone(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        weight = weight_of(self.base)
+        x, weight = operands(x, self.base)
         return kernels.lora_linear(x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout)
 
     @torch.no_grad()
@@ -269,7 +283,7 @@ class DoRALinear(LoRALinear):
         return self._cached_norm[1]
 
     def _alone(self, x: Tensor) -> Tensor:
-        weight = weight_of(self.base)
+        x, weight = operands(x, self.base)
         y = kernels.dora_linear(
             x,
             weight,

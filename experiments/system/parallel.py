@@ -172,7 +172,7 @@ def interrupts_wait() -> Iterator[None]:
 def stop_if_interrupted() -> None:
     """Raise Interrupted, in every process, after a signal that one of them has kept waiting."""
     if _noted if size() == 1 else _agreed:
-        raise signals.Interrupted(_noted or signal.SIGINT)
+        raise signals.Interrupted(_noted or signal.SIGINT, everywhere=True)
 
 
 @contextlib.contextmanager

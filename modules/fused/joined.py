@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from modules.linear import DoRALinear, LoRALinear, weight_of
+from modules.linear import DoRALinear, LoRALinear, under_autocast, weight_of
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -21,7 +21,7 @@ def joined(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None
 
 
 def _can_join(linears: Sequence[nn.Module], x: Tensor) -> bool:
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or under_autocast(x):
         return False
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # checkpointing, which may break off
         return False

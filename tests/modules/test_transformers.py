@@ -115,6 +115,39 @@ def test_save_pretrained_writes_what_loads(tmp_path, packed):
     torch.testing.assert_close(logits(again.eval()), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_under_autocast_products_run_in_its_dtype(adapter, dtype, packed, fused):
+    """As trainers call a model with bf16=True. Loss and gradients are as near to fp32's as rounding lets them."""
+
+    def computed(model, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in trainable_parameters(model).items()}
+        return loss.item(), torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
+
+    model = dense_model("llama").train()
+    if packed:
+        quantize(model)
+    attach(model, adapter, rank=4)
+    scramble(model)
+    exact_loss, exact = computed(copy.deepcopy(model), False)
+    model.to(dtype) if dtype != torch.float32 else None
+    for parameter in trainable_parameters(model).values():
+        parameter.data = parameter.data.float()
+    if fused:
+        fuse(model)
+    seen = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, y: seen.append(y.dtype))
+    loss, gradients = computed(model, True)
+    assert seen == [torch.bfloat16]
+    assert loss == pytest.approx(exact_loss, rel=2e-3)
+    assert torch.nn.functional.cosine_similarity(gradients, exact, dim=0) > 0.999
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_trainer(tmp_path, packed):
     model = bnb4_model("llama") if packed else dense_model("llama")
