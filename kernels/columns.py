@@ -142,7 +142,7 @@ class Row:
         Raises:
             RuntimeError: a column was asked for on tensors that it cannot run on.
         """
-        tensor = _first_tensor(args)
+        tensor = first_tensor(args)
         column = self._wanted(tensor)
         cell = self.cell(column)
         if cell is not None and cell.supports(*args):
@@ -191,7 +191,7 @@ def _always(*_) -> bool:
     return True
 
 
-def _first_tensor(args: tuple) -> Tensor:
+def first_tensor(args: tuple) -> Tensor:
     first = args[0]
     if isinstance(first, list):
         first = first[0]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kernels import weight
-from kernels.columns import Row, has_kernel, interpreting, supports_if, use_backend
+from kernels.columns import Row, first_tensor, has_kernel, interpreting, supports_if, use_backend
 from kernels.gradients import Function, Layout, flattened, grouped
 from kernels.weight import Weight
 
@@ -74,7 +74,7 @@ class Op(Row):
 
     def _run(self, *args):
         if torch._C._is_any_autocast_enabled():  # it would cast some of the operations inside, and not the others
-            with torch.autocast(_first_tensor(args).device.type, enabled=False):
+            with torch.autocast(first_tensor(args).device.type, enabled=False):
                 return self.cell(self.column(*args))(*args)
         return self.cell(self.column(*args))(*args)
 
