@@ -31,7 +31,7 @@ def joined_linears(
             norm = gain = None
         else:
             norm, gain = norm_and_gain(w, norm_sq[i], lora_A[i], lora_B[i], a, scaling[i], magnitude[i])
-        y = torch.mm(xa, b.t()).addmm_(x, w.t())
+        y = torch.nn.functional.linear(xa, b).addmm_(x, w.t())
         ys.append(y if gain is None else scale_columns_(y, gain))
         norms.append(x.new_empty(0, dtype=torch.float32) if norm is None else norm)
         gains.append(x.new_empty(0, dtype=torch.float32) if gain is None else gain)
