@@ -30,7 +30,7 @@ class ModelConfig:
 @dataclass
 class QuantConfig:
     name: str = MISSING  # nf4 | fp4 | int4 | tuned | none
-    type: str = "nf4"  # nf4 | fp4 | int4, in conf/quant/; of a tuned base to choose
+    type: str = "nf4"  # nf4 | fp4 | int4. conf/quant/ sets it; set it yourself for quant=tuned
     blocksize: int = 64  # weights that share an absmax (not tuned)
     map: str | None = None  # file with the block size of each linear (tuned)
     double: bool = True  # store absmax in 8 bits
@@ -92,10 +92,10 @@ class TrainerConfig:
 
 @dataclass
 class OptimConfig:
-    name: str = "adamw"  # adamw | adamw8bit; runs made before there was a choice had this one
+    name: str = "adamw"  # adamw | adamw8bit; older runs lack this key: they used adamw
     paged: bool = False  # keep the state in pages that leave the device when they are not worked on
     budget_mb: int | None = None  # MiB of the device that pages may occupy; from two pages on transfers overlap
-    host_mb: int | None = None  # MiB of pinned host memory for the others, the rest in a file; all of them unless set
+    host_mb: int | None = None  # MiB of pinned host memory for the other pages; the rest go to a file. Unset: no limit
 
 
 @dataclass

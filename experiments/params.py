@@ -23,7 +23,7 @@ from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
 from experiments.system.cli import hydra_command
-from modules import LoRALinear, attach, decoder_linears, detach, trainable_parameters
+from modules import LoRALinear, adapted_linears, attach, decoder_linears, detach, trainable_parameters
 from modules.linear import weight_shape
 
 PAPERS_MODEL = "gpt3-175b"
@@ -152,7 +152,10 @@ def _trained(cfg: ModelConfig, model: PreTrainedModel, adapter: str, **settings)
     except ValueError as error:
         raise UserError(f"model={cfg.name}: {error}") from error
     parameters = sum(p.numel() for p in trainable_parameters(model).values())
+    fitted = {name: layer.rank for name, layer in adapted_linears(model).items() if layer.rank != settings.get("rank")}
     detach(model)
+    for name, most in fitted.items():  # attach gives narrow linears the largest rank that they can have
+        raise UserError(f"model={cfg.name}: rank {settings['rank']} is out of range: {name} can have 1 to {most}")
     return parameters
 
 

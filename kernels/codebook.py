@@ -130,9 +130,10 @@ def level_pairs(quant_type: str, device: torch.device | str = "cpu") -> torch.Te
 def normal_float(bits: int) -> torch.Tensor:
     """The levels of the k-bit NormalFloat, fp32 [2^k], ascending: 2^(k-1) - 1 below zero, zero, 2^(k-1) above.
 
-    Either half's are evenly spaced quantiles of N(0, 1), the outermost 1 - δ with δ the mean of 1/2^(k+1) and
-    1/(2^(k+1) - 2), divided by the largest. QLoRA §3 and appendix E. δ is rounded and the quantiles are taken in
-    fp32 as its authors' code (bitsandbytes' `create_normal_map`) does: normal_float(4) is NF4_LEVELS to the last bit.
+    Each half holds evenly spaced quantiles of N(0, 1). The outermost quantile is 1 − δ. δ is the mean of 1/2^(k+1) and
+    1/(2^(k+1) − 2). All levels are divided by the largest. QLoRA §3 and appendix E. δ is rounded and the quantiles are
+    taken in fp32 as its authors' code (bitsandbytes' `create_normal_map`) does: normal_float(4) is NF4_LEVELS to the
+    last bit.
 
     Raises:
         ValueError: `bits` is not 2 … 8.
@@ -172,8 +173,8 @@ def dynamic_bounds(device: torch.device | str = "cpu", signed: bool = True) -> t
 def dynamic_bins(device: torch.device | str = "cpu", signed: bool = True) -> torch.Tensor:
     """Code of the least x in each bin, uint8 [65536]; the code of any x in that bin is c or c + 1.
 
-    The upper half of x's bits, sign, exponent and seven bits of the mantissa, is the bin of x in [-1, 1]. Neighbouring
-    bounds are never less than a 1/128 of their size apart, so a bin holds at most one. NaN counts as 0.
+    The bin of x is the upper 16 bits of its fp32 form. Two neighbouring bounds differ by at least 1/128 of their size,
+    so a bin holds one bound at most. NaN counts as 0.
     """
     bins = torch.arange(-32768, 32768, dtype=torch.int32).roll(32768)  # as signed numbers, whose upper half they are
     least = (bins << 16 | (bins < 0).int() * 0xFFFF).view(torch.float32)  # of negative numbers the largest in size

@@ -29,7 +29,7 @@ def _linear_cross_entropy(
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], dh, dw and the bias', each without an element where it is not needed)"""
-    return hidden.new_empty((), dtype=precise(hidden)), *gradients(
+    return hidden.new_empty((), dtype=precise(hidden)), *zeros_for(
         *(hidden, weight, bias, needs_dhidden, needs_dweight, needs_dbias)
     )
 
@@ -39,7 +39,7 @@ def precise(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *needs: bool) -> list[Tensor]:
+def zeros_for(hidden: Tensor, weight: Tensor, bias: Tensor | None, *needs: bool) -> list[Tensor]:
     """Zeros for each gradient that is needed, else no element."""
     like = (hidden, weight, hidden if bias is None else bias)
     return [tensor.new_zeros(tensor.shape if needed else 0) for tensor, needed in zip(like, needs)]
@@ -60,7 +60,7 @@ def by_chunks(
     Args:
         loss_of: Σ cross-entropy of logits [rows, vocabulary] and targets [rows]; the logits become their gradient.
     """
-    dhidden, dweight, dbias = gradients(hidden, weight, bias, needs_dhidden, needs_dweight, needs_dbias)
+    dhidden, dweight, dbias = zeros_for(hidden, weight, bias, needs_dhidden, needs_dweight, needs_dbias)
     loss = torch.zeros((), dtype=precise(hidden), device=hidden.device)
     most = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
     rows = -(-len(hidden) // max(1, -(-len(hidden) // most))) or 1  # chunks of one size

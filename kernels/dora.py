@@ -10,14 +10,14 @@ Backward treats the norm as a constant (DoRA, Liu et al. 2024, §4.3):
     dX, dA, dB = LoRA's backward of g ⊙ dY
     dm = Σ_t dY ⊙ z / ‖W + sBA‖,   z = drop(x)(W + sBA)ᵀ
 
-Kept from forward to backward beside x and xAᵀ: y alone, since z / ‖·‖ = y / m (where m = 0, z is computed again); z in
-place of y if there is dropout or a bias, from which z cannot be read back without loss.
+Backward keeps x and xAᵀ. It also keeps y: z / ‖·‖ = y / m. Where m = 0 it computes z again. With dropout or a bias it
+keeps z and not y: z cannot be recovered from y without loss.
 
 In torch the norm is computed in factored form, from ‖W‖², which is computed once, and thin products:
 
     ‖W + sBA‖² = ‖W‖² + 2s·Σ_j B_ij (WAᵀ)_ij + s²·(B(AAᵀ)Bᵀ)_ii              row i
 
-The Triton kernel has W and sBA side by side in registers, adds before it squares and needs neither.
+The Triton kernel adds sBA to W in registers and then squares. It needs neither ‖W‖² nor the thin products.
 """
 
 import torch
@@ -71,6 +71,11 @@ def _dora_linear_backward(
     dx = x.new_empty(x.shape) if needs_dx else x.new_empty(0)
     dA, dB = lora_A.new_empty(lora_A.shape), lora_B.new_empty(lora_B.shape)
     return dx, dA, dB, magnitude.new_empty(magnitude.shape)
+
+
+def over_norm(x: Tensor, norm: Tensor) -> Tensor:
+    """x / ‖W + sBA‖, fp32 [out]; 0 for a row of zeros, which has no direction to scale."""
+    return (x / norm).masked_fill_(norm == 0, 0.0)
 
 
 def _keep(inputs, results) -> dict:

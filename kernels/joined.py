@@ -6,8 +6,8 @@
     dzᵢ = gᵢ ⊙ dyᵢ,   dxaᵢ = dzᵢ Bᵢ,   dBᵢ = dzᵢᵀ xaᵢ
     [dA₁; …; dAₙ] = s ⊙ [dxa₁ … dxaₙ]ᵀ x,   dx = [dxa₁ … dxaₙ] Ā + Σᵢ dzᵢ Wᵢ
 
-A product with A is thin: it takes about as long as reading x. Three thin products do for all the linears the work of
-three for each, and the gradients of x need not be added up. dm is that of dora.py. No dropout, no bias.
+A product with A takes about as long as reading x. Three thin products serve all the linears; separately, each linear
+needs three. The op returns one gradient of x, so nothing is left to add. dm is that of dora.py. No dropout, no bias.
 """
 
 from collections.abc import Sequence

@@ -3,9 +3,9 @@
     y₁ = x₁ ⊙ cos₁ − x₂ ⊙ sin₁,   y₂ = x₂ ⊙ cos₂ + x₁ ⊙ sin₂             x₁, x₂ the halves of x's last dimension
     dx₁ = dy₁ ⊙ cos₁ + dy₂ ⊙ sin₂,  dx₂ = dy₂ ⊙ cos₂ − dy₁ ⊙ sin₁
 
-RoFormer, Su et al. 2021, §3.4.2, with halves in place of neighbours, as transformers has it. Results lie in memory as
-their readers want them: attention's y as [batch, heads, tokens, d], dx as the linears' [batch, tokens, heads, d]. Not
-materialised: the turned halves (−x₂, x₁), which transformers writes as a tensor of their own.
+RoFormer, Su et al. 2021, §3.4.2, with halves in place of neighbours, as transformers has it. Each result has the memory
+layout that its reader wants. y is [batch, heads, tokens, d], for attention. dx is [batch, tokens, heads, d], for the
+linears. Not materialised: the turned halves (−x₂, x₁), which transformers writes as a tensor of their own.
 """
 
 from torch import Tensor

@@ -5,7 +5,7 @@
 
 A `torch.library` op takes tensors, numbers and strings. Its opaque objects hide the tensors they hold from fake
 tensors, from the meta device and from graph capture. So op.py hands a Weight to the dispatcher as a list of tensors and
-one string (`flatten`), and the op gets it back as a Weight (`unflatten`). Nothing else uses these two.
+one string (`flatten`), and the op gets it back as a Weight (`unflatten`). `Weight.dense` uses `flatten` too.
 """
 
 import functools
@@ -127,7 +127,8 @@ def unflatten(tensors: list[Tensor], text: str) -> Weight:
 
 
 def packed_shape(text: str) -> torch.Size:
-    """The shape of a packed weight for which `flatten` gave `text`; of a dense one the tensor has it."""
+    """The shape of the packed weight for which `flatten` gave `text`. For a dense weight, read the tensor's shape
+    instead."""
     return _parsed(text)[3]
 
 

@@ -1,4 +1,8 @@
-"""Linears with adapters over dense or packed weights; attach them to a model, save, load and train them."""
+"""Linears with adapters over dense or packed weights; attach them to a model, save, load and train them.
+
+Also here: quantize a model's linears, fuse its norms, MLPs and attention, optimizers with fp32 or 8-bit state, and
+paging of that state.
+"""
 
 from modules.adapters.attach import attach
 from modules.adapters.config import AdapterConfig

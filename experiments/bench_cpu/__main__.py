@@ -79,11 +79,11 @@ def over_products(pair: Pair, batch: list[list[int]]) -> tuple[float, float]:
 
 
 def same_texts(case: Case, pair: Pair, prompt: list[int], texts: dict[str, list[int]], dtype: str) -> str:
-    """How far both sides' greedy tokens are the same. They may part where the two likeliest tokens are closer than
-    rounding, which is measured there, moves a logit.
+    """Compare both sides' greedy tokens. They may differ only at a near tie: two logits closer than rounding moves a
+    logit. The rounding is measured at that token.
 
     Raises:
-        UserError: they part elsewhere.
+        UserError: they differ elsewhere.
     """
     same = next((i for i, pair_ in enumerate(zip(*texts.values())) if len(set(pair_)) > 1), None)
     if same is None:

@@ -13,8 +13,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, **kwargs):
     known, largest = getattr(tokenizer, "known_tokens", None), max(encoded["input_ids"], default=0)
     if known is not None and largest >= known:
         raise ValueError(
-            f"the tokenizer has {tokenizer.convert_ids_to_tokens(largest)!r} as token {largest}, and the model has "
-            f"embeddings of {known} tokens only: leave it out of the text, or resize the model's embeddings"
+            f"the text has the token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}, and the model has "
+            f"{known} embeddings: make room for it (model.resize_token_embeddings) and save the model, or leave it out"
         )
     return encoded
 

@@ -124,7 +124,7 @@ def _elements(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]
             raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
         at += text[at] == ","
     if text[at + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, at + 1)
+        raise json.JSONDecodeError("Extra data", text, _behind_blanks(text, at + 1))
 
 
 def _behind_blanks(text: str, at: int) -> int:

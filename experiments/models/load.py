@@ -24,7 +24,7 @@ from transformers import (
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import Config, ModelConfig, adapter_settings
-from experiments.data.samples import Data, batches, collate, load_data
+from experiments.data.samples import batches, collate, load_data
 from experiments.data.tokens import limit_tokens
 from experiments.errors import UserError
 from experiments.models.directory import load_directory, model_directory
@@ -222,18 +222,6 @@ def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
         {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         for batch in collated
     ]
-
-
-def check_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-    """Raise UserError if a sample has a token beyond the model's embeddings: one added to the tokenizer alone."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    for example in (*data.train, *data.heldout):
-        if (largest := max(example.input_ids)) >= rows:
-            token = tokenizer.convert_ids_to_tokens(largest)
-            raise UserError(
-                f"the data has the token {token!r} with id {largest}, and the model has {rows} embeddings: make room "
-                "for it (model.resize_token_embeddings) and save the model, or take the token out of the tokenizer"
-            )
 
 
 def tiny_model(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,7 +3,7 @@
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from experiments.errors import UserError
 from experiments.models.architecture import meta_model
 from experiments.models.load import adapt, weights_dtype
 from experiments.plan.simulate import Allocations, Step, loss_of, simulate
-from experiments.runs.result_numbers import storage
+from experiments.runs.result_numbers import nbytes, storage
 from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, fuse, parameter_groups
 from modules.linear import weight_shape
@@ -60,10 +60,6 @@ def stored(model: nn.Module) -> Stored:
             else:
                 parts.dense.append(tensor)
     return parts
-
-
-def nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def shard_bytes(parts: Stored, gpus: int) -> int:

@@ -2,9 +2,9 @@
 
 The step is the real one: the model's own code, the adapters, the loss, backward and the optimizer. On the meta device
 every tensor has its shape, dtype and lifetime but no bytes. A dispatch mode sees each operation: it adds the storages
-that come into being, takes off those that are released, and remembers the highest sum. What is kept for backward, what
-checkpointing drops and what views share is therefore counted as autograd does it, of any architecture, without a
-formula for one. FLOPs are counted on the way, with torch's own formulas (torch.utils.flop_counter).
+that come into being, takes off those that are released, and remembers the highest sum. So autograd itself decides which
+tensors live. Kept tensors, checkpointing and views are counted for any architecture. No formula is needed. FLOPs are
+counted on the way, with torch's own formulas (torch.utils.flop_counter).
 
 Beside the results of operations, these are counted:
 - attention is torch's fused kernel, which keeps q, k, v, the output and fp32 log-sums; on the meta device torch would

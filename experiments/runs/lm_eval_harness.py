@@ -31,13 +31,13 @@ def measure(run: FinishedRun, tasks: list[str], limit: int | None, include_path:
     Raises:
         UserError: an unknown task, or a model with infix tokens.
     """
+    if virtual_tokens(run.model)[1]:
+        raise UserError("tasks=… does not say where a prompt ends. Infix tokens need that: measure with data=… instead")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    if virtual_tokens(run.model)[1]:
-        raise UserError("tasks=… says not where a prompt ends, which infix_tokens need to know: measure with data=…")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"include_path={include_path}: no such directory")

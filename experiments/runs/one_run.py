@@ -16,7 +16,7 @@ from experiments.config import Config
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.generation import answer
-from experiments.models.load import check_ids, prepare_model
+from experiments.models.load import prepare_model
 from experiments.runs import directory, result_numbers, spectrum
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
@@ -31,6 +31,7 @@ from experiments.system.progress import bar
 from experiments.training.engines import engine_of
 from experiments.training.evaluation import Evaluation, evaluate
 from experiments.training.loop import Trainer, checkpoints_by_time, heldout_record
+from kernels.bench.machine import commit
 from modules.adapters.config import changes_base
 
 
@@ -110,7 +111,6 @@ class _Run:
         self.storage = result_numbers.storage(self.model)
         self.engine.place(self.model)
         self.data = load_data(cfg.data, self.tokenizer)
-        check_ids(self.model, self.tokenizer, self.data)
         print(self.data.note)
         self.measures = Measures(cfg, self.data, self.tokenizer)
         self.samples = [example for example in self.data.heldout if example.prompt_ids][: cfg.trainer.samples]
@@ -230,7 +230,7 @@ class _Run:
             "seed": cfg.seed,
             "machine": machine.about(self.model.device),
             "versions": machine.versions(),
-            "commit": machine.commit(),
+            "commit": commit(),
             "results_version": VERSION,
             "config_hash": config_hash(cfg),
             "config": identity(cfg),

@@ -1,8 +1,9 @@
 """The numbers in result.json, and the table of them that ends a run."""
 
 import math
+from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from experiments.training.evaluation import Evaluation
 from modules import NF4Linear, adapters, decoder_linears
@@ -17,18 +18,18 @@ def storage(model: nn.Module) -> dict[str, float | int]:
     adapter = [p for name, p in parameters.items() if name in names]
     linears = decoder_linears(model).values()
     packed = [linear for linear in linears if isinstance(linear, NF4Linear)]
-    constants_and_codes = sum(_bytes(linear.buffers()) for linear in packed)
-    dense = _bytes(linear.weight for linear in linears if linear not in packed)
+    constants_and_codes = sum(nbytes(linear.buffers()) for linear in packed)
+    dense = nbytes(linear.weight for linear in linears if linear not in packed)
     return {
         "trainable_params": sum(p.numel() for p in parameters.values() if p.requires_grad),
         "total_params": sum(p.numel() for p in parameters.values()) + _weights(packed),
         "bits_per_weight": 8 * (constants_and_codes + dense) / _weights(linears),
-        "base_bytes": _bytes(base) + constants_and_codes,
-        "adapter_bytes": _bytes(adapter),
+        "base_bytes": nbytes(base) + constants_and_codes,
+        "adapter_bytes": nbytes(adapter),
     }
 
 
-def _bytes(tensors) -> int:
+def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -31,8 +31,8 @@ class SharedBase:
         self.directory: tempfile.TemporaryDirectory | None = None
 
     def of(self, cfg: Config, context: ForkServerContext) -> Path | None:
-        """The directory, as bitsandbytes has it, of the base that `cfg` begins with, packed now if it is another one
-        than the last; None where there is nothing to share.
+        """The directory of the packed base of `cfg`, in bitsandbytes' format. It is packed now if it differs from the
+        last one. None: nothing can be shared.
 
         Args:
             context: makes the process that packs.

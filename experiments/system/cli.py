@@ -100,7 +100,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except OSError as error:
             sys.exit(last_words(f"error: {error}"))
         except KeyboardInterrupt as stop:
-            if isinstance(last_words("interrupted"), str):
+            first = isinstance(last_words("interrupted"), str)
+            if parallel.is_main() if getattr(stop, "everywhere", False) else first:
                 print("\n".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
             sys.exit(getattr(stop, "exit_code", 130))
 

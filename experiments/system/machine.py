@@ -7,7 +7,6 @@ import os
 import platform
 import random
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -113,8 +112,8 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _allocator(mapped_from: int, trimmed_from: int = 2**17) -> None:
-    """glibc: blocks of so many bytes come from the system and go back to it; so does the free end of the heap, unless
-    that is -1."""
+    """Tell glibc two limits. Blocks of `mapped_from` bytes or more come from the system and return to it. The free end
+    of the heap returns if it exceeds `trimmed_from`; −1: never."""
     if libc := _glibc():
         libc.mallopt(-3, mapped_from)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, trimmed_from)  # M_TRIM_THRESHOLD
@@ -173,15 +172,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 def versions() -> dict[str, str]:
     packages = ("torch", "triton", "transformers", "tokenizers", "safetensors", "hydra-core")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-
-
-def commit() -> str | None:
-    """The git commit of the code, with "+changes" if files differ from it; None outside a repository."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -172,7 +172,7 @@ def interrupts_wait() -> Iterator[None]:
 def stop_if_interrupted() -> None:
     """Raise Interrupted, in every process, after a signal that one of them has kept waiting."""
     if _noted if size() == 1 else _agreed:
-        raise signals.Interrupted(_noted or signal.SIGINT)
+        raise signals.Interrupted(_noted or signal.SIGINT, everywhere=True)
 
 
 @contextlib.contextmanager
@@ -210,7 +210,8 @@ def outlived() -> int:
 
 
 def last_words(message: str) -> str | int:
-    """The argument of sys.exit: `message`, or exit code 1 alone if another process had a message before."""
+    """The argument of sys.exit. Exit with `message`. If another process has printed one already, exit with code 1
+    only."""
     if size() == 1:
         return message
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun quotes this file at the end

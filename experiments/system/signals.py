@@ -13,11 +13,15 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of ENDING came."""
+    """One of ENDING came.
 
-    def __init__(self, number: int):
+    Attributes:
+        everywhere: every process of the run raises it, at the same point.
+    """
+
+    def __init__(self, number: int, everywhere: bool = False):
         super().__init__()
-        self.exit_code = 128 + number
+        self.exit_code, self.everywhere = 128 + number, everywhere
 
 
 @contextlib.contextmanager

@@ -1,10 +1,10 @@
 """Reading compiled kernels: instructions, the path that a thread takes through them, widths of loads and stores.
 
 Instructions are counted in the same way for SASS (NVIDIA) and AMD assembly, without NOPs:
-    without a loop: on the path from entry to exit that stores the most to global memory and, of those, is shortest.
+    Without a loop: take the paths from entry to exit that store the most to global memory. Count the shortest of them.
                     This skips rare cases (a tail, a slow division, an out-of-line call). Predicated instructions
                     count, a predicated exit is not taken, and loops beside that path count once.
-    with a loop:    in the same way from the head to the back edge of the longest innermost loop. A loop that ptxas
+    With a loop:    count likewise from the head to the back edge of the longest innermost loop. A loop that ptxas
                     unrolled further counts as one trip: too high rather than too low.
 """
 

@@ -39,7 +39,7 @@ class Machine:
 
 def this_machine() -> Machine:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Machine(device, _name(device), _versions(), _commit(), _bytes_per_s(device), _flops_per_s(device))
+    return Machine(device, _name(device), _versions(), commit() or "", _bytes_per_s(device), _flops_per_s(device))
 
 
 def _name(device: torch.device) -> str:
@@ -60,8 +60,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
-    """The git commit of the code, with "+changes" if files differ from it; empty outside a repository."""
+def commit() -> str | None:
+    """The git commit of the code, with "+changes" if files differ from it; None outside a repository."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], capture_output=True, text=True, check=True).stdout.strip()
@@ -69,7 +69,7 @@ def _commit() -> str:
     try:
         return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return None
 
 
 def _bytes_per_s(device: torch.device) -> float:

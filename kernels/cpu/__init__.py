@@ -1,9 +1,8 @@
 """The column of kernels for CPUs: PyTorch's several passes over memory in one.
 
-PyTorch's own operations compute a product of matrices as fast as a CPU can, but everything between two products is a
-call for each +, ×, cast and sum. Here one call does what lies between, in bf16, the dtype to train in. The functions
-are written in Python, compiled by numba (code.py) and run on PyTorch's threads (threads.py). In other dtypes PyTorch's
-operations do the same work.
+PyTorch multiplies matrices as fast as a CPU can. Between two products it makes one call for each +, ×, cast and sum.
+Here one call does all of that, in bf16. The functions are written in Python, compiled by numba (numba_tools.py) and run
+on PyTorch's threads (threads.py). In other dtypes PyTorch's operations do the same work.
 
 Files and functions have the names of the ops that they compute. `supports_if` says for which tensors they do so.
 """

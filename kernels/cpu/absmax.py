@@ -7,12 +7,13 @@ from torch import Tensor
 
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map
 from kernels.cpu import supports
-from kernels.cpu.code import Kernel, arguments, floats, octets
+from kernels.cpu.numba_tools import Kernel, arguments, floats, octets
 from kernels.op import supports_if
 
 
 @functools.partial(Kernel, exact=True, parallel=False)
 def _dequantize_absmax(pointer):
+    # a: 0 dynamic map, 1 codes, 2 nested_absmax, 3 nested_offset, 4 absmax (written), 5 number of values
     a = arguments(pointer, 6)
     n, offset = a[5], floats(a[3], 0, 1)[0]
     levels = floats(a[0], 0, 256)

@@ -13,7 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from kernels.attention import rows
-from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, larger, narrow, number, octets, share
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, exp, floats, larger, narrow, number, octets, share
 
 BLOCK = 128  # queries
 BLOCK_BYTES = 2**24  # of fp32 scores, unless 16 queries have more
@@ -82,8 +82,8 @@ def _block(q: Tensor, keys: int) -> int:
 
 @contextlib.contextmanager
 def _bf16_products(dtype: torch.dtype) -> Iterator[None]:
-    """oneDNN instead of MKL for fp32 products of what are bf16 values, with bf16 instructions if it likes: they would
-    round nothing. On processors that are not Intel's it takes half of MKL's time even in fp32."""
+    """Inside, oneDNN replaces MKL for fp32 products. The inputs hold bf16 values, so oneDNN may use bf16 instructions;
+    they round nothing. On processors that are not Intel's it takes half of MKL's time, even in fp32."""
     before = torch.backends.mkldnn.matmul.fp32_precision
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if dtype == torch.bfloat16 else before
     try:
@@ -124,10 +124,11 @@ def _probabilities_in_torch(scores: Tensor, heads: int, mask: Tensor | None, sta
 
 @njit(inline="always")
 def _exponentials(scores, row, view, e):
-    """e[i] = exp(scores[i] - the largest score that `row` sees), 0 for those it does not see; returns the end of the
-    last whole vectors in which it sees one, behind which e is not written.
+    """Write e[i] = exp(scores[i] − m) for each key that `row` sees; m is the highest such score. Write 0 for the other
+    keys. Return the end of the last whole vector that holds a visible key. e is not written behind it.
 
-    `view`: queries, the first one's place, address of the mask or 0: causal; rows of a sequence, the mask's strides.
+    `view` holds: the number of queries, the place of the first query, the address of the mask (0: causal), the rows of
+    one sequence, the mask's two strides.
     """
     query, keys = row % view[0], len(scores)
     if view[2]:
@@ -140,7 +141,7 @@ def _exponentials(scores, row, view, e):
         end = min(keys, (seen + _WHOLE - 1) // _WHOLE * _WHOLE)
         for i in range(end):
             e[i] = scores[i]
-    hidden = e[seen:end]  # numba checks other indices than a loop's own for being negative, which is no vector code
+    hidden = e[seen:end]  # numba checks another index than the loop's own: no vector code
     for i in range(len(hidden)):
         hidden[i] = _LOWEST
     highest = _LOWEST
@@ -153,6 +154,7 @@ def _exponentials(scores, row, view, e):
 
 @Kernel
 def _probabilities(pointer):
+    # a: 0 scores, 1 p (written), 2 rows, 3 keys, 4 … 9 the view (see `_exponentials`)
     a = arguments(pointer, 10)
     keys, view = a[3], a[4:]
     e = np.empty(keys, np.float32)  # and not in the place of scores: these have left the processor's nearest cache
@@ -191,6 +193,7 @@ def probabilities(scores: Tensor, queries: int, start: int, mask: Tensor | None 
 
 @Kernel
 def _scores_backward(pointer):
+    # a: 0 scores, 1 dp, 2 p and 3 ds (written), 4 rows, 5 keys, 6 factor, 7 … 12 the view (see `_exponentials`)
     a = arguments(pointer, 13)
     keys, factor, view = a[5], number(a[6]), a[7:]
     e = np.empty(keys, np.float32)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import supports
-from kernels.cpu.code import Kernel, arguments, bf16s, exp, floats, ints, larger, narrow, share, thread, wide
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, exp, floats, ints, larger, narrow, share, thread, wide
 from kernels.cross_entropy import by_chunks, precise
 
 FP32_BYTES = 2**22  # of fp32 softmax: it stays in a CPU's cache
@@ -14,6 +14,8 @@ _LOWEST = np.float32(np.finfo(np.float32).min)
 
 @Kernel
 def _cross_entropy(pointer):
+    # a: 0 logits (become their gradient), 1 targets, 2 loss (written), 3 a buffer of `classes` values a thread, 4 rows,
+    #    5 classes
     a = arguments(pointer, 6)
     rows, classes = a[4], a[5]
     targets, loss, e = ints(a[1], 0, rows), floats(a[2], 0, rows), floats(a[3], thread() * classes, classes)

@@ -1,7 +1,7 @@
 """DoRA on a CPU: see kernels/dora.py.
 
-Products are PyTorch's. In bf16 the tail of the norm, the gain, and the scaling of columns with the sums for dm are one
-pass each.
+Matrix products are PyTorch's. In bf16 one pass finishes the norm and makes the gain. Another pass scales the columns
+and sums dm.
 """
 
 import ctypes
@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import supports
-from kernels.cpu.code import Kernel, arguments, bf16s, floats, ints, narrow, number, share, thread, wide
 from kernels.cpu.lora import adapted, factors, gradients
 from kernels.cpu.nf4 import dense
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, ints, narrow, number, share, thread, wide
+from kernels.dora import over_norm
 from kernels.dropout import dropout as drop
 from kernels.weight import Weight
 
 
 @Kernel
 def _scale_columns(pointer):
+    # a: 0 dy, 1 y or z, 2 gain, 3 dz (written), 4 a sum of dy ⊙ y a thread (written), 5 rows, 6 columns
     a = arguments(pointer, 7)
     rows, columns = a[5], a[6]
     gain, total = floats(a[2], 0, columns), floats(a[4], thread() * columns, columns)
@@ -35,6 +37,7 @@ def _scale_columns(pointer):
 
 @Kernel
 def _scale_columns_in_place(pointer):
+    # a: 0 z (becomes gain ⊙ z), 1 gain, 2 rows, 3 columns
     a = arguments(pointer, 4)
     rows, columns = a[2], a[3]
     gain = floats(a[1], 0, columns)
@@ -47,6 +50,7 @@ def _scale_columns_in_place(pointer):
 
 @functools.partial(Kernel, parallel=False)
 def _gram(pointer):
+    # a: 0 x, 1 x xᵀ (written), 2 rows, 3 columns
     a = arguments(pointer, 4)
     rows, columns = a[2], a[3]
     product = floats(a[1], 0, rows * rows)
@@ -69,6 +73,8 @@ def gram(x: Tensor) -> Tensor:
 
 @functools.partial(Kernel, parallel=False)
 def _norm_kernel(pointer):
+    # a: 0 u, 1 B, 2 v, 3 norm_sq, 4 magnitude, 5 norm and 6 gain (written), 7 rows, 8 rank, 9 s², 10 least,
+    #    11 cancelled (written)
     a = arguments(pointer, 12)
     rows, rank, factor, least = a[7], a[8], number(a[9]), number(a[10])
     cancelled = ints(a[11], 0, 1)
@@ -92,8 +98,10 @@ def _norm_kernel(pointer):
 def factored_norm(
     u: Tensor, lora_B: Tensor, v: Tensor, norm_sq: Tensor, magnitude: Tensor, scaling: float, least: float
 ) -> tuple[Tensor, Tensor, bool]:
-    """(√(‖W‖² + Σ B ⊙ (2u + s²v)) of each row, and -1 where that is under √least · ‖W‖; magnitude over it or 0; whether
-    there is such a row): fp32 [out].
+    """Returns (norm, gain, cancelled), norm and gain fp32 [out].
+
+    norm = √(‖W‖² + Σ B ⊙ (2u + s²v)) of each row; it is −1 where it is below √least · ‖W‖. gain = magnitude / norm; it
+    is 0 where the norm is 0. cancelled: True if a row has norm −1.
 
     u = s·WAᵀ bf16 [out, rank]; lora_B and v = BAAᵀ fp32 [out, rank]; norm_sq = ‖W‖² and magnitude fp32 [out].
     """
@@ -106,6 +114,7 @@ def factored_norm(
 
 @functools.partial(Kernel, parallel=False)
 def _look_below(pointer):
+    # a: 0 x, 1 number of values, 2 limit, 3 found (written)
     a = arguments(pointer, 4)
     x, limit, found = floats(a[0], 0, a[1]), number(a[2]), np.int64(0)
     for i in range(a[1]):
@@ -147,18 +156,13 @@ def norm_and_gain(
     else:
         total = norm_sq + (B * torch.add(2 * u.float(), v, alpha=scaling**2)).sum(dim=1)
         norm = total.sqrt().masked_fill_(total < norm_sq * least, -1.0)
-        gain = dora_gain(magnitude, norm)
+        gain = over_norm(magnitude, norm)
         cancelled = norm.amin() < 0
     if cancelled:
         rows = (norm < 0).nonzero().squeeze(1)
         norm[rows] = (w[rows].float() + scaling * B[rows] @ A).square().sum(dim=1).sqrt_()
-        gain[rows] = dora_gain(magnitude[rows], norm[rows])
+        gain[rows] = over_norm(magnitude[rows], norm[rows])
     return norm, gain
-
-
-def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / ‖W + sBA‖, fp32 [out]; 0 for a row of zeros, which has no direction to scale."""
-    return (magnitude / norm).masked_fill_(norm == 0, 0.0)
 
 
 def dora_linear(
@@ -179,7 +183,7 @@ def dora_linear(
     if norm is None:
         norm, gain = norm_and_gain(w, norm_sq, lora_A, lora_B, a, scaling, magnitude)
     else:
-        norm, gain = norm.clone(), dora_gain(magnitude, norm)
+        norm, gain = norm.clone(), over_norm(magnitude, norm)
     xd = drop(x, dropout, seed)
     z, xa = adapted(xd, xd, w, a, b)
     if not dropout and bias is None:
@@ -218,7 +222,7 @@ def dora_linear_backward(
         through_base = dy @ w
         dx += through_base - drop(through_base, dropout, seed)
     if y is None:
-        return dx, dA, dB, _over_norm(total, norm).to(magnitude.dtype)
+        return dx, dA, dB, over_norm(total, norm).to(magnitude.dtype)
     dm = magnitude_gradient(total, dy, xd, w, lora_A, lora_B, magnitude, scaling, norm, gain)
     return dx, dA, dB, dm
 
@@ -243,7 +247,7 @@ def magnitude_gradient(
         rows = (gain.abs() < tiny).nonzero().squeeze(1)
         a, b = factors(lora_A, lora_B[rows], scaling, 1.0, x.dtype)
         z_rows, _ = adapted(x, x, w[rows], a, b)
-        dm[rows] = _over_norm(scale_columns(dy[:, rows], z_rows, gain[rows])[1], norm[rows])
+        dm[rows] = over_norm(scale_columns(dy[:, rows], z_rows, gain[rows])[1], norm[rows])
     return dm.to(magnitude.dtype)
 
 
@@ -262,8 +266,3 @@ def scale_columns_(z: Tensor, gain: Tensor) -> Tensor:
         return z.mul_(gain.to(z.dtype))
     _scale_columns_in_place(z, gain, *z.shape)
     return z
-
-
-def _over_norm(total: Tensor, norm: Tensor) -> Tensor:
-    """total / norm, 0 for a row of zeros."""
-    return (total / norm).masked_fill_(norm == 0, 0.0)

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import supports
-from kernels.cpu.code import Kernel, arguments, bf16s, floats, narrow, number, wide
 from kernels.cpu.nf4 import dense
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, narrow, number, wide
 from kernels.dropout import dropout as drop
 from kernels.weight import Weight
 
 
 @functools.partial(Kernel, parallel=False)
 def _narrow(pointer):
+    # a: two groups of 0 x, 1 y (written), 2 number of values, 3 factor
     a = arguments(pointer, 8)
     for i in range(2):
         n, factor = a[4 * i + 2], number(a[4 * i + 3])
@@ -37,6 +38,7 @@ def narrowed(
 
 @functools.partial(Kernel, parallel=False)
 def _widen(pointer):
+    # a: two groups of 0 x, 1 y (written), 2 number of values, 3 factor
     a = arguments(pointer, 8)
     for i in range(2):
         n, factor = a[4 * i + 2], number(a[4 * i + 3])

@@ -1,9 +1,9 @@
 """4-bit quantize and dequantize on a CPU: see kernels/nf4.py.
 
-Quantize is one pass over whole blocks of fp32 or bf16. Dequantize is bitsandbytes' compiled CPU routine, where that
-package is installed; the package is not imported. The format is the same, and so are the results, bit for bit: a
-routine is compared with the definition on every level when it is loaded, and is left alone if it differs. One thing may
-differ: with AVX-512's conversion to bf16 a value below the smallest normal number, 1.2e-38, is 0.
+Quantize is one pass over whole blocks of fp32 or bf16. If bitsandbytes is installed, its compiled CPU routine
+dequantizes. The package itself is not imported. On loading, the routine's results are compared with the definition for
+every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to bf16 a value
+below the smallest normal number, 1.2e-38, is 0.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from torch import Tensor
 from kernels.codebook import decision_bounds, levels
 from kernels.cpu import supports
 from kernels.cpu.absmax import dequantize_absmax
-from kernels.cpu.code import Kernel, arguments, bf16s, floats, larger, octets, share, wide
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, larger, octets, share, wide
 from kernels.op import supports_if
 from kernels.weight import Weight, packed_sizes
 
@@ -42,6 +42,8 @@ def _below(x, b):
 
 @Kernel
 def _quantize(pointer):
+    # a: 0 w, 1 packed and 2 absmax (written), 3 bounds, 4 codes in the order of the levels, 5 blocks, 6 blocksize,
+    #    7 whether the codes are in order, 8 whether w is bf16
     a = arguments(pointer, 9)
     blocks, blocksize, in_order, is_bf16 = a[5], a[6], a[7], a[8]
     memory, codes = floats(a[3], 0, 15), octets(a[4], 0, 16)
@@ -155,10 +157,10 @@ def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
-    """The dense weight in `dtype`, to be read before the thread's next call, which may overwrite it.
+    """The dense weight in `dtype`. Read it before this thread calls `dense` again; that call may overwrite it.
 
-    It lies in a buffer that stays in the processor's cache and leaves no holes between the tensors that a training step
-    keeps. A dense weight, which must have this dtype, is returned itself.
+    It lies in a buffer that stays in the processor's cache, so a training step's memory has no holes from it. A dense
+    weight must have this dtype and is returned as it is.
     """
     if not weight.packed:
         return weight.values

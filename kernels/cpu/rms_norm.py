@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import supports
-from kernels.cpu.code import Kernel, arguments, bf16s, floats, narrow, number, rounded, share, wide
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, narrow, number, rounded, share, wide
 from kernels.op import supports_if
 
 
 @Kernel
 def _rms_norm(pointer):
+    # a: 0 x, 1 weight, 2 y and 3 r (written), 4 rows, 5 columns, 6 eps
     a = arguments(pointer, 7)
     rows, columns, eps = a[4], a[5], number(a[6])
     weight, scales = bf16s(a[1], 0, columns), floats(a[3], 0, rows)
@@ -35,6 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @Kernel
 def _rms_norm_backward(pointer):
+    # a: 0 dy, 1 x, 2 weight, 3 r, 4 dx (written), 5 rows, 6 columns
     a = arguments(pointer, 7)
     rows, columns = a[5], a[6]
     weight, scales = bf16s(a[2], 0, columns), floats(a[3], 0, rows)

@@ -3,13 +3,15 @@
 from torch import Tensor
 
 from kernels.cpu import supports
-from kernels.cpu.code import Kernel, arguments, bf16s, narrow, number, rounded, share, wide
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, narrow, number, rounded, share, wide
 from kernels.op import supports_if
 from kernels.rotary import gradient_of
 
 
 @Kernel
 def _rotate(pointer):
+    # a: 0 x, 1 cos, 2 sin, 3 y (written), 4 batch, 5 tokens, 6 heads, 7 half of d, 8 … 10 x's strides and 11 … 13 y's
+    #    (batch, head, token), 14 and 15 the strides of cos and sin (batch, token), 16 the sign: 1 in backward, else -1
     a = arguments(pointer, 17)
     tokens, heads, half = a[5], a[6], a[7]
     sign = number(a[16])

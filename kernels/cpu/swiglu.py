@@ -5,12 +5,13 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import supports
-from kernels.cpu.code import Kernel, arguments, bf16s, exp, narrow, rounded, share, wide
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, exp, narrow, rounded, share, wide
 from kernels.op import supports_if
 
 
 @Kernel
 def _swiglu(pointer):
+    # a: 0 gate, 1 up, 2 y (written), 3 number of values
     a = arguments(pointer, 4)
     first, behind = share(a[3])
     n = behind - first
@@ -29,6 +30,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 @Kernel
 def _swiglu_backward(pointer):
+    # a: 0 dy, 1 gate, 2 up, 3 dgate and 4 dup (written), 5 number of values
     a = arguments(pointer, 6)
     first, behind = share(a[5])
     n = behind - first

@@ -1,8 +1,8 @@
 """Run machine code on the threads that PyTorch computes with.
 
-A second pool of threads would wait for the first one's, which keep spinning for a while after each of their loops. So
-the code runs in a parallel region of PyTorch's own OpenMP library: what a compiler makes of `#pragma omp parallel` is
-one call of `GOMP_parallel` (GNU libgomp's ABI).
+PyTorch's threads keep spinning after each loop, so a second pool would wait for them. The code therefore runs in a
+parallel region of PyTorch's OpenMP library. It calls `GOMP_parallel`, as a compiled `#pragma omp parallel` does (GNU
+libgomp's ABI).
 
 Threads that wait for one another spin for milliseconds before they sleep. Alone on two cores that is the fastest.
 Beside one other process a training step then takes 36 times as long, because a spinning thread has the core that a

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.dora import over_norm
 from kernels.dropout import dropout as drop
 from kernels.reference.lora import adapted, gradients
 from kernels.reference.nf4 import dense
@@ -33,11 +34,6 @@ def norm_of(w: Tensor, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling:
     return norm
 
 
-def dora_gain(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """m / ‖W + sBA‖, fp32 [out]; 0 for a row of zeros, which has no direction to scale."""
-    return (magnitude / norm).masked_fill_(norm == 0, 0.0)
-
-
 def dora_linear(
     x: Tensor,
     weight: Weight,
@@ -53,7 +49,7 @@ def dora_linear(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = dense(weight, x.dtype)
     norm = norm_of(w, norm_sq, lora_A, lora_B, scaling) if norm is None else norm.clone()
-    gain = dora_gain(magnitude, norm)
+    gain = over_norm(magnitude, norm)
     xd = drop(x, dropout, seed)
     z, xa = adapted(xd, xd, w, (lora_A * scaling).to(x.dtype), lora_B.to(x.dtype))
     g = gain.to(x.dtype)
@@ -92,16 +88,11 @@ def dora_linear_backward(
         dx = drop(dx, dropout, seed)
         through_base = dy @ w
         dx += through_base - drop(through_base, dropout, seed)
-    dm = _over_norm(total, norm) if y is None else total / magnitude  # z / ‖W + sBA‖ = y / m
+    dm = over_norm(total, norm) if y is None else total / magnitude  # z / ‖W + sBA‖ = y / m
     if y is not None:
         # Where m = 0, or nearly, y has lost z's digits: compute z again.
         rows = (gain.abs() < torch.finfo(x.dtype).tiny).nonzero().squeeze(1)
         if len(rows):
             z_rows, _ = adapted(xd, xd, w[rows], (lora_A * scaling).to(x.dtype), lora_B[rows].to(x.dtype))
-            dm[rows] = _over_norm((dy[:, rows] * z_rows).sum(dim=0, dtype=torch.float32), norm[rows])
+            dm[rows] = over_norm((dy[:, rows] * z_rows).sum(dim=0, dtype=torch.float32), norm[rows])
     return dx, dA, dB, dm.to(magnitude.dtype)
-
-
-def _over_norm(total: Tensor, norm: Tensor) -> Tensor:
-    """total / norm, 0 for a row of zeros."""
-    return (total / norm).masked_fill_(norm == 0, 0.0)

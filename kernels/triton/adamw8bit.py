@@ -25,9 +25,9 @@ _ROUND, _ROUND_BITS = tl.constexpr(1.5 * 2**23), tl.constexpr(0x4B400000)
 def _nearest_code(x, bounds, SIGNED: tl.constexpr):  # [n] in [-1, 1] → i32
     """The number of bounds below x.
 
-    Above 0 the map has S · 2ᵉ values in the decade from 10ᵉ⁻⁷ to 10ᵉ⁻⁶, e = 0 … 6, evenly spread. So the size of x
-    tells which value is the last at least half a step below, give or take a rounding; the code of x is that one's or
-    the next, which a comparison with the bound between them decides.
+    Above 0 the map has S · 2ᵉ values in the decade from 10ᵉ⁻⁷ to 10ᵉ⁻⁶, e = 0 … 6, evenly spread. The size of x tells
+    the last map value that is at least half a step below x, up to a rounding. The code of x is that value's code or the
+    next. One comparison with the bound between them decides.
     """
     S: tl.constexpr = 1 if SIGNED else 2
     size, values = tl.abs(x), 64.0 * S  # the size is brought into the last decade, 0.1 to 1

@@ -3,10 +3,10 @@
 Forward over a packed weight: the norm in three launches (dora_norm.py), dequantize, xa, and the product with gain and
 bias in its epilogue (gemm.py). Few tokens skip the dequantization.
 
-Backward is LoRA's of dZ = g ⊙ dY, and the magnitude's gradient. One pass over dY and y (or z) makes dZ and the partial
-sums of dm, a program for each tile: programs that walk along all columns to make dxa as well are too few for a GPU.
-Where the gain is so small that y holds nothing of z (m = 0), dm is computed from x, W and the adapter, inside the
-kernel that finishes dm: no synchronisation with the host, and no cost where there is no such column.
+Backward is LoRA's of dZ = g ⊙ dY, and the magnitude's gradient. One pass over dY and y (or z) makes dZ and partial sums
+of dm. Each program handles one tile. A program that walks all columns could also make dxa, but there would be too few
+programs for a GPU. Where |gain| is tiny, y has lost z. The finishing kernel then computes dm from x, W and the adapter.
+The host does not wait.
 """
 
 import torch
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dora import over_norm
 from kernels.triton.case import Case, meta
 from kernels.triton.dora_norm import divide, norm_and_gain, sums_of_squares
 from kernels.triton.dropout import dropout as drop
@@ -189,7 +190,7 @@ def dora_linear(
     if norm is None:
         norm, gain = norm_and_gain(weight, x.dtype, lora_A, lora_B, scaling, magnitude)
     else:
-        norm, gain = norm.clone(), (magnitude / norm).masked_fill_(norm == 0, 0.0)
+        norm, gain = norm.clone(), over_norm(magnitude, norm)
     xd = drop(x, dropout, seed) if dropout else x
     xa = project(xd, lora_A.t(), scaling)
     epilogue = (xa, lora_B.t(), bias, gain)

@@ -19,14 +19,12 @@ from torch import Tensor
 from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.triton.absmax import load_row_absmax
 from kernels.triton.case import DTYPES, Case, meta, meta_packed
-from kernels.triton.launch import cdiv, launch, next_power_of_2
+from kernels.triton.launch import cdiv, launch, next_power_of_2, split_columns
 from kernels.triton.nf4 import dense
 from kernels.weight import Weight
 
 NUM_WARPS = 4
 FINISH_BLOCK = 256
-PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many,
-MAX_SPLITS = 16  # but a program loads its tile of B once and must not do so for too few columns
 
 
 @triton.jit
@@ -176,13 +174,6 @@ def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[st
     return tiles
 
 
-def _split(n: int, k: int, tiles: dict[str, int]) -> tuple[int, int]:
-    """(columns of one split, splits)"""
-    splits = min(MAX_SPLITS, max(1, PROGRAMS // cdiv(n, tiles["BLOCK_N"])))
-    columns = cdiv(cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
-    return columns, cdiv(k, columns)
-
-
 def sums_of_squares(
     weight: Weight,
     dtype: torch.dtype,
@@ -196,9 +187,10 @@ def sums_of_squares(
     tiles = _tiles(rank, k, dtype, weight.packed)
     if weight.packed and state.blocksize == 32:
         tiles["BLOCK_K"] = 32
-    columns, splits = _split(n, k, tiles)
+    rows = cdiv(n, tiles["BLOCK_N"])
+    columns, splits = split_columns(k, tiles["BLOCK_K"], rows)
     partial = torch.empty(splits, n, dtype=torch.float32, device=device)
-    grid = (cdiv(n, tiles["BLOCK_N"]), splits)
+    grid = (rows, splits)
     options = {"R": rank, **tiles, "num_warps": NUM_WARPS, "fp_fusion": False}
     lora_B = None if lora_B is None else lora_B.contiguous()
     if weight.packed and k % tiles["BLOCK_K"] == 0:

@@ -22,10 +22,10 @@ from kernels.triton.case import DTYPES, Case, meta
 from kernels.triton.dropout import keep
 from kernels.triton.launch import cdiv, launch, next_power_of_2
 
-# Tokens (M) from which the library's GEMM, followed by this kernel's epilogue over its result, is taken to be faster
-# than the kernel alone, by major compute capability. On paper: the epilogue costs one more read and write of y; a
-# Triton GEMM matches the library's on sm_8x (measured on an A40: 0.96-1.08×), but does not use the later GPUs' bulk
-# copies. Change it where `python -m kernels.bench gemm` says otherwise.
+# From this many tokens on, the library's GEMM plus our epilogue is taken to be faster than our kernel alone. Keyed by
+# major compute capability. These are estimates: the epilogue costs one more read and write of y; a Triton GEMM matches
+# the library's on sm_8x (measured on an A40: 0.96-1.08×), but does not use the later GPUs' bulk copies. Change it where
+# `python -m kernels.bench gemm` says otherwise.
 LIBRARY_FROM: dict[int, float] = {8: float("inf"), 9: 4096, 10: 2048, 12: float("inf")}
 
 

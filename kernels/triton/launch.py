@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many,
+MAX_SPLITS = 16  # but a program loads its tile of the rows' operand once and must not do so for too few columns
 _recorded: list["Launch"] | None = None
 
 
@@ -64,8 +66,8 @@ def launch(kernel, grid: tuple[int, ...], *args, fp_fusion: bool, **more) -> Non
         kernel[grid](*args, **more, enable_fp_fusion=fp_fusion)
 
 
-# `triton.cdiv` and `triton.next_power_of_2` can be called in kernels too, for which they take microseconds on the host,
-# a few times a launch.
+# `triton.cdiv` and `next_power_of_2` can also be called in kernels. That makes them slow on the host: microseconds, a
+# few times a launch. So we have our own.
 
 
 def cdiv(n: int, size: int) -> int:
@@ -76,3 +78,10 @@ def cdiv(n: int, size: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not less than n ≥ 1."""
     return 1 << (n - 1).bit_length()
+
+
+def split_columns(columns: int, block: int, programs: int) -> tuple[int, int]:
+    """(columns of one split, splits) of a loop over `columns` in steps of `block`, for `programs` blocks of rows."""
+    splits = min(MAX_SPLITS, max(1, PROGRAMS // programs))
+    of_one = cdiv(cdiv(columns, splits), block) * block
+    return of_one, cdiv(columns, of_one)

@@ -27,7 +27,8 @@ from kernels.weight import Weight, packed_sizes
 PROGRAM = 16384
 STEP = 4096
 QUANTIZE_STEP = 2048  # 64 registers a thread, 4096 would take over 100
-_PART = tl.constexpr(512)  # of a partial block: each division keeps values in registers that the rest does not need
+# values of a partial block that are handled at once. Division needs registers that other code does not.
+_PART = tl.constexpr(512)
 _TINY_BITS = tl.constexpr(0x006CE3EE)  # of 1e-38 in fp32, the least that bitsandbytes divides by
 
 

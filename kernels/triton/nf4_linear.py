@@ -2,11 +2,11 @@
 
     yᵀ = W xᵀ, W [N, K] in NF4, x [M, K] with M ≤ 64
 
-One pass over the packed weight, no dense W. A program multiplies BLOCK_N rows of codes with x over one split of K: the
-levels of a tile are the left operand of the matrix units (as the right one each warp would look all of them up
-again), and absmax multiplies the product of a block, not its weights. Even columns are in the bytes' high nibbles, odd
-ones in the low nibbles, so each half of the codes meets its half of x. The splits of K are summed, in a fixed order so
-that two runs give the same bits, by the launch that also adds the adapter and the bias: gemm.py's epilogue.
+One pass over the packed weight, no dense W. A program multiplies BLOCK_N rows of codes with x over one split of K. The
+levels are the left operand: as the right operand each warp would look up all of them. absmax multiplies the product of
+a block. Even columns are in the bytes' high nibbles, odd ones in the low nibbles, so each half of the codes meets its
+half of x. gemm.py's epilogue sums the splits in a fixed order, so two runs give the same bits. It also adds the adapter
+and the bias.
 
 For more tokens a tile of W would be looked up again for each tile of tokens: W is dequantized once, and the product is
 the library's.
@@ -21,13 +21,11 @@ from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.triton.absmax import load_row_absmax
 from kernels.triton.case import Case, meta, meta_packed
 from kernels.triton.gemm import gemm
-from kernels.triton.launch import cdiv, launch, next_power_of_2
+from kernels.triton.launch import cdiv, launch, next_power_of_2, split_columns
 from kernels.triton.nf4 import dense
 from kernels.weight import Weight
 
 FEW_TOKENS = 64  # up to here; on paper: the lookups then still cost less than reading and writing a dense W
-PROGRAMS = 512  # rows alone make too few programs for a GPU: K is split until there are about this many
-MAX_SPLITS = 16
 NUM_WARPS = 4
 
 
@@ -97,9 +95,7 @@ def few_tokens(x: Tensor, weight: Weight) -> Tensor:
     (m, k), n, device = x.shape, weight.shape[0], x.device
     tiles = _tiles(m, k, state.blocksize, x.dtype)
     rows = cdiv(n, tiles["BLOCK_N"])
-    splits = min(MAX_SPLITS, max(1, PROGRAMS // rows))
-    columns = cdiv(cdiv(k, splits), tiles["BLOCK_K"]) * tiles["BLOCK_K"]
-    splits = cdiv(k, columns)
+    columns, splits = split_columns(k, tiles["BLOCK_K"], rows)
     partial = torch.empty(splits, m, n, dtype=torch.float32, device=device)
     launch(
         _few_tokens_kernel, (rows, splits),

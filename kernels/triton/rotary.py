@@ -81,14 +81,14 @@ def _rotary_kernel(
         )  # fmt: skip
 
 
-@supports_if(lambda q, *_: q.dtype != torch.float64)  # the sums here are fp32
+@supports_if(lambda q, *_: q.dtype != torch.float64)  # the kernel computes in fp32
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     turned = q.new_empty(q.shape), k.new_empty(k.shape)
     _launch(q, k, cos, sin, *turned, backward=False)
     return turned
 
 
-@supports_if(lambda dq, *_: dq.dtype != torch.float64)  # the sums here are fp32
+@supports_if(lambda dq, *_: dq.dtype != torch.float64)  # the kernel computes in fp32
 def rotary_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     turned = gradient_of(dq, cos), gradient_of(dk, cos)
     _launch(dq, dk, cos, sin, *turned, backward=True)

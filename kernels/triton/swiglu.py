@@ -48,7 +48,7 @@ def _swiglu_backward_kernel(
     tl.store(dup_ptr + i, (dy * x * sigmoid).to(dup_ptr.dtype.element_ty), mask=i < n)
 
 
-@supports_if(lambda gate, *_: gate.dtype != torch.float64)  # the sums here are fp32
+@supports_if(lambda gate, *_: gate.dtype != torch.float64)  # the kernel computes in fp32
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
     n = y.numel()
@@ -56,7 +56,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return y
 
 
-@supports_if(lambda dy, *_: dy.dtype != torch.float64)  # the sums here are fp32
+@supports_if(lambda dy, *_: dy.dtype != torch.float64)  # the kernel computes in fp32
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
     n = dy.numel()

@@ -29,7 +29,7 @@ def left_out(model: nn.Module) -> dict[str, str]:
     modules = dict(model.named_modules())
     found = {}
     for path, module in modules.items():
-        read = _of_methods(type(module), _read)
+        read = _of_methods(_code_of(module), _read)
         if isinstance(module, nn.MultiheadAttention):  # torch reads it
             read = {"out_proj"}
         for name in (f"{path}.{child}".removeprefix(".") for child in read):
@@ -54,6 +54,11 @@ def _is_product(linear: nn.Linear) -> bool:
         return False
     want = nn.functional.linear(x, weight, bias)
     return isinstance(y, Tensor) and y.shape == want.shape and torch.allclose(y, want, atol=1e-5)
+
+
+def _code_of(module: nn.Module) -> type[nn.Module]:
+    """The class of `module`, or of the model's own that it took the place of."""
+    return getattr(module, "own_class", type(module))
 
 
 @functools.cache
@@ -88,6 +93,7 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those of branches for `pretraining_tp`, with which Bloom repeats its training on many GPUs."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "pretraining_tp" in ast.unparse(node.test):
+            yield from node.orelse
             for other in node.orelse:
                 yield from _nodes(other)
         else:
@@ -107,7 +113,7 @@ def experts(model: nn.Module) -> dict[str, int]:
 def changed_in_place(model: nn.Module) -> set[str]:
     """The full names of the modules whose results the model's code may change in place."""
     modules = dict(model.named_modules())
-    names = (f"{path}.{child}" for path, module in modules.items() for child in _of_methods(type(module), _changed))
+    names = (f"{path}.{child}" for path, module in modules.items() for child in _of_methods(_code_of(module), _changed))
     return {name.removeprefix(".") for name in names} & modules.keys()
 
 

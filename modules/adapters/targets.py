@@ -146,14 +146,17 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     asked = config.target_modules
     if config.adapter == "houlsby" and asked == ALL_LINEAR:
         asked = sublayer_ends(model)
-    names = [
-        name
-        for name in match_targets(linears, asked)
-        if not any(f"{name}.".startswith(f"{module}.") for module in saved)
-    ]
+    try:
+        matched = match_targets(linears, asked)
+    except ValueError as error:
+        for name, reason in left_out(model).items():
+            if asked != ALL_LINEAR and matches(asked, name):
+                raise ValueError(f"target_modules: {name} cannot be adapted: {reason}") from error
+        raise
+    names = [name for name in matched if not any(f"{name}.".startswith(f"{module}.") for module in saved)]
     if config.exclude_modules:
         excluded = {name for name in names if matches(config.exclude_modules, name)}
-        if not excluded:
+        if not excluded and not any(matches(config.exclude_modules, name) for name in left_out(model)):
             raise ValueError(f"exclude_modules={config.exclude_modules!r} matches none of the target modules")
         names = [name for name in names if name not in excluded]
     if not names:

@@ -23,7 +23,7 @@ class FusedMLP(Fused):
             return self.own_forward(x)
         gate, up = joined((self.gate_proj, self.up_proj), x) or (self.gate_proj(x), self.up_proj(x))
         hidden = self._product(gate, up)
-        # checkpointing keeps nothing of a block; a hook inside of its own would keep gate and up of every block
+        # Checkpointing keeps no tensors of a block. A hook inside it would keep gate and up of every block.
         checkpointing = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
         if checkpointing or not torch.is_grad_enabled():
             return self.down_proj(hidden)
@@ -67,7 +67,7 @@ class _Gated(torch.autograd.Function):
 
 
 def fused_mlp(module: nn.Module) -> FusedMLP | None:
-    """What can take the place of `module`; None if it is not such an MLP."""
+    """The replacement of `module`; None if it is not such an MLP."""
     if isinstance(module, Fused) or set(module._modules) != {*LINEARS, "act_fn"}:
         return None
     same = can_be_replaced(module) and computes_the_same(FusedMLP, module, _parts)

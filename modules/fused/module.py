@@ -12,7 +12,7 @@ PROBED = (torch.float32, torch.bfloat16)  # the second shows where a module roun
 
 
 class Fused(nn.Module):
-    """A module that computes in another way what `own` computes.
+    """A module that gives the results of `own` by other code.
 
     It has all the attributes of `own`. Parameters, buffers, children and hooks are in the very same dictionaries, so
     that a change to one module is a change to both.

@@ -21,7 +21,7 @@ def _eps(norm: nn.Module) -> float | None:
 
 
 def fused_rms_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """What can take the place of `module`; None if it is not such a norm."""
+    """The replacement of `module`; None if it is not such a norm."""
     named = type(module).__name__.endswith("RMSNorm") and not isinstance(module, Fused)
     if not named or not isinstance(getattr(module, "weight", None), Tensor) or not isinstance(_eps(module), float):
         return None

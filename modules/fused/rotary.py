@@ -1,9 +1,8 @@
 """A model's rotary position embedding by the op rotary.
 
-transformers' attention modules call a function of the file that they are in. It is not an attribute of a module that
-another module could take the place of, and their forward has no other seam between projections and cache. So ours takes
-the function's place in that file, for every model of the kind in this process: both give the same bits. `release` of
-the last fused model of a kind puts the function back.
+transformers' attention calls a function of its own file. No module holds that function, so no module can replace it. We
+replace the function in that file. This affects every model of the kind in this process. Both functions give the same
+bits. `release` of the last fused model of a kind puts the function back.
 """
 
 import sys

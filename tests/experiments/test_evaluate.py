@@ -3,11 +3,13 @@
 import importlib.util
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from experiments import evaluate
-from experiments.runs import checkpoints
+from experiments.errors import UserError
+from experiments.runs import checkpoints, lm_eval_harness
 from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate as measure
 from tests.experiments.helpers import write_chats
@@ -68,6 +70,12 @@ def test_without_the_harness_it_says_how_to_install_it(command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "lm_eval" else find(name, *a))
     code, text = command("tasks=arc_easy")
     assert code == 1 and "tasks=… needs lm-evaluation-harness: pip install lm-eval" in text
+
+
+def test_the_harness_refuses_infix_tokens(monkeypatch):
+    monkeypatch.setattr(lm_eval_harness, "virtual_tokens", lambda model: (0, 3))
+    with pytest.raises(UserError, match=r"Infix tokens need that: measure with data="):
+        lm_eval_harness.measure(SimpleNamespace(model=None), ["arc_easy"], None, None)
 
 
 def test_the_harness_measures_our_model_object(command, finished_once, tmp_path):

@@ -108,7 +108,7 @@ def test_a_tuned_model_of_another_shape_is_refused(command, tmp_path):
 
     _, tokenizer = tiny()
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=99
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=300
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")

@@ -1,5 +1,6 @@
 """Generation against a plain loop over the logits; the command: one prompt, many, a conversation, bad input."""
 
+import copy
 import io
 import shutil
 import sys
@@ -10,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments import generate
-from experiments.models.generation import Sampling
+from experiments.models.generation import Sampling, decode, own_settings, without_reasoning
 from experiments.models.generation import generate as generate_ids
 from experiments.runs.finished import load_run
 from modules import adapted_linears, unfuse
+from tests.experiments.data import templates
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,52 @@ def test_a_batch_is_the_plain_loop_over_each_prompt(loaded):
     cut = [ids[: ids.index(stop) + 1] if stop in ids else ids for ids in expected]
     assert generated.ids == cut and len(cut[1]) <= 5
     assert generated.prompt_tokens == 17 and generated.seconds > 0 and generated.prompt_seconds > 0
+
+
+def test_greedy_is_greedy_whatever_the_model_says(loaded, monkeypatch):
+    prompts = [[5, 9, 40], list(range(20, 33)), [7]]
+    expected = [greedy(loaded.model, prompt, 12, loaded.tokenizer.eos_token_id) for prompt in prompts]
+    own = copy.deepcopy(loaded.model.generation_config)
+    own.update(repetition_penalty=3.0, no_repeat_ngram_size=1, num_beams=2, temperature=0.3, min_new_tokens=2)
+    monkeypatch.setattr(loaded.model, "generation_config", own)
+    assert generate_ids(loaded.model, loaded.tokenizer, prompts, Sampling(12)).ids == expected
+    assert loaded.model.generation_config is own
+    named = {"repetition_penalty": 3.0, "no_repeat_ngram_size": 1, "num_beams": 2, "min_new_tokens": 2}
+    assert own_settings(loaded.model) == named
+
+
+def test_the_settings_of_the_model_are_named_when_tokens_are_drawn(write, monkeypatch):
+    plain = write("prompt=hello", "temperature=1", "max_new_tokens=3")[1]
+    assert "generation_config.json" not in plain
+    load = generate.load_run
+
+    def with_penalty(*arguments):
+        run = load(*arguments)
+        run.model.generation_config.repetition_penalty = 1.3
+        return run
+
+    monkeypatch.setattr(generate, "load_run", with_penalty)
+    text = write("prompt=hello", "temperature=1", "max_new_tokens=3")[1]
+    assert "from the model's generation_config.json: repetition_penalty=1.3" in text
+    assert "generation_config.json" not in write("prompt=hello", "max_new_tokens=3")[1]
+
+
+def test_an_answer_ends_at_the_end_token_of_the_template(loaded):
+    [long] = generate_ids(loaded.model, loaded.tokenizer, [[5, 9, 40]], Sampling(12)).ids
+    tokenizer = copy.deepcopy(loaded.tokenizer)
+    end = tokenizer.convert_ids_to_tokens(long[4])
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + m.content + '" + end + "' }}{% endfor %}"
+    [cut] = generate_ids(loaded.model, tokenizer, [[5, 9, 40]], Sampling(12)).ids
+    assert cut == long[: long.index(long[4]) + 1]
+
+
+def test_an_answer_is_told_from_its_reasoning():
+    tokenizer = templates.tokenizer(templates.QWEN3)
+    ids = tokenizer("<think>\n4 or 5\n</think>\n\n4<|im_end|>")["input_ids"]
+    assert decode(tokenizer, without_reasoning(tokenizer, ids)).strip() == "4"
+    tokenizer.chat_template = templates.LLAMA3
+    assert without_reasoning(tokenizer, ids) == ids
 
 
 def test_drawn_tokens_follow_the_settings(loaded):

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import cpu, op, use_backend
+from kernels import columns, cpu, use_backend
 from tests.kernels.nf4_cases import triton_device
 
-KERNELS = Path(op.__file__).parent
+KERNELS = Path(columns.__file__).parent
 
 
 def op_file(path: Path) -> str | None:
@@ -21,8 +21,8 @@ def pytest_generate_tests(metafunc):
     """`backend` is each column of the grid that has the op file under test; each column if there is no such file."""
     if "backend" in metafunc.fixturenames:
         file = op_file(metafunc.definition.path)
-        columns = [name for name in op.BACKENDS if file is None or (KERNELS / name / f"{file}.py").exists()]
-        metafunc.parametrize("backend", columns, indirect=True)
+        names = [name for name in columns.BACKENDS if file is None or (KERNELS / name / f"{file}.py").exists()]
+        metafunc.parametrize("backend", names, indirect=True)
 
 
 @pytest.fixture
@@ -40,23 +40,23 @@ def backend(request, monkeypatch):
     proves nothing about the column. Fresh memory holds NaN, so an element that a kernel forgets to write shows.
     """
     on_gpu = torch.cuda.is_available()
-    if request.param == "triton" and not (on_gpu or op.interpreting()):
+    if request.param == "triton" and not (on_gpu or columns.interpreting()):
         pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
     parameters = getattr(getattr(request.node, "callspec", None), "params", {})
     if request.param == "triton" and not on_gpu and torch.bfloat16 in parameters.values():
         pytest.skip("Triton's interpreter computes bf16 wrongly")
     if request.param == "cpu" and not cpu.available():
         pytest.skip("the CPU kernels cannot run here")
-    file, column = op_file(request.path), op.Op.column
+    file, column = op_file(request.path), columns.Row.column
 
     def column_or_skip(self, *args):
         chosen = column(self, *args)
-        if self.file == file and chosen == "reference" != op._override.get():
+        if self.file == file and chosen == "reference" != columns._override.get():
             pytest.skip(f"{self.name} has no {request.param} kernel for these tensors")
         return chosen
 
-    monkeypatch.setattr(op.Op, "column", column_or_skip)
-    monkeypatch.setattr(op, "_warn_of_reference", lambda *_: None)  # of the ops that only prepare a test
+    monkeypatch.setattr(columns.Row, "column", column_or_skip)
+    monkeypatch.setattr(columns, "_warn_of_reference", lambda *_: None)  # of the ops that only prepare a test
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_default_device("cuda" if on_gpu and request.param != "cpu" else "cpu")
     with use_backend(request.param):

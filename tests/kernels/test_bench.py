@@ -163,4 +163,4 @@ def test_interpreter_time_is_never_shown(monkeypatch, tmp_path, capsys):
 def test_a_busy_machine_is_noticed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("kernels.bench.__main__.OthersLoad.cores", lambda load: 1.26)
     assert main(["nf4_dequantize", "--quick", "--csv", str(tmp_path / "b.csv")]) == 0
-    assert "others kept 1.3 cores busy meanwhile: measure again without them" in capsys.readouterr().out
+    assert "others kept 1.3 cores of this machine busy meanwhile: measure again without them" in capsys.readouterr().out

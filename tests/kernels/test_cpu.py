@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.columns import find_function
 from kernels.cpu import dora, lora, threads
-from kernels.op import find_function
 
 pytestmark = pytest.mark.skipif(not threads.available(), reason="PyTorch brings no libgomp here")
 

@@ -1,4 +1,4 @@
-"""Which column runs an op, what an op promises to torch, and that the grid's cells are where op.py looks for them."""
+"""Which column runs an op, what an op promises to torch, and that the cells are where columns.py looks for them."""
 
 import ast
 import importlib
@@ -10,7 +10,16 @@ import pytest
 import torch
 
 import kernels
-from kernels import dequantize_4bit, joined_linears, lora_linear, op, quantize_4bit, use_backend, weight
+from kernels import (
+    columns,
+    dequantize_4bit,
+    has_kernel,
+    joined_linears,
+    lora_linear,
+    quantize_4bit,
+    use_backend,
+    weight,
+)
 from kernels.adamw import _adamw
 from kernels.joined import Joined, _joined_linears
 from kernels.lora import _lora_linear
@@ -38,7 +47,7 @@ PACKED = Weight(*quantize_4bit(torch.ones(4, 64)))
 def no_choice(monkeypatch):
     """The environment does not choose a column, and no warning has been given yet."""
     monkeypatch.delenv("QDORA_BACKEND", raising=False)
-    remembered = (op._environment, op._has_matrix_instructions, op._warn_of_reference)
+    remembered = (columns._environment, columns._has_matrix_instructions, columns._warn_of_reference)
     for function in remembered:
         function.cache_clear()
     yield
@@ -52,7 +61,7 @@ def card(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some card")
 
     def pretend(*capability: int):
-        op._has_matrix_instructions.cache_clear()
+        columns._has_matrix_instructions.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return pretend
@@ -101,7 +110,7 @@ def test_an_override_and_the_environment(name, column, monkeypatch):
             assert _lora_linear.column(CPU) == "cpu"
         assert _lora_linear.column(CPU) == column
     monkeypatch.setenv("QDORA_BACKEND", name)
-    op._environment.cache_clear()
+    columns._environment.cache_clear()
     assert _lora_linear.column(CPU) == column
     with use_backend("reference"):
         assert _lora_linear.column(CPU) == "reference"
@@ -109,14 +118,14 @@ def test_an_override_and_the_environment(name, column, monkeypatch):
 
 @needs_triton
 def test_the_interpreter_runs_the_triton_column_on_a_cpu(monkeypatch):
-    monkeypatch.setattr(op, "interpreting", lambda: True)
+    monkeypatch.setattr(columns, "interpreting", lambda: True)
     with use_backend("triton"):
         assert _lora_linear.column(CPU) == "triton"
     assert _lora_linear.column(CPU) == "cpu"
 
 
 def test_a_missing_kernel_that_was_asked_for_is_said_once(monkeypatch):
-    monkeypatch.setattr(op, "interpreting", lambda: True)
+    monkeypatch.setattr(columns, "interpreting", lambda: True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with use_backend("triton"):
@@ -130,7 +139,7 @@ def test_a_missing_kernel_that_was_asked_for_is_said_once(monkeypatch):
 
 
 def test_a_column_on_the_wrong_device_is_refused(monkeypatch):
-    monkeypatch.setattr(op, "interpreting", lambda: False)
+    monkeypatch.setattr(columns, "interpreting", lambda: False)
     with use_backend("triton"), pytest.raises(RuntimeError, match=r"'triton' .* on a cpu tensor: move it to a GPU, or"):
         _lora_linear.column(CPU)
     with use_backend("cpu"), pytest.raises(RuntimeError, match=r"'cpu' .* on a cuda tensor: move it to the CPU"):
@@ -146,6 +155,27 @@ def test_unknown_backends_are_refused(monkeypatch):
         _lora_linear.column(CPU)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "rotary", "dequantize_absmax", "quantize_4bit", "attention"])
+def test_has_kernel_asks_for_the_device_alone(name):
+    """These take more arguments than the one tensor, and some support only some tensors."""
+    for x in (CPU, CPU.double()):
+        assert has_kernel(name, x)
+        with use_backend("reference"):
+            assert not has_kernel(name, x)
+    assert torch.compile(lambda x: has_kernel(name, x), fullgraph=True, backend="eager")(CPU)
+
+
+def test_has_kernel_of_a_missing_cell_device_and_name(card):
+    card(8, 0)
+    assert not has_kernel("adamw", CPU)
+    assert has_kernel("quantize_4bit", GPU) and not has_kernel("joined_linears", GPU)
+    assert not has_kernel("rms_norm", torch.zeros(2, device="meta"))
+    with use_backend("cpu"):
+        assert has_kernel("rms_norm", torch.zeros(2, device="meta"))
+    with pytest.raises(ValueError, match="has_kernel: no op is named 'norm'; choose one of adamw, "):
+        has_kernel("norm", CPU)
+
+
 # ----------------------------------------------------------------------------------------- the grid
 
 
@@ -159,7 +189,7 @@ def test_every_op_has_its_reference_in_the_file_of_its_name():
     found = {(one.file, one.name) for one in ops()}
     assert {file for file, _ in found} == set(FILES)
     for one in ops():
-        for column in op.BACKENDS:
+        for column in columns.BACKENDS:
             cell = one.cell(column)
             if cell is None:
                 assert column != "reference", f"{one.name} has no reference"
@@ -178,7 +208,7 @@ def test_the_reference_imports_no_other_column(path):
             imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             imported |= {alias.name for alias in node.names}
-    forbidden = ("triton", "numba", "kernels.triton", "kernels.cpu", "kernels.op")
+    forbidden = ("triton", "numba", "kernels.triton", "kernels.cpu", "kernels.op", "kernels.columns")
     assert not [name for name in imported if name in forbidden or name.startswith(forbidden[2:4])]
 
 

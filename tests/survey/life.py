@@ -49,8 +49,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def save_small(model_type: str, folder: Path) -> Path:
     """Write the small model of `model_type` with its tokenizer, and chats to train on, into `folder`."""
-    directory = folder / model_type
-    build(model_type).save_pretrained(directory)
+    directory, model = folder / model_type, build(model_type)
+    logits(model)  # or it is no model, but sizes that do not fit
+    model.save_pretrained(directory)
     tokenizer().save_pretrained(directory)
     chats = [{"prompt": f"add {n} and {n}", "completion": f"it is {2 * n}"} for n in range(12)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))

@@ -7,12 +7,15 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
+from tokenizers.processors import TemplateProcessing
 
 from experiments.config import DataConfig
 from experiments.data.chat import IGNORED, Example
 from experiments.data.samples import batches, collate, epoch_batches, eval_batches, load_data
 from experiments.errors import UserError
-from tests.experiments.data.conversations import clone, jsonl_config, pairs, write
+from tests.experiments.data.conversations import chat, clone, jsonl_config, pairs, write
+from tests.experiments.data.templates import QWEN3
+from tests.experiments.data.templates import tokenizer as template_tokenizer
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -65,6 +68,7 @@ def test_a_small_file_still_holds_one_out(tmp_path, tokenizer):
     ("changes", "message"),
     [
         ({"path": None}, "data=jsonl needs data.path=FILE"),
+        ({"train_on": "first"}, "data.train_on=first is not one of all, last"),
         ({"source": "text", "name": "text", "path": None}, "data=text needs data.path=FILE"),
         ({"source": "docstrings", "name": "docstrings"}, "data=docstrings reads no file: for c.jsonl use data=jsonl"),
         ({"source": "csv"}, "data.source=csv is not one of docstrings, arithmetic, jsonl, text"),
@@ -171,3 +175,28 @@ def test_configs_follow_the_schema(name):
         assert (data.name, data.source, data.max_train) == (name, name, 3)
         with pytest.raises(ConfigCompositionException, match=r"data.max_lenght"):
             compose(overrides=[f"+data={name}", "data.max_lenght=3"])
+
+
+def test_text_begins_and_ends_as_the_tokenizer_has_it(tmp_path):
+    with_bos = template_tokenizer(None)
+    bos = with_bos.bos_token_id
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    text = "".join(chr(97 + i % 26) for i in range(100))
+    (tmp_path / "t.txt").write_text(text)
+    data = load_data(text_config(tmp_path / "t.txt", heldout_fraction=0.25), with_bos)
+    assert data.train[0].input_ids == with_bos(text)["input_ids"][:10]
+    assert all(e.input_ids[0] == bos and len(e.input_ids) <= 10 for e in data.train + data.heldout)
+    assert data.heldout[-1].input_ids[-1] == with_bos.eos_token_id
+    read = [token for e in data.train + data.heldout for token in e.input_ids[1:]]
+    assert with_bos.decode(read) == text + with_bos.eos_token
+
+
+def test_which_turns_are_trained_on(tmp_path):
+    rows = [{"messages": chat("user: q1", f"assistant: one {i}", "user: q2", f"assistant: two {i}")} for i in range(9)]
+    path, tokenizer = write(tmp_path / "c.jsonl", *rows), template_tokenizer(QWEN3)
+    every, last = (load_data(jsonl_config(path, train_on=which), tokenizer) for which in ("all", "last"))
+    assert len(every.train) == 2 * len(last.train) and {"one", "two"} == {e.reference[:3] for e in every.train}
+    assert {e.reference[:3] for e in last.train} == {"two"}
+    n = len(last.train)
+    assert f"{2 * n} training samples, one a turn, of {n} conversations" in every.note
+    assert len(load_data(jsonl_config(path, max_train=3), tokenizer).train) == 3

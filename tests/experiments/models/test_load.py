@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from experiments.config import ModelConfig
-from experiments.data.chat import Example
-from experiments.data.samples import Data
+from experiments.data.tokens import tokenize
 from experiments.errors import UserError
-from experiments.models.load import check_ids, load_model
+from experiments.models.load import load_model
 
 
 def load(**kwargs):
@@ -65,18 +64,6 @@ def test_a_directory_without_a_tokenizer(tmp_path):
         load(source="hf", path=str(tmp_path))
 
 
-def test_a_token_beyond_the_embeddings():
-    model, tokenizer = load(source="tiny")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<tool>"]})
-    ids = tokenizer("call <tool>")["input_ids"]
-    assert max(ids) == 258 and model.get_input_embeddings().num_embeddings == 258
-    sample = Example(ids, ids, [], "")
-    with pytest.raises(UserError, match="the token '<tool>' with id 258, and the model has 258 embeddings: make room"):
-        check_ids(model, tokenizer, Data([sample], [sample], ""))
-    model.resize_token_embeddings(259)
-    check_ids(model, tokenizer, Data([sample], [sample], ""))
-
-
 def test_damaged_weights_are_one_line(tmp_path):
     model, tokenizer = load(source="tiny")
     model.save_pretrained(tmp_path)
@@ -94,3 +81,29 @@ def test_a_damaged_packed_directory_is_one_line(packed_tiny):
     (packed_tiny / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json cannot be read"):
         load(source="hf", path=str(packed_tiny))
+
+
+def saved(directory, tokenizer):
+    model, _ = load(source="tiny")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return load_model(ModelConfig(name="hf", source="hf", path=str(directory)), torch.float32, 0)[1]
+
+
+def test_the_pad_token_has_an_embedding(tmp_path):
+    _, beyond = load(source="tiny")
+    beyond.add_special_tokens({"pad_token": "[PAD]"})
+    assert beyond.pad_token_id == 258  # and the model has 258 embeddings
+    assert saved(tmp_path / "beyond", beyond).pad_token == "<|im_end|>"
+    _, none = load(source="tiny")
+    none.pad_token = none.eos_token = None
+    assert saved(tmp_path / "none", none).pad_token_id in (256, 257)
+
+
+def test_text_with_tokens_beyond_the_embeddings_is_refused(tmp_path):
+    _, more = load(source="tiny")
+    more.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    tokenizer = saved(tmp_path / "more", more)
+    assert tokenize(tokenizer, "no such token")["input_ids"]
+    with pytest.raises(ValueError, match="the token '<tool>' with id 258, and the model has 258 embeddings: make room"):
+        tokenize(tokenizer, "a <tool> token")

@@ -15,9 +15,10 @@ from experiments.models.architecture import meta_model
 from experiments.models.load import prepare_model, tiny_model
 from experiments.plan import __main__ as plan
 from experiments.plan import claims
-from experiments.plan.budget import budget, nbytes, planned_model, shard_bytes, stored
+from experiments.plan.budget import budget, planned_model, shard_bytes, stored
 from experiments.plan.measure import allocated, measure
 from experiments.plan.simulate import Step, loss_of, simulate
+from experiments.runs.result_numbers import nbytes
 from experiments.system.cli import composed
 from experiments.training.engines import FSDP
 from experiments.training.optim import make_optimizer

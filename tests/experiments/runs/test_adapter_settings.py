@@ -119,7 +119,9 @@ def test_another_data_type(command, terminal, tmp_path, quant_type):
         assert code == 0, text
         config = json.loads((tmp_path / "bnb4" / "config.json").read_text())
         assert config["quantization_config"]["bnb_4bit_quant_type"] == "fp4"
-        code, text = command("+method=qlora", "model=hf", f"model.path={tmp_path / 'bnb4'}", "quant=nf4")
+        code, text = command(
+            "+method=qlora", "model=hf", f"model.path={tmp_path / 'bnb4'}", "quant=nf4", "overwrite=true"
+        )
         assert code == 1 and "is packed in fp4, not in nf4: choose quant=fp4" in text
 
 

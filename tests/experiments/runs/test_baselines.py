@@ -45,6 +45,11 @@ def trained(command, tmp_path):
     return train
 
 
+def answers(text: str) -> list[str]:
+    """The lines of `generate` without those on the machine, its load and its speed."""
+    return [line for line in text.splitlines()[:-1] if " on cpu (" not in line]
+
+
 @pytest.mark.parametrize("method", PARAMETERS)
 def test_train_evaluate_generate(trained, terminal, method):
     run, text = trained(method, "lr=3e-2")
@@ -67,7 +72,7 @@ def test_train_evaluate_generate(trained, terminal, method):
     code, merged = terminal(generate, f"run={run}", *drawn)
     assert code == 0, merged
     code, apart = terminal(generate, f"run={run}", *drawn, "merge=false")
-    assert code == 0 and apart.splitlines()[1:-1] == merged.splitlines()[1:-1]
+    assert code == 0 and answers(apart) == answers(merged)
 
 
 def test_what_peft_has(trained, terminal):

@@ -287,7 +287,7 @@ def test_ctrl_c_in_one_process_stops_all_after_the_same_step(folder, mode):
     assert [process.exitcode for process in ended] == [130, 130], ended
     text = ended[0].text + ended[1].text
     assert "Traceback" not in text and text.count("\ninterrupted\n") == 1, text
-    assert text.count("stopped after step 2: its weights and metrics are in") == 1, text
+    assert text.count("stopped after step 3: its weights and metrics are in") == 1, text
     interrupted = folder / f"interrupted-{mode}"
     assert (interrupted / "adapter" / "adapter_model.safetensors").is_file() and records(interrupted)[-1]["step"] == 3
     assert [path.name for path in (interrupted / "checkpoints").iterdir()] == ["step-00000003"]

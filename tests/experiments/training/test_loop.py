@@ -2,17 +2,22 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from experiments.config import ModelConfig, TrainerConfig
+from experiments.config import ModelConfig, TrainerConfig, resolve
 from experiments.data.chat import IGNORED, Example
 from experiments.data.samples import collate
+from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import load_model
+from experiments.runs import one_run
+from experiments.system.cli import composed
 from experiments.training.engines import Engine
-from experiments.training.evaluation import evaluate, label_logits
-from experiments.training.loop import _accumulate, lr_factor
+from experiments.training.evaluation import Evaluation, evaluate, label_logits
+from experiments.training.loop import Trainer, _accumulate, lr_factor
 from experiments.training.loss import LabelLoss
+from tests.experiments.helpers import SMALL, TINY, write_chats
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +81,46 @@ def test_answer_continues_each_prompt_as_it_would_alone(tiny):
     prompts = [EXAMPLES[0].input_ids, EXAMPLES[1].input_ids]
     together = answer(model, tokenizer, prompts, 6)
     assert together == [answer(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(tmp_path, monkeypatch, last, value):
+    where = [f"data.path={write_chats(tmp_path)}", "data=jsonl", f"output_dir={tmp_path / 'out'}"]
+    steps = [f"trainer.steps={3 if last else 6}", "trainer.checkpoint_every=1", "trainer.grad_accum=1"]
+    step, good = Trainer.step, {}
+
+    def faulty(self, group):
+        if self.trained.steps < 2:
+            return step(self, group)
+        good.update({name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad})
+        handle = self.parameters[0].register_hook(lambda gradient: gradient * value)
+        try:
+            return step(self, group)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(Trainer, "step", faulty)
+    with pytest.raises(
+        UserError, match=r"the gradients became (nan|inf) at step 3, under a loss of .* weights of step 2"
+    ):
+        one_run.run(resolve(composed("+method=lora", *TINY, *SMALL, *where, *steps)))
+    kept = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    assert len(kept) == len(good) and all(tensor.isfinite().all() for tensor in kept.values())
+    saved = load_file(tmp_path / "out" / "checkpoints" / "step-00000002" / "weights.safetensors")
+    for name, tensor in saved.items():
+        torch.testing.assert_close(tensor, good[name], rtol=0, atol=0)
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_heldout_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch, step):
+    where = [f"data.path={write_chats(tmp_path)}", "data=jsonl", f"output_dir={tmp_path / 'out'}"]
+    found = [Evaluation(3.0, 0.0, 1)] * (step > 0) + [Evaluation(float("nan"), 0.0, 1)]
+    monkeypatch.setattr(one_run, "evaluate", lambda *_: found.pop(0))
+    message = "is nan before training, in float32" if step == 0 else "became nan after step 2"
+    with pytest.raises(UserError, match=f"the held-out loss {message}"):
+        one_run.run(resolve(composed("+method=lora", *TINY, *SMALL, *where, "trainer.steps=2")))
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -91,6 +91,13 @@ def test_narrow_linears_get_the_rank_they_can_have(tmp_path):
         assert torch.equal(again(ids).logits, want)
 
 
+def test_asked_for_by_name():
+    model = build("mamba2")
+    with pytest.raises(ValueError, match=r"out_proj cannot be adapted: the model's code reads its weight"):
+        attach(model, "lora", target_modules=["out_proj"])
+    assert attach(model, "lora", rank=4, exclude_modules=["out_proj"])  # of which nothing would be left anyway
+
+
 def test_packing_leaves_them_dense():
     model = build("bamba")
     quantize(model)

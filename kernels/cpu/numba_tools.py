@@ -1,8 +1,8 @@
-"""What the CPU kernels are written with: numba, bf16, an exponential, and a share of the work for each thread.
+"""Tools to write CPU kernels: numba, bf16, an exponential, and a share of the work for each thread.
 
 A kernel is a Python function of one argument, the array of its arguments as int64, that numba compiles for this
 processor (once: the code is kept beside the source). Loops over `range(n)` of arrays that begin at 0 become vector
-code; numba checks other indices for being negative, which does not.
+code. numba checks whether an index is negative, unless the index is the loop's own. The check prevents vector code.
 """
 
 import hashlib
@@ -39,7 +39,8 @@ class Kernel:
 
     Args:
         exact: nothing is reordered or fused.
-        parallel: on all threads, each with its `share`; waking them takes as long as a small tensor does on one.
+        parallel: run on all threads; each does its `share`. Waking the threads takes as long as one thread needs for a
+            small tensor.
     """
 
     def __init__(self, function: Callable, exact: bool = False, parallel: bool = True):
@@ -76,7 +77,7 @@ def _pointer(typing, address):
 
 @njit(inline="always")
 def arguments(pointer, count):
-    """int64 [count]: what the kernel was called with."""
+    """The kernel's arguments, int64 [count]."""
     return carray(pointer, count, np.int64)
 
 
@@ -185,7 +186,8 @@ def exp(x):
 
 @intrinsic
 def larger(typing, x, y):
-    """The larger one; of NaN and a number either, which lets a maximum be looked for in several places at once."""
+    """The larger of x and y. If one is NaN, either may be returned. This lets the compiler search for a maximum in
+    vector code."""
 
     def build(context, builder, signature, args):
         maxnum = builder.module.declare_intrinsic("llvm.maxnum", [_F32], ir.FunctionType(_F32, [_F32, _F32]))
