@@ -17,7 +17,7 @@ merge=false           keep NF4 codes and adapters: less memory, slower; otherwis
 trainer.…             device, dtype and threads, as in a run
 
 Answers go to stdout, tokens a second to stderr. In a conversation, a line of three double quotes begins and ends a
-message of several lines, /new begins another conversation, Ctrl-C stops an answer, Ctrl-D ends it all.
+message of several lines, /new begins another conversation, /help shows this, Ctrl-C stops an answer, Ctrl-D ends all.
 """
 
 import sys
@@ -42,6 +42,10 @@ from experiments.system.cli import command, read_options
 from modules.adapters.prefix import virtual_tokens
 
 QUOTES = '"""'  # around a message of several lines
+COMMANDS = (
+    f"/new begins another conversation; a line of {QUOTES} begins and ends a message of several lines; "
+    "Ctrl-C stops an answer; Ctrl-D ends it all"
+)
 
 
 @dataclass
@@ -151,10 +155,14 @@ def converse(writer: Writer) -> None:
         import readline  # noqa: F401  input() edits lines and knows earlier ones
 
         print(f"system: {writer.system}" if writer.system else "no system message", file=sys.stderr)
+        print("/help shows the commands", file=sys.stderr)
     messages, cache, cached, prompt_length = writer.opening(), writer.new_cache(), [], None
     while (text := _read_message(interactive)) is not None:
         if text.strip() == "/new":
             messages, cache, cached, prompt_length = writer.opening(), writer.new_cache(), [], None
+            continue
+        if text.strip() == "/help":
+            print(COMMANDS, file=sys.stderr)
             continue
         if not text.strip():
             continue

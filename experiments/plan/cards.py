@@ -21,6 +21,8 @@ class Card(NamedTuple):
 
 
 CARDS = {
+    "t4": Card("T4, 16 GB", 15360, 65.0),  # in fp16: it has no bf16
+    "rtx4080": Card("RTX 4080, 16 GB", 16376, 97.5),
     "rtx3090": Card("RTX 3090, 24 GB", 24576, 71.0),
     "rtx4090": Card("RTX 4090, 24 GB", 24564, 165.2),
     "l4": Card("L4, 24 GB", 23034, 121.0),

@@ -31,7 +31,7 @@ def style(position: int) -> dict:
 
 
 def looks(group: Group, labels: Iterable[str]) -> dict[str, dict]:
-    """The style of each setting: the same in every picture of the group, if all its settings can have their own."""
+    """The look of each setting: the same in every picture of the group, if all its settings can have their own."""
     settings = list(group.settings())
     if len(settings) > len(COLOURS):
         settings = [label for label in settings if label in set(labels)]
@@ -70,17 +70,22 @@ def log_ticks(axes, values: set[float]) -> None:
     axes.xaxis.set_minor_locator(ticker.NullLocator())
 
 
-def scatter(axes, settings: dict[str, list[Run]], measure: str, scale: float, label: str, methods: list[str]) -> None:
-    """Loss after training against a cost, a point a setting in the look of its method, with the Pareto front."""
+def scatter(axes, group: Group, settings: dict[str, list[Run]], measure: str, scale: float, label: str) -> None:
+    """Loss after training against a cost, a point a setting, with the Pareto front.
+
+    A point has the look of its setting if each can have one, else of its method, and then the rest of its name.
+    """
+    few = len(group.settings()) <= len(COLOURS)
+    methods = sorted({run.method for run in group.runs})
+    styles = looks(group, settings) if few else {name: style(methods.index(name)) for name in methods}
     points = {}
     for name, runs in settings.items():
         x, y = mean(runs, measure), mean(runs, "loss_after")
         points[name] = (x.mean / scale, y.mean)
         bars = {"xerr": x.std / scale, "yerr": y.std} if x.n > 1 else {}
-        method = runs[0].method
-        seen = method in axes.get_legend_handles_labels()[1]
-        look = style(methods.index(method))
-        axes.errorbar(*points[name], **bars, ls="none", elinewidth=0.8, label=None if seen else method, **look)
+        shown = name if few else runs[0].method
+        seen = shown in axes.get_legend_handles_labels()[1]
+        axes.errorbar(*points[name], **bars, ls="none", elinewidth=0.8, label=None if seen else shown, **styles[shown])
     best = front(points)
     axes.step(*zip(*(points[name] for name in best)), where="post", color="0.4", ls=":", lw=1.4, zorder=0)
     axes.plot(
@@ -89,5 +94,10 @@ def scatter(axes, settings: dict[str, list[Run]], measure: str, scale: float, la
     for number, name in enumerate(best):  # neighbours on different sides, that their names do not meet
         at = (8, 8) if number % 2 == 0 else (8, -14)
         axes.annotate(name, points[name], xytext=at, textcoords="offset points", fontsize="x-small")
+    if not few:
+        for name in points.keys() - set(best):
+            rest = name.removeprefix(settings[name][0].method).strip()
+            at = {"xytext": (5, 4), "textcoords": "offset points", "fontsize": "xx-small", "color": "0.45"}
+            axes.annotate(rest, points[name], **at)
     axes.margins(x=0.18, y=0.12)
     finish(axes, xlabel=label, ylabel=LOSS)

@@ -73,7 +73,7 @@ def forgetting(group: Group) -> Picture | None:
     domains = sorted({str(run.config.get("second.name")) for run in runs})
     figure, (axes,) = new_figure(group, "Learning and forgetting", runs, height=5.2, width=8)
     label = f"rise of the loss on {', '.join(domains)} (nats a token)"
-    scatter(axes, settings, "second_loss_rise", 1, label, sorted({run.method for run in group.runs}))
+    scatter(axes, group, settings, "second_loss_rise", 1, label)
     axes.axvline(0, color="0.6", lw=1, zorder=0)
     figure.legend(
         *axes.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=6

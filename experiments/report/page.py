@@ -250,12 +250,10 @@ def page(parts: list[Section], images: dict[str, bytes]) -> str:
     body = []
     for level, part in enumerate(parts):
         body.append(f"<h{min(level, 1) + 1}>{html.escape(part.title)}</h{min(level, 1) + 1}>")
-        body += [
-            f"<p>{_inline(line.removeprefix('- '))}</p>"
-            if not line.startswith("- ")
-            else f"<li>{_inline(line[2:])}</li>"
-            for line in part.lines
-        ]
+        for in_list, lines in itertools.groupby(part.lines, key=lambda line: line.startswith("- ")):
+            kind, marked = ("li" if in_list else "p"), [_inline(line.removeprefix("- ")) for line in lines]
+            text = "".join(f"<{kind}>{line}</{kind}>" for line in marked)
+            body.append(f"<ul>{text}</ul>" if in_list else text)
         for table in part.tables:
             head = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
             rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in table.rows)

@@ -7,7 +7,18 @@ from collections.abc import Callable
 import numpy
 from matplotlib import ticker
 
-from experiments.report.drawing import LOSS, Picture, errorbar, finish, log_ticks, new_figure, scatter, series_of, style
+from experiments.report.drawing import (
+    LOSS,
+    Picture,
+    errorbar,
+    finish,
+    log_ticks,
+    looks,
+    new_figure,
+    scatter,
+    series_of,
+    style,
+)
 from experiments.report.measure_plots import exact_match, forgetting, rank_in_use, target_modules
 from experiments.report.statistics import mean
 from experiments.runs.groups import Group
@@ -21,7 +32,18 @@ MAX_CURVES = 10  # in one panel
 def pictures(group: Group) -> list[Picture]:
     """The pictures that the group's runs have data for."""
     makers: tuple[Callable[[Group], Picture | None], ...] = (
-        *(settings, rank, block_size, target_modules, cost, exact_match, forgetting, rank_in_use, curves),
+        *(
+            settings,
+            learning_rate,
+            rank,
+            block_size,
+            target_modules,
+            cost,
+            exact_match,
+            forgetting,
+            rank_in_use,
+            curves,
+        ),
     )
     return [picture for maker in makers if (picture := maker(group)) is not None]
 
@@ -70,14 +92,16 @@ def rank(group: Group) -> Picture | None:
     if max(map(len, series.values())) < 2:  # a search: no two runs differ in rank alone
         return None
     figure, (axes,) = new_figure(group, "Held-out loss by rank", group.runs)
-    positions = {label: position for position, label in enumerate(sorted([*series, *unranked]))}
+    levels = looks(group, unranked)
+    free = [one for one in map(style, range(len(series) + len(levels))) if one not in levels.values()]
+    lines = dict(zip(sorted(series), free))
     for number, (label, points) in enumerate(series.items()):
         beside = 2 ** (0.06 * (number - (len(series) - 1) / 2))  # so that the bars of two series do not hide each other
         means = [mean(runs, "loss_after") for runs in points.values()]
-        errorbar(axes, [x * beside for x in points], means, label=label, lw=1.4, **style(positions[label]))
+        errorbar(axes, [x * beside for x in points], means, label=label, lw=1.4, **lines[label])
     for number, (label, runs) in enumerate(unranked.items()):
         line = LINES[number % len(LINES)]
-        level, colour = mean(runs, "loss_after"), style(positions[label])["color"]
+        level, colour = mean(runs, "loss_after"), levels[label]["color"]
         axes.axhline(level.mean, color=colour, ls=line, lw=1.4, label=f"{label} (has no rank)")
         if level.n > 1:
             axes.axhspan(level.mean - level.std, level.mean + level.std, color=colour, alpha=0.15, lw=0)
@@ -89,6 +113,22 @@ def rank(group: Group) -> Picture | None:
     return Picture(
         "rank", "Held-out loss after training against rank: mean ± standard deviation over seeds.", figure, group.runs
     )
+
+
+def learning_rate(group: Group) -> Picture | None:
+    """Loss against the learning rate, a point a run: in a search all else may differ too."""
+    if "lr" not in group.varied:
+        return None
+    figure, (axes,) = new_figure(group, "Held-out loss by learning rate", group.runs)
+    for position, method in enumerate(sorted({run.method for run in group.runs})):
+        runs = [run for run in group.runs if run.method == method]
+        losses = [run.measures["loss_after"] for run in runs]
+        axes.plot([run.config["lr"] for run in runs], losses, ls="none", label=method, **style(position))
+    axes.set_xscale("log")
+    finish(axes, xlabel="learning rate", ylabel=f"{LOSS}, after")
+    axes.legend(frameon=False, fontsize="small")
+    caption = "Held-out loss after training against the learning rate, a point a run, whatever else differs."
+    return Picture("learning_rate", caption, figure, group.runs)
 
 
 def block_size(group: Group) -> Picture | None:
@@ -126,17 +166,16 @@ def cost(group: Group) -> Picture | None:
     if len(by_setting) < 2:
         return None
     figure, panels = new_figure(group, "Held-out loss by cost", group.runs, 2, 5.2, 13)
-    methods = sorted({run.method for run in group.runs})
     scales = {"train_seconds": (1, "training time (s)"), "peak_memory_bytes": (1e9, "peak memory (GB)")}
     for axes, (measure, (scale, label)) in zip(panels, scales.items()):
-        scatter(axes, by_setting, measure, scale, label, methods)
+        scatter(axes, group, by_setting, measure, scale, label)
     figure.legend(
         *panels[0].get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=7
     )
     caption = (
         "Held-out loss after training against training time and against the peak memory of the run's process: means "
         "± standard deviation over seeds. Ringed and named: the Pareto front, where nothing else is both cheaper and "
-        "better."
+        "better by more than 1 %."
     )
     return Picture("cost", caption, figure, group.runs)
 
@@ -158,10 +197,11 @@ def curves(group: Group) -> Picture | None:
     figure.axes[0].remove()
     grid = figure.subplots(len(panels), 2, squeeze=False, sharex=True, sharey="col")
     for (left, right), members in zip(grid, panels.values()):
+        styles = looks(group, members)
         for position, (label, runs) in enumerate(members.items()):
             for axes, key, marks in ((left, "loss", False), (right, "heldout_loss", True)):
                 steps, middle, deviation = band([run.curve for run in runs], key)
-                look = style(position) if marks else {"color": style(position)["color"]}
+                look = styles[label] if marks else {"color": styles[label]["color"]}
                 line = "-" if position < len(COLOURS) else "--"
                 axes.plot(steps, middle, lw=1.4, ls=line, label=label, **look)
                 axes.fill_between(steps, middle - deviation, middle + deviation, color=look["color"], alpha=0.15, lw=0)

@@ -81,18 +81,23 @@ def method_differences(group: Group) -> list[tuple[str, str, str, Difference]]:
     return rows
 
 
+SAME_COST = 0.01  # of the largest cost: a measured time or memory does not tell smaller differences
+
+
 def front(points: dict[str, tuple[float, float]]) -> list[str]:
     """The labels on the Pareto front, cheapest first: no other point costs as little and has as low a loss.
 
     Args:
-        points: (cost, loss) by label.
+        points: (cost, loss) by label. Costs that are closer than SAME_COST count as the same.
     """
-    best, labels = math.inf, []
-    for label, (_, loss) in sorted(points.items(), key=lambda item: item[1]):
-        if loss < best:
-            best = loss
+    same = SAME_COST * max((abs(cost) for cost, _ in points.values()), default=0.0)
+    by_loss = sorted(points.items(), key=lambda item: (item[1][1], item[1][0]))
+    cheapest, labels = math.inf, []
+    for label, (cost, _) in by_loss:  # best first: a worse one has to be cheaper
+        if cost < cheapest - same:
+            cheapest = cost
             labels.append(label)
-    return labels
+    return labels[::-1]
 
 
 @dataclass

@@ -1,21 +1,37 @@
-"""A progress bar in a terminal; elsewhere a plain line now and then for training, and nothing for work of seconds."""
+"""A progress bar in a terminal; elsewhere a plain line now and then, and nothing for work of seconds."""
 
 import functools
+import operator
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
 from tqdm import tqdm
 
 from experiments.system import parallel
 
-PLAIN_LINES = 10  # in a log file
+PLAIN_LINES = 10  # of training, in a log file
+PLAIN_SECONDS = 30  # between the lines of other work
 
 
 def bar(title: str) -> Callable[[Iterable], Iterable]:
-    """Wraps an iterable of known length in a bar that goes away when done; in a log file it shows nothing."""
-    return functools.partial(tqdm, desc=title, leave=False, dynamic_ncols=True, disable=not _terminal())
+    """Wraps an iterable of known length in a bar that goes away when done; in a log file in a line now and then."""
+    if _terminal():
+        return functools.partial(tqdm, desc=title, leave=False, dynamic_ncols=True)
+    return functools.partial(_plain, title)
+
+
+def _plain(title: str, items: Iterable) -> Iterator:
+    total, start = operator.length_hint(items), time.perf_counter()
+    said = start
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.perf_counter()
+        if now - said >= PLAIN_SECONDS and parallel.is_main():
+            said = now
+            left = (now - start) / done * (total - done)
+            print(f"{title} {done}/{total}  {left:.0f} s left", file=sys.stderr, flush=True)
 
 
 def _terminal() -> bool:

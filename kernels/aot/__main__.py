@@ -75,15 +75,19 @@ def run(
     csv_file: Path | None = None,
     plot_file: Path | None = None,
 ) -> int:
-    """Compile `cases` for `targets`, print a table, write the files. Returns 1 if any is over budget, else 0."""
-    results, failures, over = [], [], set()
+    """Compile `cases` for `targets`, print a table, write the files.
+
+    Returns:
+        1 if a case is over budget or does not compile, else 0.
+    """
+    results, uncompiled, failures, over = [], [], [], set()
     for target in targets:
         start = time.perf_counter()
         here = [case for case in cases if _runs_on(case, target)]
         for case, row in zip(here, compile_all(here, target, jobs)):
             name = f"{case.kernel}/{case.config} on {target}"
             if isinstance(row, Exception):
-                failures.append(f"{name}: does not compile: {type(row).__name__}: {row}")
+                uncompiled.append(f"{name}: {type(row).__name__}: {row}")
                 continue
             results.append((case, row))
             if broken := violations(case, row):
@@ -98,10 +102,12 @@ def run(
         write_csv(csv_file, rows)
     if plot_file:
         plot(plot_file, results)
-    print(f"{len(rows)} compiled or read, {len(failures)} over budget or not compiled")
+    print(f"{len(rows)} compiled or read, {len(uncompiled)} not compiled, {len(over)} over budget")
+    for failure in uncompiled:
+        print(f"DOES NOT COMPILE {failure}", file=sys.stderr)
     for failure in failures:
         print(f"OVER BUDGET {failure}", file=sys.stderr)
-    return 1 if failures else 0
+    return 1 if uncompiled or failures else 0
 
 
 def _runs_on(case: Case, target: str) -> bool:

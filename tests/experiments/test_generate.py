@@ -152,9 +152,10 @@ def test_one_prompt_streams_what_many_give(write, tmp_path):
 
 
 def test_a_conversation_with_kept_keys_and_values_is_one_without(write, loaded, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO('What is 3 plus 3?\nand 4?\n/new\n"""\nand 4?\nand 5?\n"""\n'))
+    monkeypatch.setattr(sys, "stdin", io.StringIO('What is 3 plus 3?\n/help\nand 4?\n/new\n"""\nand 4?\nand 5?\n"""\n'))
     code, text = write("max_new_tokens=7", "temperature=2")
-    assert code == 0, text
+    assert code == 0 and text.count("/new begins another conversation") == 1, text
+    text = text.replace(generate.COMMANDS, "")
     writer = generate.Writer(loaded, generate.Options(run="", max_new_tokens=7, temperature=2.0))
     tokenizer, messages, expected = loaded.tokenizer, [], []
     for message in ("What is 3 plus 3?", "and 4?", None, "and 4?\nand 5?"):

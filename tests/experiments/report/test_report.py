@@ -26,6 +26,7 @@ def test_everything_is_written_and_the_page_needs_nothing_beside_it(terminal, re
         (results / "report" / name).read_bytes() for name in drawn
     }
     assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "<li>" in page and "<li>" not in re.sub("<ul>(<li>.*?</li>)+</ul>", "", page)
     hashes = {json.loads(path.read_text())["config_hash"] for path in results.glob("*/result.json")}
     captions = re.findall(r"<figcaption>.*?</figcaption>", page)
     assert len(captions) == 4 and all(h in caption for caption in captions for h in hashes)
@@ -217,3 +218,22 @@ def test_times_are_compared_only_if_the_machine_allows(terminal, tmp_path, secon
     assert why is None or f"- Training times are not compared: {why}." in text
     with (tmp_path / "report" / "runs.csv").open() as file:
         assert {row["machine.others_cores"] for row in csv.DictReader(file)} == {"0.5"}
+
+
+def test_a_setting_has_one_look_and_a_search_its_learning_rates(tmp_path):
+    for row, lr in enumerate((1e-4, 1e-3, 1e-2)):
+        for method in ("lora", "full"):
+            write_run(tmp_path, method, 0, 2.9 - row / 10, lr=lr, peak_memory_bytes=(5 + row) * 10**9)
+    [one] = groups_of(tmp_path)
+    drawn = {picture.name: picture for picture in pictures(one)}
+    [axes] = drawn["learning_rate"].figure.axes
+    assert axes.get_xscale() == "log" and {line.get_label() for line in axes.get_lines()} == {"lora", "full"}
+    assert sorted(axes.get_lines()[0].get_xdata()) == [1e-4, 1e-3, 1e-2]
+
+    def colours(axes) -> dict[str, str]:
+        handles, labels = axes.get_legend_handles_labels()
+        return {label: getattr(handle, "lines", [handle])[0].get_color() for handle, label in zip(handles, labels)}
+
+    cost, curves = colours(drawn["cost"].figure.axes[0]), colours(drawn["curves"].figure.axes[1])
+    assert len(curves) == 6 and all(cost[label] == colour for label, colour in curves.items())
+    assert len(set(curves.values())) == 6

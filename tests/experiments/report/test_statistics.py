@@ -44,3 +44,10 @@ def test_the_verdict_names_what_the_seeds_do_not_tell_apart(results):
 def test_the_pareto_front():
     points = {"a": (1, 3.0), "b": (2, 2.0), "worse": (2, 2.5), "dear": (3, 2.0), "c": (4, 1.0)}
     assert front(points) == ["a", "b", "c"]
+
+
+def test_costs_that_are_the_same_within_noise_make_no_front():
+    gb = 1e9
+    points = {"a": (2.6000 * gb, 3.0), "b": (2.6001 * gb, 2.0), "c": (2.7 * gb, 1.9)}
+    assert front(points) == ["b", "c"] and front({"a": (1.0, 1.0)}) == ["a"] and front({}) == []
+    assert front({"forgets": (0.5, 2.0), "gains": (-0.4, 2.1)}) == ["gains", "forgets"]
