@@ -58,6 +58,13 @@ MORE: dict[str, dict[str, Any]] = {
     "data2vec-text": {"max_position_embeddings": 1024},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 64}},
     "falcon_h1": {"mamba_d_head": 8},
+    "gemma3": {
+        "vision_config": {
+            **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4},
+            **{"image_size": 32, "patch_size": 8},
+        },
+        "mm_tokens_per_image": 4,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0], "layer_types": [*_KINDS]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},

@@ -17,7 +17,10 @@ def logits(model):
         return model.eval()(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("model_type, other_name", [("qwen3_moe", ".experts.0.gate_proj."), ("gpt_neox", "embed_out")])
+@pytest.mark.parametrize(
+    "model_type, other_name",
+    [("qwen3_moe", ".experts.0.gate_proj."), ("gpt_neox", "embed_out"), ("gemma3", "language_model.model.")],
+)
 def test_of_our_own(tmp_path, model_type, other_name):
     model = build(model_type)
     quantize(model)
