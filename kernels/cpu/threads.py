@@ -81,7 +81,9 @@ class _IdleThreads:
             self._release = None
             return
         self._release, started = threading.Event(), threading.Event()
-        threading.Thread(target=self._team, args=(self._release, started), name="idle OpenMP", daemon=True).start()
+        team = self._release, started
+        self.thread = threading.Thread(target=self._team, args=team, name="idle OpenMP", daemon=True)
+        self.thread.start()
         started.wait()
 
     @staticmethod
