@@ -56,8 +56,8 @@ def test_idle_threads_come_and_go():
     idle = threads._IdleThreads()
     x = torch.randn(64, 64)
     exact = x @ x
+    before = tasks()
     for _ in range(3):
-        before = tasks()
         idle.hold(True)
         thread = idle.thread
         idle.hold(True)
