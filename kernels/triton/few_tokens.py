@@ -4,8 +4,8 @@
     gain = m / ‖W + sBA‖                 [N], with DoRA where the norm is known
 
 As in `project` of low_rank.py, x Aᵀ is bound by reading. But few tokens make few tiles, so matrix units, which a tile
-must fill, would leave most of a GPU idle. Here a program takes one row of A and four tokens, and its warps split the
-columns: the sum has one order, two runs give the same bits. Other programs compute the gain.
+must fill, would leave most of a GPU idle. Here a program takes one row of A and up to four tokens, and its warps split
+the columns: the sum has one order, two runs give the same bits. Other programs compute the gain.
 """
 
 import torch
@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.case import Case, meta
-from kernels.triton.launch import cdiv, launch
+from kernels.triton.launch import cdiv, launch, next_power_of_2
 
 MAX_TOKENS = 64  # each row of A is read again for every four tokens, from the L2 cache
-TOKENS = 4  # of a program: 32 registers of sums
+MAX_TOKENS_OF_ONE = 4  # tokens of a program: 32 registers of sums
 BLOCK_K = 1024  # eight columns a thread
 BLOCK_N = 1024  # gains of a program
 
@@ -44,27 +44,42 @@ def _adapter_kernel(
     BLOCK_N: tl.constexpr,
 ):
     pid = tl.program_id(0)
-    tiles = tl.cdiv(M, TOKENS) * R
-    if pid < tiles:
-        r = pid % R
-        m = pid // R * TOKENS + tl.arange(0, TOKENS)
-        acc = tl.zeros([TOKENS, BLOCK_K], tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            a_ptrs = a_ptr + r.to(tl.int64) * stride_ar + k.to(tl.int64) * stride_ak
-            a = tl.load(a_ptrs, mask=k < K, other=0.0).to(tl.float32)
-            x_ptrs = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
-            x = tl.load(x_ptrs, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
-            acc += x * a[None, :]
-        xa = tl.sum(acc, axis=1) * scale
-        tl.store(xa_ptr + m.to(tl.int64) * R + r, xa.to(xa_ptr.dtype.element_ty), mask=m < M)
-    elif magnitude_ptr is not None:
-        n = (pid - tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        norm = tl.load(norm_ptr + n, mask=n < N, other=0.0)
-        magnitude = tl.load(magnitude_ptr + n.to(tl.int64) * stride_m, mask=n < N, other=0.0).to(tl.float32)
-        gain = tl.where(norm == 0.0, 0.0, tl.math.div_rn(magnitude, tl.where(norm == 0.0, 1.0, norm)))
-        tl.store(norm_copy_ptr + n, norm, mask=n < N)
-        tl.store(gain_ptr + n, gain, mask=n < N)
+    if magnitude_ptr is None:
+        _row_of_a(x_ptr, a_ptr, xa_ptr, pid, M, K, R, stride_ar, stride_ak, scale, TOKENS, BLOCK_K)
+    else:
+        gains = tl.cdiv(N, BLOCK_N)
+        if pid < gains:
+            _gain(magnitude_ptr, norm_ptr, norm_copy_ptr, gain_ptr, pid, N, stride_m, BLOCK_N)
+        else:
+            _row_of_a(x_ptr, a_ptr, xa_ptr, pid - gains, M, K, R, stride_ar, stride_ak, scale, TOKENS, BLOCK_K)
+
+
+@triton.jit
+def _row_of_a(
+    x_ptr, a_ptr, xa_ptr, pid, M, K, R, stride_ar, stride_ak, scale, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    r = pid % R
+    m = pid // R * TOKENS + tl.arange(0, TOKENS)
+    acc = tl.zeros([TOKENS, BLOCK_K], tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        a_ptrs = a_ptr + r.to(tl.int64) * stride_ar + k.to(tl.int64) * stride_ak
+        a = tl.load(a_ptrs, mask=k < K, other=0.0).to(tl.float32)
+        x_ptrs = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
+        x = tl.load(x_ptrs, mask=(m < M)[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+        acc += x * a[None, :]
+    xa = tl.sum(acc, axis=1) * scale
+    tl.store(xa_ptr + m.to(tl.int64) * R + r, xa.to(xa_ptr.dtype.element_ty), mask=m < M)
+
+
+@triton.jit
+def _gain(magnitude_ptr, norm_ptr, norm_copy_ptr, gain_ptr, pid, N, stride_m, BLOCK_N: tl.constexpr):
+    n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
+    norm = tl.load(norm_ptr + n, mask=n < N, other=0.0)
+    magnitude = tl.load(magnitude_ptr + n.to(tl.int64) * stride_m, mask=n < N, other=0.0).to(tl.float32)
+    gain = tl.where(norm == 0.0, 0.0, tl.math.div_rn(magnitude, tl.where(norm == 0.0, 1.0, norm)))
+    tl.store(norm_copy_ptr + n, norm, mask=n < N)
+    tl.store(gain_ptr + n, gain, mask=n < N)
 
 
 def supports(x: Tensor, dropout: float) -> bool:
@@ -80,14 +95,14 @@ def adapter(
     lora_A [R, K] and magnitude may have any strides, norm fp32 [N] is contiguous.
     """
     (m, k), rank, device = x.shape, lora_A.shape[0], x.device
-    n = 0 if magnitude is None else magnitude.shape[0]
+    n, tokens = 0 if magnitude is None else magnitude.shape[0], min(MAX_TOKENS_OF_ONE, next_power_of_2(m))
     xa = torch.empty(m, rank, dtype=x.dtype, device=device)
     copy, gain = (None, None) if magnitude is None else (torch.empty_like(norm), torch.empty_like(norm))
     launch(
-        _adapter_kernel, (cdiv(m, TOKENS) * rank + cdiv(n, BLOCK_N),),
+        _adapter_kernel, (cdiv(m, tokens) * rank + cdiv(n, BLOCK_N),),
         x, lora_A, xa, magnitude, norm, copy, gain, m, n, k, rank,
         *lora_A.stride(), 0 if magnitude is None else magnitude.stride(0), scaling,
-        TOKENS=TOKENS, BLOCK_K=BLOCK_K, BLOCK_N=BLOCK_N, num_warps=4, fp_fusion=True,
+        TOKENS=tokens, BLOCK_K=BLOCK_K, BLOCK_N=BLOCK_N, num_warps=4, fp_fusion=True,
     )  # fmt: skip
     return xa, copy, gain
 
@@ -99,10 +114,10 @@ def _case(tokens: int, rank: int, dtype: str = "bf16", dora: bool = False) -> Ca
         config=f"m{tokens}-r{rank}-{dtype}" + "-dora" * dora,
         call=lambda: adapter(x, lora_A, 2.0, per_row, per_row),
         fn=_adapter_kernel,
-        values=TOKENS * BLOCK_K,
-        bytes_per_value=4 / min(tokens, TOKENS),  # A; x stays in a cache
+        values=lambda a: a.TOKENS * BLOCK_K,
+        bytes_per_value=4 / min(tokens, MAX_TOKENS_OF_ONE),  # A; x stays in a cache
         loop=True,
-        max_instr=5.0,
+        max_instr=6.5 if tokens == 1 else 4.5,
         max_registers=128,
         min_load_bits=128,
     )
