@@ -8,7 +8,7 @@ those whose generation_config.json changes how tokens are drawn.
 import contextlib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -153,6 +153,7 @@ def generate(
     stream: bool = False,
     kept: Kept | None = None,
     prompt_length: int | None = None,
+    until: Sequence[str] = (),
 ) -> Generated:
     """Continue prompts, all in one batch.
 
@@ -162,6 +163,7 @@ def generate(
         kept: the cache of earlier calls, to go on with.
         prompt_length: so many tokens of each prompt precede the first answer, if the model has infix tokens
             (modules/adapters/prefix.py); by default all.
+        until: the batch may end when each answer has ended or holds one of these texts.
 
     Raises:
         UserError: the batch does not fit in memory.
@@ -171,7 +173,7 @@ def generate(
     show = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     try:
         if decodes_in_place(model, sampling):
-            return _decode(model, tokenizer, prompts, sampling, show, kept or Kept())
+            return _decode(model, tokenizer, prompts, sampling, show, kept or Kept(), until)
         return _by_transformers(model, tokenizer, prompts, sampling, show, prompt_length)
     finally:
         model.train(training)
@@ -192,6 +194,7 @@ def _decode(
     sampling: Sampling,
     show: TextStreamer | None,
     kept: Kept,
+    until: Sequence[str],
 ) -> Generated:
     start, longest = time.perf_counter(), max(map(len, prompts))
     stops, first = _stops(model, tokenizer), None
@@ -208,6 +211,8 @@ def _decode(
         steps.append(tokens)
         if show is not None:
             show.put(torch.tensor(tokens))
+        if until and all(_holds(tokenizer, _until(list(row), stops), until, stops) for row in zip(*steps)):
+            break
     if show is not None:
         show.end()
     ids = [_until(list(row), stops) for row in zip(*steps)]
@@ -278,6 +283,12 @@ def _until(ids: list[int], stops: list[int]) -> list[int]:
     """`ids` up to and with the first of `stops`; padding follows it."""
     end = next((i for i, token in enumerate(ids) if token in stops), len(ids))
     return ids[: end + 1]
+
+
+def _holds(tokenizer: PreTrainedTokenizerBase, ids: list[int], texts: Sequence[str], stops: list[int]) -> bool:
+    """Whether an answer has ended or holds one of the texts."""
+    written = tokenizer.decode(ids)
+    return ids[-1] in stops or any(text in written for text in texts)
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
