@@ -97,7 +97,9 @@ def adapter(
     (m, k), rank, device = x.shape, lora_A.shape[0], x.device
     n, tokens = 0 if magnitude is None else magnitude.shape[0], min(MAX_TOKENS_OF_ONE, next_power_of_2(m))
     xa = torch.empty(m, rank, dtype=x.dtype, device=device)
-    copy, gain = (None, None) if magnitude is None else (torch.empty_like(norm), torch.empty_like(norm))
+    copy = gain = None
+    if magnitude is not None:
+        copy, gain = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
     launch(
         _adapter_kernel, (cdiv(m, tokens) * rank + cdiv(n, BLOCK_N),),
         x, lora_A, xa, magnitude, norm, copy, gain, m, n, k, rank,

@@ -179,7 +179,7 @@ def gemv(
         packed = packed.clone()
     (m, k), n, device = x.shape, weight.shape[0], x.device
     y = torch.empty(m, n, dtype=x.dtype, device=device)
-    z = torch.empty_like(y) if keep_z else None
+    z = torch.empty(m, n, dtype=x.dtype, device=device) if keep_z else None
     rank, tiles = 0 if s is None else s.shape[1], _tiles(m, n, k, x.dtype)
     launch(
         _gemv_kernel, (cdiv(n, tiles["ROWS"]),),
