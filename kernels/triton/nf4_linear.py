@@ -16,9 +16,9 @@ from kernels.weight import Weight
 
 # The most tokens of each way, if it supports the tensors; beyond, W is dequantized.
 #
-# On paper, not measured: an H100 issues 0.93 warp instructions a picosecond. So these ways need 0.2 to 0.3 ps a weight
-# (`python -m kernels.aot 'nf4_gem*'`), reading the codes takes 0.11 to 0.17 ps. Dequantizing alone was measured on an
-# H200: 0.98 ps a weight. So was the dense product in bf16, in ms at 1 / 16 / 64 tokens, and bitsandbytes 0.50.2's:
+# On paper, not measured: an H100 issues 0.93 warp instructions a picosecond, so these ways need 0.17 to 0.3 ps a weight
+# (`python -m kernels.aot 'nf4_gem*'`). An H200 reads the codes in 0.11 ps. Dequantizing alone was measured on an H200:
+# 0.98 ps a weight. So was the dense product in bf16, in ms at 1 / 16 / 64 tokens, and bitsandbytes 0.50.2's:
 #   out × in        dense                    bitsandbytes             dequantize, then dense
 #   4096 × 4096     0.019 / 0.019 / 0.018    0.015 / 0.043 / 0.038    0.035
 #   14336 × 4096    0.041 / 0.041 / 0.042    0.034 / 0.071 / 0.114    0.100
