@@ -15,7 +15,8 @@ def _interrupted(*_) -> None:
     os._exit(130)  # an exception would pass through imports, of which some take it for another
 
 
-if sys.argv[0] == "-m":  # so it is while Python looks for the module of `python -m experiments.…`
+# argv is so while Python looks for the module of `python -m experiments.…`; under nohup the signal is ignored
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _interrupted)  # until the command has its own handler
 
 import importlib.metadata

@@ -24,7 +24,8 @@ def before_imports() -> None:
             f"error: {sys.executable} has no torch: `source .venv/bin/activate` first; `make setup` makes .venv if it "
             "is not there"
         )
-    signal.signal(signal.SIGINT, _interrupted)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it is ignored
+        signal.signal(signal.SIGINT, _interrupted)
     importlib.import_module(f"{asked[0]}.arguments").parse(sys.argv[1:])
 
 
@@ -35,7 +36,8 @@ def _interrupted(*_) -> None:
 
 def run(main: Callable[[list[str]], int]) -> None:
     """End the process with the exit code of `main`, or in one line after Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGINT) is _interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

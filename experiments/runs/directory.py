@@ -4,10 +4,11 @@ from pathlib import Path
 
 from experiments.runs import checkpoints
 from experiments.runs.model_files import ADAPTER, BASE, MODEL
+from experiments.runs.tracking import TENSORBOARD
 from experiments.system.directory import INSTEAD, earlier_results
 from experiments.system.files import METRICS, RESULT, SPECTRUM
 
-FILES = (RESULT, METRICS, SPECTRUM, "loss.png", "samples.md", ADAPTER, MODEL, BASE, checkpoints.FOLDER)
+FILES = (RESULT, METRICS, SPECTRUM, "loss.png", "samples.md", ADAPTER, MODEL, BASE, checkpoints.FOLDER, TENSORBOARD)
 
 
 def earlier_run(path: Path) -> str | None:

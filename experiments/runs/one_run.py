@@ -147,7 +147,7 @@ class _Run:
         try:
             with (
                 parallel.interrupts_wait() if parallel.size() > 1 else contextlib.nullcontext(),
-                tracker(self.cfg, self.files.path, self.before_stop.tracker_id) as self.tracking,
+                tracker(self.cfg, self.files.path, self.before_stop.tracker_id, self.trained.steps) as self.tracking,
             ):
                 yield
         except BaseException as error:
@@ -267,7 +267,11 @@ class _Run:
         """The model's texts for the sample prompts."""
         prompts = [sample.prompt_ids for sample in self.samples]
         tokens = self.cfg.trainer.sample_tokens
-        return answer(self.model, self.tokenizer, prompts, tokens, reasoning=True) if prompts else []
+        if not prompts:
+            return []
+        if parallel.is_main():
+            print(f"writing samples: {len(prompts)} answers of up to {tokens} tokens")
+        return answer(self.model, self.tokenizer, prompts, tokens, reasoning=True)
 
     def _samples(self) -> list[dict[str, str]]:
         """The sample prompts with reference and answers."""
