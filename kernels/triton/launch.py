@@ -5,6 +5,7 @@ all it would have passed. So `python -m kernels.aot` compiles what launchers rea
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +79,12 @@ def cdiv(n: int, size: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not less than n ≥ 1."""
     return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H100's 132 for tensors that are on none, which are compiled for or interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def split_columns(columns: int, block: int, programs: int) -> tuple[int, int]:
