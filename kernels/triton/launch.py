@@ -62,9 +62,18 @@ def launch(kernel, grid: tuple[int, ...], *args, fp_fusion: bool, **more) -> Non
         arguments = dict(zip(kernel.arg_names, args)) | more
         _recorded.append(Launch(kernel, grid, arguments, options | {"enable_fp_fusion": fp_fusion}))
         return
+    if _one_device():  # or choosing the device would take as long as some of the kernels
+        kernel[grid](*args, **more, enable_fp_fusion=fp_fusion)
+        return
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device_of(tensor):
         kernel[grid](*args, **more, enable_fp_fusion=fp_fusion)
+
+
+@functools.cache
+def _one_device() -> bool:
+    """True if all tensors of a launch can only be on the current device."""
+    return torch.cuda.device_count() < 2
 
 
 # `triton.cdiv` and `next_power_of_2` can also be called in kernels. That makes them slow on the host: microseconds, a
