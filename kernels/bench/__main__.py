@@ -41,8 +41,8 @@ def _run(benches: list[Bench], csv: Path, plots: Path | None, quick: bool) -> in
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
     runner, load = Runner(machine, quick), OthersLoad()
     written, wrong = [csv], False
-    for bench in benches:
-        table, rows = Table(bench), []
+    for bench in [bench.on(machine.device) for bench in benches]:
+        table, rows = Table(bench, graphs="graph_ns" in runner.timers), []
         print(table.header())
         for case in runner.cases(bench):
             print(*table.lines(case), sep="\n", flush=True)

@@ -60,7 +60,7 @@ def test_kernels_over_many_tiles_write_all_of_their_outputs_and_nothing_else(dty
     ],
 )
 def test_launches_of_one_linear(tokens, most, library, monkeypatch):
-    """Over NF4 in bf16, forward and backward of LoRA and of DoRA, and PyTorch's operations: each keeps the host busy."""
+    """Over NF4 in bf16, LoRA and DoRA, forward and backward; and PyTorch's operations: each keeps the host busy."""
     monkeypatch.setattr("kernels.triton.gemm.use_library", lambda x: library)
     x, dy, weight = meta(tokens, 4096, dtype="bf16"), meta(tokens, 4096, dtype="bf16"), meta_packed(4096, 4096)
     adapter, vector = (meta(16, 4096), meta(4096, 16)), meta(4096)
