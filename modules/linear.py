@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import QuantState, Weight
+from kernels.weight import check_packed, checked_before
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -36,7 +37,7 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
 def weight_of(linear: nn.Module) -> Weight:
     """The weight [out, in] of an nn.Linear, NF4Linear or Conv1D, as ops take it."""
     if isinstance(linear, NF4Linear):
-        return Weight(linear.weight, linear.quant_state)
+        return checked_before(linear.weight, linear.quant_state)
     return Weight(linear.weight.t() if is_conv1d(linear) else linear.weight)
 
 
@@ -88,10 +89,14 @@ class NF4Linear(nn.Module):
         packed, quant_state: uint8 codes and their state, as `kernels.quantize_4bit` returns them.
         bias: [out] or None. It is not packed.
         conv1d: the weight comes from a Conv1D. `dequantize` then returns a Conv1D.
+
+    Raises:
+        ValueError: codes and a quant_state that do not belong together.
     """
 
     def __init__(self, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None, conv1d: bool = False):
         super().__init__()
+        check_packed(packed, quant_state)
         self.out_features, self.in_features = quant_state.shape
         self.dtype, self.blocksize = quant_state.dtype, quant_state.blocksize
         self.quant_type, self.conv1d = quant_state.quant_type, conv1d

@@ -34,8 +34,8 @@ def run(chosen: list[Bench], csv: Path, plots: Path | None, quick: bool) -> int:
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
     runner, load = Runner(machine, quick), OthersLoad()
     written, wrong = [csv], False
-    for bench in chosen:
-        table, rows = Table(bench), []
+    for bench in [bench.on(machine.device) for bench in chosen]:
+        table, rows = Table(bench, graphs="graph_ns" in runner.timers), []
         print(table.header())
         for case in runner.cases(bench):
             print(*table.lines(case), sep="\n", flush=True)

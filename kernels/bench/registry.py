@@ -9,9 +9,10 @@ if TYPE_CHECKING:
 OPS = {  # by file of this folder: the ops of its BENCHES
     "nf4": ("nf4_quantize", "nf4_dequantize"),
     "absmax": ("absmax_quantize", "absmax_dequantize"),
-    "products": ("nf4_linear", "gemm"),
+    "products": ("nf4_linear", "gemm", "project", "outer"),
     "dora_norm": ("dora_norm",),
     "linears": ("lora_linear", "dora_linear"),
+    "blocks": ("rms_norm", "swiglu", "rotary", "linear_cross_entropy"),
     "optimizers": ("adamw", "adamw8bit"),
 }
 NAMES = [name for names in OPS.values() for name in names]
