@@ -64,7 +64,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             return load_bnb4(path, dtype) if packed else _load_dense(path, dtype), tokenizer
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            told = " ".join(str(error).split())
+            told = " ".join(str(error).split()).partition(" Model type should be one of")[0]  # 189 of them follow
             raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from error
 
 

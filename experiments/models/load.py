@@ -37,6 +37,8 @@ from modules.adapters.targets import biased_modules
 from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
+# By model type, and why.
+UNTRAINABLE = {"reformer": "Reformer takes whole chunks of tokens alone in training, and batches here have any length"}
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -157,6 +159,8 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Args:
         tokenizer: for init=eva alone, which reads data.
     """
+    if reason := UNTRAINABLE.get(model.config.model_type):
+        raise UserError(f"model={cfg.model.name} cannot be trained here: {reason}")
     if quantized_start(cfg.init):  # it begins with the error of packing
         _attach(cfg, model, tokenizer)
         _quantize(cfg, model)
@@ -177,7 +181,8 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if cfg.method.adapter == "bitfit" and not biased_modules(model):
         linears = len(decoder_linears(model))
         print(f"{cfg.model.name} has no biases to train: each of its {linears} linears gets one, which starts at zero")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = math.inf if positions < 0 else positions  # XLNet has relative ones
     if cfg.data.max_length + cfg.prefix_tokens + cfg.infix_tokens > positions:
         raise UserError(
             f"prefix_tokens={cfg.prefix_tokens} and infix_tokens={cfg.infix_tokens} beside data.max_length="
