@@ -12,7 +12,12 @@ import tokenizers
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from experiments.config import resolve
 from experiments.errors import UserError
@@ -137,11 +142,12 @@ def _gradients(ours: nn.Module, theirs: nn.Module) -> str:
 
 
 def _greedy(model: nn.Module, prompt: Tensor) -> list[int]:
+    """The likeliest tokens, whatever the model's own defaults are: BART's force one at the end."""
     end, pad = VOCABULARY - 2, VOCABULARY - 1
-    how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": pad, "eos_token_id": [end]}
-    return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **how)[
-        0, prompt.shape[1] :
-    ].tolist()
+    how = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=pad, eos_token_id=[end])
+    model.base_model.model.generation_config = how
+    out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+    return out[0, prompt.shape[1] :].tolist()
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

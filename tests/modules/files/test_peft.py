@@ -130,8 +130,8 @@ def test_embeddings_that_peft_saved_without_training(tmp_path):
 
 def test_a_classifier(tmp_path):
     def base():
+        config = dense_model("llama").config  # which may draw numbers, when it is made first
         torch.manual_seed(0)
-        config = dense_model("llama").config
         config.num_labels, config.pad_token_id = 3, 0
         return LlamaForSequenceClassification(config).eval()
 
