@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import QuantConfig
@@ -151,6 +152,7 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     quant = run.cfg.quant if run.cfg.quant.name != "none" else QuantConfig(name="nf4")
     if quant.type not in BITSANDBYTES_TYPES:
         raise UserError(f"bitsandbytes has no {quant.type}, in which the base of {source} is packed: take to=merged")
+    _check_plain(model)
     if adapters(model) and (layers := merge(model, unload=True).values()):
         error, update = (sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("error", "update"))
         print(f"packing loses {error:.1%} of a merged matrix on average, where the adapter had changed {update:.1%}")
@@ -163,6 +165,16 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     with quiet():
         save_bnb4(model, directory)
     return lambda: by_definition(AutoModelForCausalLM.from_pretrained(directory)), packed
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raise UserError if the model's linears are of a class of its own, which transformers does not pack: Falcon."""
+    with torch.device("meta"), quiet():
+        plain = AutoModelForCausalLM.from_config(model.config)
+    for name in decoder_linears(plain):
+        if type(linear := plain.get_submodule(name)) not in (nn.Linear, Conv1D):
+            kind = type(linear).__name__
+            raise UserError(f"to=bnb4: {name} is a {kind}, and transformers packs plain linears alone: take to=merged")
 
 
 EXPORTS = {"merged": _merged, "peft": _peft, "bnb4": _bnb4}
