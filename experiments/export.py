@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import QuantConfig
@@ -168,13 +169,19 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
 
 
 def _check_plain(model: PreTrainedModel) -> None:
-    """Raise UserError if the model's linears are of a class of its own, which transformers does not pack: Falcon."""
+    """Raise UserError if the model has linears that transformers does not pack: of a class of its own, as Falcon's, or
+    kept in fp32, as some of DeepSeek-V4's."""
     with torch.device("meta"), quiet():
         plain = AutoModelForCausalLM.from_config(model.config)
+    in_fp32 = [*(plain._keep_in_fp32_modules or ()), *(plain._keep_in_fp32_modules_strict or ())]
     for name in decoder_linears(plain):
-        if type(linear := plain.get_submodule(name)) not in (nn.Linear, Conv1D):
-            kind = type(linear).__name__
-            raise UserError(f"to=bnb4: {name} is a {kind}, and transformers packs plain linears alone: take to=merged")
+        kind = type(plain.get_submodule(name))
+        if kind not in (nn.Linear, Conv1D):
+            raise UserError(
+                f"to=bnb4: {name} is a {kind.__name__}, and transformers packs plain linears alone: take to=merged"
+            )
+        if not should_convert_module(name, in_fp32):
+            raise UserError(f"to=bnb4: transformers keeps {name} in fp32 and does not pack it: take to=merged")
 
 
 EXPORTS = {"merged": _merged, "peft": _peft, "bnb4": _bnb4}
@@ -196,7 +203,7 @@ def _read(read: Reader, to: str) -> nn.Module:
         return read()
     except (ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"to={to}: its library cannot read this architecture ({told}): nothing is kept") from error
+        raise UserError(f"to={to}: its library could not read what was written ({told}): nothing is kept") from error
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ KINDS = [
 ]
 REFUSED = {  # neither can transformers read what it writes itself
     "falcon": "to=bnb4: transformer.h.0.self_attention.query_key_value is a FalconLinear",
-    "llama4_text": "to=bnb4: its library cannot read",
+    "llama4_text": "to=bnb4: its library could not read",
 }
 
 
