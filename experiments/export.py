@@ -27,7 +27,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
 from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationMethod
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import QuantConfig
@@ -170,7 +172,7 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
 
 def _check_plain(model: PreTrainedModel) -> None:
     """Raise UserError if the model has linears that transformers does not pack: of a class of its own, as Falcon's, or
-    kept in fp32, as some of DeepSeek-V4's."""
+    kept in fp32, as some of DeepSeek-V4's; or experts that it keeps otherwise in packed models, as Llama 4's."""
     with torch.device("meta"), quiet():
         plain = AutoModelForCausalLM.from_config(model.config)
     in_fp32 = [*(plain._keep_in_fp32_modules or ()), *(plain._keep_in_fp32_modules_strict or ())]
@@ -182,6 +184,13 @@ def _check_plain(model: PreTrainedModel) -> None:
             )
         if not should_convert_module(name, in_fp32):
             raise UserError(f"to=bnb4: transformers keeps {name} in fp32 and does not pack it: take to=merged")
+    for name, module in plain.named_modules():
+        packed = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__, {"quantization_methods": []})
+        if QuantizationMethod.BITS_AND_BYTES in packed["quantization_methods"]:
+            raise UserError(
+                f"to=bnb4: in a packed model transformers takes {name} for linears of each expert, and here they are "
+                "one tensor: take to=merged"
+            )
 
 
 EXPORTS = {"merged": _merged, "peft": _peft, "bnb4": _bnb4}

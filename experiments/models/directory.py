@@ -4,12 +4,15 @@ transformers fills weights that a directory lacks with random ones, and says so 
 room for. Here missing tensors, other shapes and tensors that nobody reads are refused by name.
 """
 
+import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
@@ -21,6 +24,16 @@ from modules.files.bitsandbytes import load_bnb4, quantization_of
 # Files of old transformers hold masks and frequencies that are computed now.
 COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$"
 
+# By model type, and why.
+_DRAFTS = "it drafts from the states of another model, not from tokens"
+_CODEBOOKS = "it predicts a token of each of several codebooks at a time, not text"
+UNTRAINABLE = {
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "musicgen": _CODEBOOKS,
+    "musicgen_melody": _CODEBOOKS,
+    "reformer": "Reformer takes whole chunks of tokens alone in training, and batches here have any length",
+}
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")  # one of them is in each tokenizer's directory
 
 
@@ -54,18 +67,51 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     """
     if not (path / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
+    packed = is_packed(path)
+    _check_kind(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
     if not any(list(path.glob(pattern)) for pattern in TOKENIZERS):  # transformers would make an empty one
         raise UserError(f"model.path={path}: no tokenizer in this directory: copy tokenizer.json and the like there")
-    packed = is_packed(path)
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # its code meets damaged files with any error
+            _check_config(path)
+            raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
+        try:
             return load_bnb4(path, dtype) if packed else _load_dense(path, dtype), tokenizer
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            told = " ".join(str(error).split()).partition(" Model type should be one of")[0]  # 189 of them follow
+            told = " ".join(str(error).split())
             raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from error
+        except Exception:
+            _check_config(path)
+            raise
+
+
+def _check_config(path: Path) -> None:
+    """Raise UserError if transformers makes no model of config.json: its code meets wrong values with any error."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True))
+    except Exception as error:
+        raise UserError(f"transformers makes no model of {path / 'config.json'}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _check_kind(path: Path) -> None:
+    """Raise UserError if the model that config.json names is not one that can be trained here."""
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if reason := UNTRAINABLE.get(kind):
+        raise UserError(f"model.path={path}: {kind} cannot be trained here: {reason}")
+    if kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"model.path={path}: transformers has no causal language model (AutoModelForCausalLM) for {kind}, and "
+            "others are not trained here"
+        )
 
 
 def is_packed(path: Path) -> bool:

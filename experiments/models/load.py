@@ -37,8 +37,6 @@ from modules.adapters.targets import biased_modules
 from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
-# By model type, and why.
-UNTRAINABLE = {"reformer": "Reformer takes whole chunks of tokens alone in training, and batches here have any length"}
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -159,8 +157,6 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Args:
         tokenizer: for init=eva alone, which reads data.
     """
-    if reason := UNTRAINABLE.get(model.config.model_type):
-        raise UserError(f"model={cfg.model.name} cannot be trained here: {reason}")
     if quantized_start(cfg.init):  # it begins with the error of packing
         _attach(cfg, model, tokenizer)
         _quantize(cfg, model)

@@ -23,6 +23,7 @@ from transformers import (
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.export import export
+from experiments.models.directory import UNTRAINABLE
 from experiments.models.generation import Sampling, generate
 from experiments.models.load import CHATML
 from experiments.runs.finished import load_run
@@ -55,10 +56,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def save_small(model_type: str, folder: Path) -> Path:
     """Write the small model of `model_type` with its tokenizer, and chats to train on, into `folder`."""
-    directory, model = folder / model_type, build(model_type)
-    logits(model)  # or it is no model, but sizes that do not fit
-    model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    directory = folder / model_type
+    if model_type in UNTRAINABLE:  # transformers cannot make all of them: the configuration is enough to be refused
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    else:
+        model = build(model_type)
+        logits(model)  # or it is no model, but sizes that do not fit
+        model.save_pretrained(directory)
+        tokenizer().save_pretrained(directory)
     chats = [{"prompt": f"add {n} and {n}", "completion": f"it is {2 * n}"} for n in range(12)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return directory

@@ -20,9 +20,9 @@ KINDS = [
     ("bamba", "qdora", "out_proj (1): the model's code reads its weight"),
     ("qwen2_moe", "qdora", "experts, 49,152 parameters"),  # a gate of one row; experts in one tensor
 ]
-REFUSED = {  # neither can transformers read what it writes itself
+REFUSED = {  # neither can transformers read of these what it packs and writes itself
     "falcon": "to=bnb4: transformer.h.0.self_attention.query_key_value is a FalconLinear",
-    "llama4_text": "to=bnb4: its library could not read",
+    "llama4_text": "to=bnb4: in a packed model transformers takes model.layers.0.feed_forward.experts",
 }
 
 

@@ -1,11 +1,14 @@
 """A directory that lacks weights, has others, or holds more than the model is refused, and the tensors are named."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
+from experiments.models.directory import load_directory
 from experiments.models.load import load_model
 from tests.experiments.helpers import tiny
 
@@ -55,3 +58,36 @@ def test_frequencies_in_old_files_are_no_weights(directory):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     model = load(directory, lambda tensors: tensors.update({name: torch.zeros(8)}))
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, tiny()[0].model.layers[1].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"hidden_size": "64"}, "transformers makes no model of .*config.json.*'hidden_size' expected int"),
+        ({"num_attention_heads": 0}, "transformers makes no model of .*config.json: ZeroDivisionError"),
+        ({"hidden_act": "nope"}, "transformers makes no model of .*config.json: KeyError: 'nope'"),
+        ({"dtype": "float99"}, "transformers makes no model of .*config.json.*float99"),
+        ({"model_type": "nope"}, "model type `nope`"),
+        ({"model_type": "t5"}, r"no causal language model \(AutoModelForCausalLM\) for t5"),
+        ({"model_type": "llava"}, r"no causal language model \(AutoModelForCausalLM\) for llava"),
+        ({"model_type": "musicgen"}, "musicgen cannot be trained here: it predicts a token of each of several"),
+        ({"model_type": "gemma4_assistant"}, "gemma4_assistant cannot be trained here: it drafts"),
+    ],
+    ids=str,
+)
+def test_a_config_of_no_such_model(directory, change, said):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        load_directory(directory, torch.float32)
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("config.json", "[]", "config.json cannot be read: it is not a JSON object"),
+    ("tokenizer.json", "{}", "its tokenizer cannot be read"),
+    ("tokenizer_config.json", "{", "its tokenizer cannot be read"),
+])  # fmt: skip
+def test_damaged_json(directory, name, text, said):
+    (directory / name).write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_directory(directory, torch.float32)
