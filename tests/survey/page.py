@@ -35,9 +35,9 @@ def page(found: dict[str, tuple[dict[str, str], str]], methods: list[str]) -> st
             f"{', '.join(f'{package} {version(package)}' for package in PACKAGES)}, on a CPU in fp32."
         ),
         _paragraph(
-            f"Of {len(found)} architectures of `AutoModelForCausalLM` a small random model is trained for a step, saved, "
-            "loaded, generates, and is exported dense and packed. Logits, gradients and tokens are those of PEFT over "
-            f"transformers' own model, with each of {', '.join(f'`{method}`' for method in methods)}."
+            f"Of {len(found)} architectures of `AutoModelForCausalLM` a small random model is trained for a step, "
+            "saved, loaded, generates, and is exported dense and packed. Logits, gradients and tokens are those of "
+            f"PEFT over transformers' own model, with each of {', '.join(f'`{method}`' for method in methods)}."
         ),
         _paragraph(f"**Right, with all linears** ({len(whole)}): {', '.join(whole)}."),
         f"**Right**, but for parts that stay dense and get no adapter ({len(right)}):",
