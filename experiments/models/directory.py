@@ -18,6 +18,7 @@ from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models import mapped
 from experiments.models.gguf import gguf_as_directory, wheel_directory
+from experiments.models.whole import check_whole, first_three
 from experiments.system.quiet import quiet
 from modules.files.bitsandbytes import load_bnb4, quantization_of
 
@@ -28,6 +29,7 @@ COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(bias|ma
 _DRAFTS = "it drafts from the states of another model, not from tokens"
 _CODEBOOKS = "it predicts a token of each of several codebooks at a time, not text"
 UNTRAINABLE = {
+    "blt": "transformers cannot generate with it, because its configuration has no num_hidden_layers",
     "gemma4_assistant": _DRAFTS,
     "gemma4_unified_assistant": _DRAFTS,
     "musicgen": _CODEBOOKS,
@@ -44,6 +46,8 @@ def model_directory(cfg: ModelConfig) -> Path:
     if cfg.source == "hf":
         return _required_path(cfg, "DIR")
     path = _required_path(cfg, "FILE")
+    if path.is_dir():
+        raise UserError(f"model.path={path} is a directory: name the GGUF file in it, or take model=hf")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"model.path={path} is not a GGUF file")
@@ -143,23 +147,10 @@ def _whole(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         ignore_mismatched_sizes=True,  # or they end in a traceback
         output_loading_info=True,
     )
-    kind = type(model).__name__
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{path} lacks weights of {kind}: {_first_three(missing)}. Training would begin with random ones; "
-            "get the whole model, or the directory of the architecture that config.json names"
-        )
-    if other := sorted(report["mismatched_keys"]):
-        name, found, wanted = other[0]
-        more = f"; so have {len(other) - 1} more" if other[1:] else ""
-        raise UserError(f"{path}: {name} has the shape {list(found)}, and config.json means {list(wanted)}{more}")
+    check_whole(path, model, report)
     if unread := sorted(name for name in report["unexpected_keys"] if not re.search(COMPUTED, name)):
         raise UserError(
-            f"{path} holds tensors that {kind} does not read: {_first_three(unread)}. Name the right architecture in "
-            "config.json, or take them out of the files"
+            f"{path} holds tensors that {type(model).__name__} does not read: {first_three(unread)}. Name the right "
+            "architecture in config.json, or take them out of the files"
         )
     return model
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f", … {len(names)} in all" if names[3:] else "")

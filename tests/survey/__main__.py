@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from tests.survey.life import METHODS, STAGES, live, save_small, silent
-from tests.survey.page import page, told
+from tests.survey.page import NOT_BUILT, page, told
 from tests.survey.small import MODEL_TYPES
 
 
@@ -35,7 +35,7 @@ def survey(model_type: str, methods: list[str], folder: Path) -> tuple[dict[str,
         with silent():
             directory = save_small(model_type, folder)
     except Exception as error:  # of transformers: this tells which architectures the survey does not cover
-        return {}, f"not built: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        return {}, f"{NOT_BUILT}{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     cells, said = {}, ""
     for method in methods:
         try:
@@ -54,16 +54,18 @@ def main() -> int:
     model_types = [argument for argument in sys.argv[1:] if "=" not in argument] or list(MODEL_TYPES)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found: dict[str, tuple[dict[str, str], str]] = {}
+    lines: dict[str, str] = {}
+    bad = 0
     for model_type in model_types:
         folder = Path(tempfile.mkdtemp())
-        found[model_type] = survey(model_type, methods, folder)
+        cells, said = survey(model_type, methods, folder)
         shutil.rmtree(folder)
-        print(f"{model_type}: {told(*found[model_type])}", flush=True)
+        lines[model_type] = told(cells, said)
+        print(f"{model_type}: {lines[model_type]}", flush=True)
+        bad += any(cell.startswith(("WRONG", "TRACEBACK")) for cell in cells.values())
     if "to" in given:
-        Path(given["to"]).write_text(page(found, methods), encoding="utf-8")
-    cells = [cell for cells, _ in found.values() for cell in cells.values()]
-    return 1 if any(cell.startswith(("WRONG", "TRACEBACK")) for cell in cells) else 0
+        Path(given["to"]).write_text(page(lines, methods), encoding="utf-8")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import re
 import textwrap
 from importlib.metadata import version
 
+LEFT_OUT, NOT_BUILT = "; left out: ", "not built: "
+OK_BUT = f"ok{LEFT_OUT}"
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -13,7 +15,7 @@ def told(cells: dict[str, str], said: str) -> str:
         return said
     outcomes = {*cells.values()}
     one = outcomes.pop() if len(outcomes) == 1 else "; ".join(f"{method} {text}" for method, text in cells.items())
-    return f"{one}; left out: {left_out(said)}" if left_out(said) else one
+    return f"{one}{LEFT_OUT}{left_out(said)}" if left_out(said) else one
 
 
 def left_out(said: str) -> str:
@@ -22,12 +24,12 @@ def left_out(said: str) -> str:
     return ", ".join(names)
 
 
-def page(found: dict[str, tuple[dict[str, str], str]], methods: list[str]) -> str:
-    """Markdown: those that are right with every linear adapted in a paragraph, the others in a line each."""
-    whole = [name for name, result in found.items() if told(*result) == "ok"]
-    right = [name for name, (cells, _) in found.items() if {*cells.values()} == {"ok"} and name not in whole]
-    built = [name for name, (cells, _) in found.items() if cells]
-    wrong = [name for name in built if name not in whole + right]
+def page(lines: dict[str, str], methods: list[str]) -> str:
+    """Markdown, of the line of each architecture: those that are right are named, the others keep their line."""
+    whole = [name for name, line in lines.items() if line == "ok"]
+    right = {name: line.removeprefix(OK_BUT) for name, line in lines.items() if line.startswith(OK_BUT)}
+    unbuilt = {name: line.removeprefix(NOT_BUILT) for name, line in lines.items() if line.startswith(NOT_BUILT)}
+    others = {name: line for name, line in lines.items() if name not in {*whole, *right, *unbuilt}}
     parts = [
         "# Architectures",
         _paragraph(
@@ -35,17 +37,17 @@ def page(found: dict[str, tuple[dict[str, str], str]], methods: list[str]) -> st
             f"{', '.join(f'{package} {version(package)}' for package in PACKAGES)}, on a CPU in fp32."
         ),
         _paragraph(
-            f"Of {len(found)} architectures of `AutoModelForCausalLM` a small random model is trained for a step, "
+            f"Of {len(lines)} architectures of `AutoModelForCausalLM` a small random model is trained for a step, "
             "saved, loaded, generates, and is exported dense and packed. Logits, gradients and tokens are those of "
             f"PEFT over transformers' own model, with each of {', '.join(f'`{method}`' for method in methods)}."
         ),
         _paragraph(f"**Right, with all linears** ({len(whole)}): {', '.join(whole)}."),
         f"**Right**, but for parts that stay dense and get no adapter ({len(right)}):",
-        _table("left out", {name: left_out(found[name][1]) for name in right}),
-        f"**Refused** in one line, at the stage that it names, and right up to there ({len(wrong)}):",
-        _table("said", {name: told(*found[name]) for name in wrong}),
-        f"**Not tried**: transformers did not build the small model ({len(found) - len(built)}):",
-        _table("said", {name: told(*result) for name, result in found.items() if name not in built}),
+        _table("left out", right),
+        f"**Refused** in one line, at the stage that it names, and right up to there ({len(others)}):",
+        _table("said", others),
+        f"**Not tried**: transformers did not build the small model ({len(unbuilt)}):",
+        _table("said", unbuilt),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -45,7 +45,7 @@ def test_other_names(directory):
 
 
 def test_another_shape(directory):
-    with pytest.raises(UserError, match=r"up_proj.weight has the shape \[64, 64\], and config.json means \[128, 64\]"):
+    with pytest.raises(UserError, match=r"up_proj.weight has the shape \[64, 64\], and .* means \[128, 64\]"):
         load(directory, lambda tensors: tensors.update({UP: torch.zeros(64, 64)}))
 
 
