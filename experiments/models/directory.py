@@ -69,6 +69,10 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     Raises:
         UserError: there is nothing to load, or it is not all of the model and nothing else.
     """
+    if (path / "adapter_config.json").is_file():  # transformers would load another base, and put the adapter on it
+        raise UserError(
+            f"model.path={path} holds an adapter (adapter_config.json): name the model that it is for, alone"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
     packed = is_packed(path)
@@ -85,12 +89,16 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
         try:
             return load_bnb4(path, dtype) if packed else _load_dense(path, dtype), tokenizer
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             told = " ".join(str(error).split())
             raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from error
-        except Exception:
+        except Exception as error:
             _check_config(path)
-            raise
+            if packed:  # our own code
+                raise
+            raise UserError(f"{path}: its weights cannot be read: {_one_line(error)}") from error
 
 
 def _check_config(path: Path) -> None:
@@ -127,6 +135,12 @@ def is_packed(path: Path) -> bool:
 
 
 def _load_dense(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    for name, kind in mapped.stored_dtypes(path).items():
+        if name.endswith(".weight") and kind[0] in "IU":
+            raise UserError(
+                f"{path}: {name} is stored as integers ({kind}), and config.json does not say how they are packed "
+                "(quantization_config)"
+            )
     stored = mapped.stored_dtype(path) or dtype
     model = _whole(path, stored)
     if stored == dtype:

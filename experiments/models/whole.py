@@ -15,8 +15,9 @@ def check_whole(path: Path, model: PreTrainedModel, report: dict) -> None:
     """
     kind = type(model).__name__
     if missing := sorted(report["missing_keys"]):
+        others = f", and holds {first_three(sorted(report['unexpected_keys']))}" if report["unexpected_keys"] else ""
         raise UserError(
-            f"{path} lacks weights of {kind}: {first_three(missing)}. Training would begin with random ones; "
+            f"{path} lacks weights of {kind}: {first_three(missing)}{others}. Training would begin with random ones; "
             "get the whole model, or name its right architecture"
         )
     if other := sorted(report["mismatched_keys"]):

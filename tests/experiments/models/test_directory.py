@@ -1,6 +1,7 @@
 """A directory that lacks weights, has others, or holds more than the model is refused, and the tensors are named."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_other_names(directory):
         for name in list(tensors):
             tensors[f"transformer.{name}"] = tensors.pop(name)
 
-    with pytest.raises(UserError, match=r"lacks weights of LlamaForCausalLM: .*, … 21 in all\. Training"):
+    with pytest.raises(UserError, match=r"lacks .*, … 21 in all, and holds transformer\..*, … 20 in all\. Training"):
         load(directory, rename)
 
 
@@ -91,3 +92,44 @@ def test_damaged_json(directory, name, text, said):
     (directory / name).write_text(text)
     with pytest.raises(UserError, match=said):
         load_directory(directory, torch.float32)
+
+
+def test_integers_are_no_weights(directory):
+    """transformers would take them as they are."""
+    with pytest.raises(UserError, match=r"up_proj.weight is stored as integers \(I8\), and config.json does not"):
+        load(directory, lambda tensors: tensors.update({UP: tensors[UP].to(torch.int8)}))
+
+
+def test_an_adapter_beside_the_model(directory):
+    (directory / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds an adapter \(adapter_config.json\)"):
+        load_directory(directory, torch.float32)
+
+
+@pytest.mark.parametrize("index, said", [
+    ("{", "Expecting property name"),
+    ('{"weight_map": {}}', "its weights cannot be read: KeyError: 'metadata'"),
+])  # fmt: skip
+def test_a_damaged_index(directory, index, said):
+    (directory / "model.safetensors").rename(directory / "model-00001-of-00001.safetensors")
+    (directory / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=said):
+        load_directory(directory, torch.float32)
+
+
+def test_shards_and_old_names(directory):
+    """All of these transformers reads, and so they are read here."""
+    whole = load_directory(directory, torch.float32)[0]
+    whole.save_pretrained(directory / "shards", max_shard_size="50KB")
+    for file in directory.glob("tokenizer*"):
+        shutil.copy(file, directory / "shards")
+    assert len(list((directory / "shards").glob("*.safetensors"))) > 3
+
+    def without_prefix(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    without = load(directory, without_prefix)
+    for model in (load_directory(directory / "shards", torch.float32)[0], without):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, whole.get_parameter(name)), name
