@@ -206,11 +206,12 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def _read(read: Reader, to: str) -> nn.Module:
-    """The export, as its library loads it. UserError: it cannot."""
+def _read_back(read: Reader, to: str, device: torch.device, ids: Tensor) -> tuple[nn.Module, Tensor]:
+    """The export, as its library loads it, and its logits. UserError: it cannot."""
     try:
-        return read()
-    except (ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError) as error:
+        written = read().to(device)
+        return written, _logits(written, ids)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError, TypeError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"to={to}: its library could not read what was written ({told}): nothing is kept") from error
 
@@ -244,8 +245,7 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
         del run  # two models need not be in memory
         gc.collect()
         with quiet():
-            written = _read(read, to).to(device)
-            found = _logits(written, ids)
+            written, found = _read_back(read, to, device, ids)
         error, most = _relative(found, expected), (found - expected).abs().max().item()
         print(f"read back: logits of {ids.shape[1]} tokens differ by {error:.2g} of their size, at most by {most:.2g}")
         if not error <= LARGEST_ERROR[dtype] and not _is_rounding(written, ids, found, expected):
