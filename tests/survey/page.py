@@ -33,7 +33,7 @@ def page(lines: dict[str, str], methods: list[str]) -> str:
     parts = [
         "# Architectures",
         _paragraph(
-            "`python -m tests.survey to=experiments/ARCHITECTURES.md` wrote this page, with "
+            "`python -m tests.survey to=experiments/ARCHITECTURES.md` writes this page. This one is of "
             f"{', '.join(f'{package} {version(package)}' for package in PACKAGES)}, on a CPU in fp32."
         ),
         _paragraph(
