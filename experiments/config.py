@@ -100,7 +100,7 @@ class OptimConfig:
 
 @dataclass
 class TrackingConfig:
-    name: str = MISSING  # none | wandb
+    name: str = MISSING  # none | wandb | tensorboard
     project: str = "qdora"  # of Weights & Biases, like these two
     group: str | None = None  # by default the folder of a sweep
     tags: list[str] = field(default_factory=list)  # of the run there

@@ -14,11 +14,12 @@ output_dir=DIR    where to; must not exist; by default a folder named after `to`
 trainer.…         device and dtype, as in a run; merged weights are written in that dtype
 """
 
+import contextlib
 import gc
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from experiments.runs.finished import FinishedRun, load_run, make_dense
 from experiments.runs.model_files import ADAPTER, over_own_base, run_of
 from experiments.system import machine
 from experiments.system.cli import command, read_options
-from experiments.system.files import directory_atomically
+from experiments.system.files import claim, directory_atomically
 from experiments.system.progress import bar
 from experiments.system.quiet import quiet
 from kernels.codebook import BITSANDBYTES_TYPES
@@ -224,6 +225,15 @@ def _is_rounding(written: nn.Module, ids: Tensor, found: Tensor, expected: Tenso
     return _relative(expected, exact) <= 2 * _relative(found, exact)
 
 
+@contextlib.contextmanager
+def _claimed(target: Path) -> Iterator[None]:
+    """Inside, nobody else exports to `target`."""
+    with claim(target.with_name(f".{target.name}.lock")) as claimed:
+        if not claimed or target.exists():  # it was not there when the command began
+            raise UserError(f"another export to {target} began at the same time: set output_dir to another folder")
+        yield
+
+
 def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
     """Write the model of the run in `source` to `target` in the format `to`, read it back, print how far it differs.
 
@@ -239,7 +249,7 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
     device, dtype = run.model.device, run.dtype
     ids = torch.tensor([tokenize(run.tokenizer, Path(__file__).read_text(encoding="utf-8"))["input_ids"]])
     ids = ids[:, :CHECK_TOKENS]
-    with directory_atomically(target) as directory:
+    with _claimed(target), directory_atomically(target) as directory:
         read, expected = EXPORTS[to](run, source, directory, ids)
         run.tokenizer.save_pretrained(directory)
         del run  # two models need not be in memory

@@ -1,5 +1,10 @@
 """The ops. Each takes and returns tensors; importing this package never touches a GPU."""
 
+# ruff: noqa: E402  the imports below load torch
+from kernels.commands import before_imports
+
+before_imports()
+
 import logging
 
 from kernels.absmax import dequantize_absmax, quantize_absmax

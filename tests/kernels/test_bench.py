@@ -7,15 +7,16 @@ import json
 import pytest
 import torch
 
-from kernels.bench.__main__ import main
+from kernels.bench.__main__ import main, run
 from kernels.bench.machine import Machine
-from kernels.bench.registry import BENCHES
+from kernels.bench.registry import NAMES, benches
 from kernels.bench.report import Table
 from kernels.bench.runner import Runner
 
 COLUMNS = "kernel,provider,mode,metric,x,p20,p50,p80,bytes,flops,roofline_share,config,device,versions,commit"
 
 
+BENCHES = benches()
 ON_CPU = [name for name, bench in BENCHES.items() if not bench.gpu_only]
 
 
@@ -103,7 +104,7 @@ def test_a_wrong_result_gets_no_time(kernel, machine):
 
 def test_our_own_wrong_result_gets_no_time_and_fails_the_run(tmp_path, capsys):
     bench = with_provider("nf4_dequantize", ours=lambda inputs: lambda: {"w": torch.full((4096,), torch.nan)})
-    assert main(["nf4_dequantize", "--quick", "--csv", str(tmp_path / "b.csv")], {"nf4_dequantize": bench}) == 1
+    assert run([bench], tmp_path / "b.csv", plots=None, quick=True) == 1
     assert "ours" not in {row["provider"] for row in read(tmp_path / "b.csv")}
     assert " of 16,384 bytes differ\n" in capsys.readouterr().out
 
@@ -145,10 +146,14 @@ def test_emulated_products_are_left_out(machine):
     assert runner.notes == ["lora_linear in bf16 is left out: this machine emulates bf16 products"]
 
 
-def test_unknown_op_gives_one_line(tmp_path, capsys):
-    assert main(["nf5_quantize", "--csv", str(tmp_path / "b.csv")]) != 0
-    error = capsys.readouterr().err
-    assert error == f"error: no benchmark 'nf5_quantize': choose from {', '.join(BENCHES)}\n"
+def test_names_are_those_of_the_benchmarks():
+    assert list(BENCHES) == NAMES
+
+
+def test_unknown_op_gives_one_line(tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["nf5_quantize", "--csv", str(tmp_path / "b.csv")])
+    assert end.value.code == f"error: no benchmark 'nf5_quantize': choose from {', '.join(NAMES)}"
     assert not (tmp_path / "b.csv").exists()
 
 
