@@ -10,6 +10,7 @@ A template is a program that says neither where a turn begins nor how it ends. B
 A template that marks what the assistant writes ({% generation %}) is asked for these spans instead.
 """
 
+import contextlib
 import functools
 import re
 from dataclasses import dataclass
@@ -146,23 +147,31 @@ class ChatTemplate:
     @functools.cached_property
     def opens(self) -> int | None:
         """The last added token before an answer's own text: </think>, or <|message|> after a channel's name."""
-        text = self.render([_user(), _assistant(ANSWER) | {"reasoning_content": REASON}])
-        head = text[self._start([_user()], None, text) : text.rindex(ANSWER)]
+        text = self.render([*self._first, _assistant(ANSWER) | {"reasoning_content": REASON}])
+        head = text[self._start(self._first, None, text) : text.rindex(ANSWER)]
         added = [token for token in tokenize(self.tokenizer, head)["input_ids"] if token in self.added]
         return added[-1] if added else None
 
     @functools.cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template reads content as a list of parts and not as text, as image-text models' do."""
-        try:
-            return ANSWER not in self._apply([_user(), _assistant(ANSWER)])
-        except ValueError:
-            return True
+    def _tried(self) -> tuple[list[Message], bool]:
+        """The messages before an answer in conversations that the template is tried on: it may ask for a system's
+        first. And whether it reads content as a list of parts and not as text, as image-text models' do."""
+        for parts in (False, True):
+            for first in ([_user()], [{"role": "system", "content": QUESTION}, _user()]):
+                messages = [*first, _assistant(ANSWER)]
+                with contextlib.suppress(ValueError):
+                    if ANSWER in self._apply(_as_parts(messages) if parts else messages):
+                        return first, parts
+        return [_user()], False
+
+    @property
+    def _first(self) -> list[Message]:
+        return self._tried[0]
 
     @functools.cached_property
     def _ending(self) -> _Ending:
-        tail = self.render([_user(), _assistant(ANSWER)]).rpartition(ANSWER)[2]
-        rest = self.render([_user(), _assistant(ANSWER), _user()]).rpartition(ANSWER)[2]
+        tail = self.render([*self._first, _assistant(ANSWER)]).rpartition(ANSWER)[2]
+        rest = self.render([*self._first, _assistant(ANSWER), _user()]).rpartition(ANSWER)[2]
         if end := self._end_token(tail[: _shared(tail, rest)]) or self._end_token(tail):
             return _Ending(tail, tail[: end[1]], end[0], own=True)
         if (end := self._end_token(rest)) and not rest[: end[1]].removesuffix(self._name(end[0])).strip():
@@ -179,9 +188,7 @@ class ChatTemplate:
             raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}") from error
 
     def _content(self, messages: list[Message]) -> list[Message]:
-        if not self._takes_parts:
-            return messages
-        return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return _as_parts(messages) if self._tried[1] else messages
 
     def _closed_call(self, messages: list[Message], tools: list | None, text: str) -> tuple[str, int]:
         """The text of messages of which the last calls tools, closed by an end token, and where that ends."""
@@ -248,6 +255,10 @@ def _user() -> Message:
 
 def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
+
+
+def _as_parts(messages: list[Message]) -> list[Message]:
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def _shared(one: str, other: str) -> int:

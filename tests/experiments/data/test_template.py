@@ -146,6 +146,20 @@ def test_turns_that_are_not_learned_from():
     assert "end 1<|eot_id|>" in tok.decode(example.input_ids)
 
 
+def test_a_template_that_asks_for_a_system_message():
+    asks = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}"
+    tok = tokenizer(asks + templates.LLAMA3)
+    [example] = samples(conversation("system: be brief", *TWO), tok)
+    assert labelled(tok, example) == "end 1<|eot_id|>im 2<|eot_id|>"
+    with pytest.raises(UserError, match="refuses this conversation: a system message comes first"):
+        samples(conversation(*TWO), tok)
+
+
+def test_a_template_that_writes_other_content():
+    with pytest.raises(UserError, match="leaves out message 1, the user's"):
+        samples(conversation(*TWO), tokenizer("{% for m in messages %}{{ m.role + m.content.upper() }}{% endfor %}"))
+
+
 def test_a_template_that_fails_is_one_line():
     sample = conversation("user: U", "assistant: a")
     with pytest.raises(UserError, match=r"^chats.jsonl:1: .* refuses this conversation: can only concatenate str"):
