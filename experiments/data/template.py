@@ -249,9 +249,8 @@ class ChatTemplate:
             as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as Llama 3.1 has results of tools
             if message["role"] != "assistant" and not any(_squeezed(c) in whole for c in (content, as_json)):
                 raise ValueError(f"the tokenizer's chat template leaves out message {i}, the {message['role']}'s")
-        for i, tool in enumerate(tools or (), start=1):
-            if (name := _name_of(tool)) and name not in text:
-                raise ValueError(f"the tokenizer's chat template leaves out tool {i}, {name}: use one that has tools")
+        if tools and self.render(messages) == self.render(messages, tools):
+            raise ValueError("the tokenizer's chat template leaves out the tools: use one that describes them")
         i, message = len(messages), messages[-1]
         for key in ("content", "reasoning_content"):
             if _squeezed(message.get(key, "")) not in own:
@@ -260,12 +259,6 @@ class ChatTemplate:
         for call in message.get("tool_calls", ()):
             if not re.search(rf"\b{re.escape(call['function']['name'])}\b", turn):
                 raise ValueError(f"the tokenizer's chat template leaves out tool_calls of message {i}: remove them")
-
-
-def _name_of(tool: Any) -> str | None:
-    """The name of a tool, whose schema has it inside `function` or not."""
-    function = tool.get("function", tool) if isinstance(tool, dict) else {}
-    return function.get("name") if isinstance(function, dict) else None
 
 
 def _user() -> Message:

@@ -93,9 +93,7 @@ def test_data_sets_that_were_saved(tmp_path):
     conversations, _ = read_conversations(str(tmp_path / "some"))
     assert [c.messages for c in conversations] == [MESSAGES[3], MESSAGES[1]]
     datasets.DatasetDict(train=whole, test=whole).save_to_disk(tmp_path / "both")
-    with pytest.raises(
-        UserError, match=r"both has the splits test, train: choose one, such as data.path=.*/both/train"
-    ):
+    with pytest.raises(UserError, match=r"both has the splits test, train: choose one, .*data.path=.*/both/train"):
         read_conversations(str(tmp_path / "both"))
     assert len(read_conversations(str(tmp_path / "both" / "test"))[0]) == 5
 

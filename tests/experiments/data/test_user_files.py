@@ -175,6 +175,24 @@ def test_tools_and_reasoning_go_to_the_template(tmp_path):
     assert only.messages[2] == gives and only.tools == [tool] and not ignored
 
 
+def test_calls_as_sharegpt_and_older_files_have_them(tmp_path):
+    call = {"name": "f", "arguments": {"x": 1}}
+    sharegpt = [("human", "u"), ("function_call", json.dumps(call)), ("observation", "3"), ("gpt", "a")]
+    older = [{"role": "assistant", "content": None, "function_call": call | {"arguments": '{"x": 1}'}}]
+    rows = [
+        {"conversations": [{"from": role, "value": text} for role, text in sharegpt]},
+        {"messages": [USER, *older, {"role": "function", "name": "f", "content": "3"}, ANSWER]},
+    ]
+    conversations, ignored = read_conversations(write(tmp_path / "c.jsonl", *rows))
+    for conversation in conversations:
+        assert conversation.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
+        assert conversation.messages[2] | {"role": "tool", "content": "3"} == conversation.messages[2]
+    assert not ignored
+    bad = {"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "f(1)"}]}
+    with pytest.raises(UserError, match=r"conversations\[1\]: value is not JSON"):
+        read_conversations(write(tmp_path / "c.jsonl", bad))
+
+
 def test_alpaca_history(tmp_path):
     row = {"instruction": "q2", "output": "a2", "history": [["q1", "a1"]]}
     [only], _ = read_conversations(write(tmp_path / "c.jsonl", row))
