@@ -28,7 +28,7 @@ from experiments.data.chats import chat_samples
 from experiments.data.named_templates import set_template
 from experiments.data.settings import check
 from experiments.data.sources import sources_of
-from experiments.data.store import Batches, Examples, Writer
+from experiments.data.store import Batches, Examples, Writer, lengths_of
 from experiments.data.template import chat_template
 from experiments.data.text import text_blocks
 from experiments.system import machine
@@ -103,10 +103,10 @@ def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch
         epoch: number of the epoch. The same arguments give the same batches.
     """
     rng = random.Random(f"{seed}, {epoch}")
-    served = _served(examples, seed, epoch)
+    served = served_places(examples, seed, epoch)
     order = rng.sample(served, len(served))
     window = WINDOW_BATCHES * batch_size
-    lengths = _lengths(examples)
+    lengths = lengths_of(examples)
     batches = []
     for start in range(0, len(order), window):
         batches += _by_length(order[start : start + window], lengths, batch_size)
@@ -114,7 +114,7 @@ def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch
     return Batches(examples, batches)
 
 
-def _served(examples: Sequence[Example], seed: int, epoch: int) -> Sequence[int]:
+def served_places(examples: Sequence[Example], seed: int, epoch: int) -> Sequence[int]:
     """The places of the examples that an epoch has. A source with shares is gone through again and again, each time in
     another order, and an epoch goes on where the last one ended: no sample is served twice as often as another."""
     shares = getattr(examples, "shares", None)
@@ -144,12 +144,7 @@ def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int 
 
 def eval_batches(examples: Sequence[Example], batch_size: int) -> Batches:
     """Every example once, sorted by length, the longest first: a lack of memory shows at once."""
-    return Batches(examples, _by_length(range(len(examples)), _lengths(examples), batch_size)[::-1])
-
-
-def _lengths(examples: Sequence[Example]) -> Sequence[int]:
-    known = getattr(examples, "lengths", None)
-    return [len(example.input_ids) for example in examples] if known is None else known.tolist()
+    return Batches(examples, _by_length(range(len(examples)), lengths_of(examples), batch_size)[::-1])
 
 
 def _by_length(places: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -186,3 +186,15 @@ class Batches(Sequence):
         if isinstance(which, slice):
             return Batches(self.examples, self.places[which])
         return [self.examples[place] for place in self.places[which]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """The tokens of each example, which are not read for it if they are in flat arrays."""
+    if isinstance(examples, Examples):
+        return examples.lengths.tolist()
+    return [len(example.input_ids) for example in examples]

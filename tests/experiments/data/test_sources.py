@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from experiments.config import DataConfig, SourceConfig
+from experiments.data.packing import epoch_packs
 from experiments.data.samples import batches, epoch_batches, load_data
 from experiments.errors import UserError
 from experiments.system.keys import CONF
@@ -57,6 +58,12 @@ def test_a_weight_is_a_share_of_the_samples_of_an_epoch(cfg, tokenizer):
     }  # each of a once in two epochs, each of b twice in one
     assert len({reference for reference in epochs[0] if reference[0] == "a"}) == 30
     assert epochs[0] != epochs[2] and served(data, 1, 0) != epochs[0] == served(data, 0, 0)
+
+
+def test_packs_have_the_shares_too(cfg, tokenizer):
+    data = load_data(weighted(cfg, 1, 2), tokenizer)
+    packs = epoch_packs(data.train, 200, seed=0, epoch=1)
+    assert sorted(e.reference for pack in packs for e in pack) == sorted(served(data, 0, 1))
 
 
 def test_shares_that_do_not_divide(cfg, tokenizer):
