@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -50,7 +51,9 @@ def cached(
         files: all that are read, each with what is said of its source.
     """
     folder = cache_dir() / f"data-{_key(cfg, tokenizer, files)}"
-    with _alone(folder.with_name(f".{folder.name}.lock")):
+    with _alone(folder.with_name(f".{folder.name}.lock")) as alone:
+        for killed in folder.parent.glob(f".{folder.name}.*.partial") if alone else ():  # of processes that were
+            shutil.rmtree(killed, ignore_errors=True)
         if not _is_whole(folder):
             if folder.exists():
                 print(f"note: {folder} is damaged, so it is made again", file=sys.stderr)
@@ -96,14 +99,17 @@ def _key(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, files: list[tuple]
 
 
 @contextlib.contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Inside, no other process of this machine is: the first one makes what the others find. Of the processes of one
-    run this is process 0, which shows its progress."""
+def _alone(lock: Path) -> Iterator[bool]:
+    """Inside, no other process is: the first one makes what the others find. Of the processes of one run this is
+    process 0, which shows its progress. False: the file system has no locks, so each makes its own."""
     with lock.open("w") as file:
         if not parallel.is_main():
             parallel.wait()
-        with contextlib.suppress(OSError):  # a file system without locks: each makes its own, and the last one stays
+        try:
             fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
         if parallel.is_main():
             parallel.wait()
-        yield
+        yield locked

@@ -86,8 +86,9 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, tokenizer, capsys, damag
         (folder / "train.bin").unlink()
     else:
         (folder / "about.json").write_text("{")
+    (partial := cache / f".{folder.name}.1.partial").mkdir()  # of a process that was killed
     capsys.readouterr()
-    assert load_data(cfg, tokenizer).fingerprint == fingerprint
+    assert load_data(cfg, tokenizer).fingerprint == fingerprint and not partial.exists()
     assert f"note: {folder} is damaged, so it is made again" in capsys.readouterr().err
     assert (folder / "ids.bin").read_bytes() == content and json.loads((folder / "about.json").read_text())
 
