@@ -55,7 +55,7 @@ class SourceConfig:
             source has one, an epoch has each sample once.
     """
 
-    path: str = MISSING
+    path: str | None = None
     weight: float | None = None
 
 

@@ -63,18 +63,21 @@ def set_template(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
 def _named(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     if name not in NAMED:
         return None
+    if lacks := _lacks(name, tokenizer):
+        fitting = [other for other in NAMED if not _lacks(other, tokenizer)]
+        raise UserError(
+            f"data.chat_template={name} writes {lacks}, which this tokenizer lacks: "
+            f"choose {', '.join([*fitting, 'a Jinja file'])}"
+        )
+    return NAMED[name][0]
+
+
+def _lacks(name: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A token that the template writes and the tokenizer does not have."""
     template, needed = NAMED[name]
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    if missing := [token for token in needed if token not in added]:
-        fitting = [other for other, (_, tokens) in NAMED.items() if added.issuperset(tokens)]
-        raise UserError(
-            f"data.chat_template={name} writes {missing[0]}, which is not a token of this tokenizer: "
-            f"choose {', '.join(fitting)} or a Jinja file"
-        )
-    for token in ("bos_token", "eos_token"):
-        if token in template and getattr(tokenizer, token) is None:
-            raise UserError(f"data.chat_template={name} writes the {token}, which this tokenizer lacks: choose another")
-    return template
+    special = [key for key in ("bos_token", "eos_token") if key in template and getattr(tokenizer, key) is None]
+    return next(iter([*(token for token in needed if token not in added), *special]), None)
 
 
 def _from_file(path: str) -> str:

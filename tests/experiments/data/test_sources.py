@@ -13,6 +13,7 @@ from experiments.data.samples import batches, epoch_batches, load_data
 from experiments.errors import UserError
 from experiments.system.keys import CONF
 from tests.experiments.data.conversations import write
+from tests.experiments.helpers import repeatable_records, tensors
 
 
 def rows(name: str, count: int) -> list[dict]:
@@ -110,6 +111,10 @@ def test_text_sources(tmp_path, tokenizer):
             {"sources": [SourceConfig("a", 1), SourceConfig("b")]},
             "b has no weight, and others have one: give all or no",
         ),
+        (
+            {"sources": [SourceConfig(None, 1)]},
+            "data.sources: source 1 has no path: give each as {path: FILE, weight: NUMB",
+        ),
         ({"sources": [SourceConfig("a", 0)]}, "weight=0 of a: choose a number above 0"),
         ({"sources": [SourceConfig("a", float("nan"))]}, "weight=nan of a: choose a number above 0"),
         ({"source": "docstrings", "name": "docstrings"}, "data=docstrings reads no file: for .*a.jsonl use data=jsonl"),
@@ -130,3 +135,19 @@ def test_sources_on_the_command_line():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         data = compose(overrides=["+data=jsonl", "data.sources=[{path:a.jsonl,weight:2},{path:b,weight:1}]"]).data
     assert [(source.path, source.weight) for source in data.sources] == [("a.jsonl", 2.0), ("b", 1.0)]
+
+
+def test_a_run_on_sources_is_resumed_bit_for_bit(command, cfg, tmp_path):
+    a, b = (source.path for source in cfg.sources)
+    steps = ["trainer.schedule=constant", "trainer.warmup=0", "trainer.checkpoint_every=2", "trainer.samples=0"]
+    given = ["+method=lora", "data=jsonl", f"data.sources=[{{path:{a},weight:1}},{{path:{b},weight:2}}]", *steps]
+    code, text = command(*given, "trainer.steps=4", f"output_dir={tmp_path / 'whole'}")
+    assert code == 0 and "; an epoch has " in text, text
+    assert command(*given, "trainer.steps=2", f"output_dir={tmp_path / 'part'}")[0] == 0
+    code, text = command(*given, "trainer.steps=4", f"output_dir={tmp_path / 'part'}", "resume=latest")
+    assert code == 0, text
+    whole, part = (
+        [record for record in repeatable_records(tmp_path / name) if "lr" in record] for name in ("whole", "part")
+    )
+    assert whole == part and len(whole) == 4
+    assert tensors(tmp_path / "whole" / "adapter") == tensors(tmp_path / "part" / "adapter")
