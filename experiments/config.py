@@ -45,15 +45,35 @@ class MethodConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources of training data.
+
+    Attributes:
+        path: as `data.path`.
+        weight: an epoch's samples are shared out among the sources in proportion to their weights; a source with more
+            samples than its share has other ones in the next epoch, one with fewer has some several times. Unless any
+            source has one, an epoch has each sample once.
+    """
+
+    path: str | None = None
+    weight: float | None = None
+
+
+@dataclass
 class DataConfig:
     name: str = MISSING  # of the file in conf/data
     source: str = MISSING  # docstrings | arithmetic | jsonl | text
-    path: str | None = None  # file (jsonl, text)
-    heldout_path: str | None = None  # file with the held-out samples; by default a share of `path`
+    path: str | None = None  # file, pattern of files, folder of files or folder that `datasets` saved (jsonl, text)
+    sources: list[SourceConfig] | None = None  # several of these in place of `path`: [{path: a.jsonl, weight: 2}, …]
+    heldout_path: str | None = None  # the held-out samples, as `path`; by default a share of the training data
     heldout_fraction: float = 0.1  # that share
     max_length: int = 256  # tokens
     too_long: str = "error"  # error | drop | truncate: samples longer than max_length
-    train_on: str = "all"  # all | last: the assistant turns of a conversation to learn from
+    bad: str = "error"  # error | skip: rows that are no sample; skipped ones are counted, and the first named
+    # all | last | everything: learn from all assistant turns of a conversation, from the last, or from every token
+    train_on: str = "all"
+    chat_template: str | None = None  # a Jinja file, or chatml | llama-3 | mistral | gemma; by default the tokenizer's
+    chat_template_kwargs: dict[str, Any] | None = None  # what it takes beside messages: {enable_thinking: false}
     max_train: int | None = None  # use so many training samples at most
     max_heldout: int | None = None  # use so many held-out samples at most
     levels: list[int] | None = None  # of difficulty (arithmetic)
@@ -231,6 +251,8 @@ def resolve(cfg: DictConfig) -> Config:
     _check_numbers(config)
     if config.lora_alpha is None:
         config.lora_alpha = 2.0 * config.rank
+    if config.model.path and config.model.source in ("wheel", "tiny", "preset"):
+        raise UserError(f"model={config.model.name} reads no model.path: add model=hf for {config.model.path}")
     _check_quant(config.quant)
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")

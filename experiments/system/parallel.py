@@ -177,12 +177,15 @@ def stop_if_interrupted() -> None:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Process 0 goes through the block before the others, which then find its files in the cache."""
+    """Process 0 goes through the block before the others, which then find its files in the cache. An error of its own
+    they have too."""
     if not is_main():
         wait()
-    yield
-    if is_main():
-        wait()
+    try:
+        yield
+    finally:
+        if is_main():
+            wait()
 
 
 def stops_together(error: BaseException) -> bool:
