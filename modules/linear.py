@@ -253,7 +253,8 @@ class DoRALinear(LoRALinear):
     The magnitude m starts as ‖W‖, so the layer starts as its base. The arguments are LoRALinear's.
 
     In evaluation mode the norm is computed once for each version of A and B. In training mode every forward computes
-    it, because an optimizer that writes through `.data`, or FSDP's gathering, changes A but not its version.
+    it, because an optimizer that writes through `.data`, or FSDP's gathering, changes A but not its version. Whoever
+    knows that nothing changes for a while says so with `modules.norms.Norms`.
     """
 
     def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
@@ -262,6 +263,7 @@ class DoRALinear(LoRALinear):
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
         self._cached_norm: tuple[tuple, Tensor] | None = None  # versions of its inputs, and the norm
+        self.kept_norms: dict[DoRALinear, Tensor] | None = None  # of a Norms in use: training computes a norm once
         self.copies_result = False  # the model changes the result in place, and the op keeps it for backward
 
     def train(self, mode: bool = True) -> "DoRALinear":
@@ -273,18 +275,24 @@ class DoRALinear(LoRALinear):
         self.norm_sq = kernels.weight_norm_sq(weight_of(base))
 
     def _norm(self, weight: Weight) -> Tensor | None:
-        """‖W + sBA‖ of each row, fp32 [out], in evaluation mode; None if the forward must compute it."""
+        """‖W + sBA‖ of each row, fp32 [out]; None if the forward must compute it."""
         if self.training or torch.compiler.is_compiling():
-            return None
+            return None if self.kept_norms is None else self.kept_norms.get(self)
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
             self._cached_norm = key, kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
         return self._cached_norm[1]
 
+    def _keep(self, norm: Tensor) -> None:
+        """Have `_norm` return `norm` in training, while a Norms is in use."""
+        # Memory of a CUDA graph is the graph's own: a norm that is computed inside does not outlive it.
+        if not (norm.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.kept_norms.setdefault(self, norm)
+
     def _alone(self, x: Tensor) -> Tensor:
         x, weight = operands(x, self.base)
-        y = kernels.dora_linear(
+        y, norm = kernels.dora_linear_and_norm(
             x,
             weight,
             self.norm_sq,
@@ -295,6 +303,8 @@ class DoRALinear(LoRALinear):
             dropout=self.dropout if self.training else 0.0,
             norm=self._norm(weight),
         )
+        if self.kept_norms is not None and self.training:
+            self._keep(norm)
         return y.clone() if self.copies_result and y.requires_grad else y
 
     def merged_weight(self) -> Tensor:
