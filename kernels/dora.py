@@ -166,7 +166,7 @@ def dora_linear_and_norm(
     seed: Tensor | None = None,
     norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(the result of `dora_linear`, which has the same arguments; the norm, fp32 [out], to be given to the next call)"""
+    """(the result of `dora_linear` for the same arguments; the norm, fp32 [out], which the next call may be given)"""
     weight = as_weight(weight, quant_state)
     check_input(x, weight)
     out_features = weight.shape[0]
