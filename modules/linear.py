@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import QuantState, Weight
+from modules import seeds
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -206,7 +207,10 @@ class LoRALinear(nn.Module):
     def _alone(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
-        return kernels.lora_linear(x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout)
+        seed = seeds.draw(x.device) if dropout else None
+        return kernels.lora_linear(
+            x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout, seed=seed
+        )
 
     @torch.no_grad()
     def start_at(self, lora_A: Tensor, lora_B: Tensor, part_of_weight: bool = False) -> None:
@@ -276,7 +280,9 @@ class DoRALinear(LoRALinear):
 
     def _norm(self, weight: Weight) -> Tensor | None:
         """‖W + sBA‖ of each row, fp32 [out]; None if the forward must compute it."""
-        if self.training or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return None
+        if self.training:
             return None if self.kept_norms is None else self.kept_norms.get(self)
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
@@ -291,6 +297,7 @@ class DoRALinear(LoRALinear):
             self.kept_norms.setdefault(self, norm)
 
     def _alone(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
         y, norm = kernels.dora_linear_and_norm(
             x,
@@ -300,10 +307,11 @@ class DoRALinear(LoRALinear):
             self.magnitude,
             self.scaling,
             self.output_bias,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
+            seed=seeds.draw(x.device) if dropout else None,
             norm=self._norm(weight),
         )
-        if self.kept_norms is not None and self.training:
+        if self.training and self.kept_norms is not None and not torch.compiler.is_compiling():
             self._keep(norm)
         return y.clone() if self.copies_result and y.requires_grad else y
 
