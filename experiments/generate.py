@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from experiments.config import Config
 from experiments.data.chat import Message
@@ -35,7 +34,7 @@ from experiments.data.template import chat_template
 from experiments.data.tokens import begin_and_end, tokenize
 from experiments.data.user_files import read_text
 from experiments.errors import UserError
-from experiments.models.generation import Generated, Sampling, decode, generate, own_settings, without_reasoning
+from experiments.models.generation import Generated, Kept, Sampling, decode, generate, own_settings, without_reasoning
 from experiments.runs.finished import FinishedRun, load_run
 from experiments.system import machine
 from experiments.system.cli import command, read_options
@@ -77,6 +76,7 @@ class Writer:
             raise UserError("system=… is part of a chat template, which chat=false leaves out")
         self.system = _system(cfg) if options.system is None else options.system
         self.sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.top_k)
+        self.kept = Kept()
         torch.manual_seed(options.seed)
 
     def opening(self) -> list[Message]:
@@ -112,20 +112,10 @@ class Writer:
             )
         return ids
 
-    def write(
-        self,
-        prompts: list[list[int]],
-        stream: bool = False,
-        cache: DynamicCache | None = None,
-        prompt_length: int | None = None,
-    ) -> Generated:
+    def write(self, prompts: list[list[int]], stream: bool = False, prompt_length: int | None = None) -> Generated:
         """The answers to prompts, see `generate`. A text that is continued has no prompt."""
         prompt_length = prompt_length if self.chat else 0
-        return generate(self.model, self.tokenizer, prompts, self.sampling, stream, cache, prompt_length)
-
-    def new_cache(self) -> DynamicCache | None:
-        """An empty one; None for a model with a prefix, whose cache is longer than the text it has read."""
-        return None if any(virtual_tokens(self.model)) else DynamicCache(config=self.model.config)
+        return generate(self.model, self.tokenizer, prompts, self.sampling, stream, self.kept, prompt_length)
 
 
 def _system(cfg: Config) -> str | None:
@@ -147,7 +137,7 @@ def answer_all(writer: Writer, prompts: list[str], batch_size: int) -> None:
 
 
 def converse(writer: Writer) -> None:
-    """Answer each message that is typed. Keys and values of the turns so far are kept, unless there is a prefix."""
+    """Answer each message that is typed. Keys and values of the turns so far are kept, if the model is decoded here."""
     if not writer.chat:
         raise UserError("a conversation needs the chat template: give prompt=… to continue a text")
     interactive = sys.stdin.isatty()
@@ -156,10 +146,10 @@ def converse(writer: Writer) -> None:
 
         print(f"system: {writer.system}" if writer.system else "no system message", file=sys.stderr)
         print("/help shows the commands", file=sys.stderr)
-    messages, cache, cached, prompt_length = writer.opening(), writer.new_cache(), [], None
+    messages, prompt_length = writer.opening(), None
     while (text := _read_message(interactive)) is not None:
         if text.strip() == "/new":
-            messages, cache, cached, prompt_length = writer.opening(), writer.new_cache(), [], None
+            messages, prompt_length = writer.opening(), None
             continue
         if text.strip() == "/help":
             print(COMMANDS, file=sys.stderr)
@@ -169,21 +159,17 @@ def converse(writer: Writer) -> None:
         messages.append({"role": "user", "content": text})
         ids = writer.encode_messages(messages)
         prompt_length = prompt_length or len(ids)  # the first message's
-        if ids[: len(cached)] != cached:  # the template renders earlier turns in another way
-            cache, cached = writer.new_cache(), []
         try:
-            generated = writer.write([ids], stream=True, cache=cache, prompt_length=prompt_length)
+            generated = writer.write([ids], stream=True, prompt_length=prompt_length)
         except KeyboardInterrupt as stop:
             if getattr(stop, "exit_code", 130) != 130:  # SIGTERM and SIGHUP end the conversation, Ctrl-C an answer
                 raise
             print("\n(stopped)", file=sys.stderr)
             messages.pop()
-            cache, cached = writer.new_cache(), []
             continue
         [new] = generated.ids
         said = decode(writer.tokenizer, without_reasoning(writer.tokenizer, new))  # as templates have earlier turns
         messages.append({"role": "assistant", "content": said})
-        cached = [*ids, *new][: cache.get_seq_length()] if cache else []
         print(generated.speed(), file=sys.stderr)
 
 

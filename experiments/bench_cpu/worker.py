@@ -103,16 +103,24 @@ class Worker:
     def generate(self, prompt: list[int], tokens: int, training: bool = False) -> tuple[list[int], float]:
         """(greedy tokens, seconds), in evaluation mode unless `training`."""
         self.model.train(training)
+        write = self._decode if self.job.side == "ours" else self._by_transformers
         start = time.perf_counter()
         with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=torch.tensor([prompt]),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        return output[0, len(prompt) :].tolist(), time.perf_counter() - start
+            new = write(prompt, tokens)
+        return new, time.perf_counter() - start
+
+    def _decode(self, prompt: list[int], tokens: int) -> list[int]:
+        from experiments.models import decoding
+
+        length, no_ends = decoding.rounded_up(len(prompt) + tokens), decoding.Ends((), 0)
+        rows = decoding.Rows(self.model, 1, length, decoding.chooser(0, 1, 0), no_ends)
+        rows.read([prompt])
+        return [token for [token] in decoding.written(rows, tokens)]
+
+    def _by_transformers(self, prompt: list[int], tokens: int) -> list[int]:
+        most = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        output = self.model.generate(input_ids=torch.tensor([prompt]), do_sample=False, pad_token_id=0, **most)
+        return output[0, len(prompt) :].tolist()
 
     def logits(self, input_ids: list[int]) -> list[float]:
         """Of the token after `input_ids`, in the mode of the last `generate`."""

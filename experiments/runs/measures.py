@@ -17,7 +17,7 @@ from experiments.config import Config
 from experiments.data.chat import Example
 from experiments.data.samples import Data, eval_batches, load_data
 from experiments.errors import UserError
-from experiments.models.generation import answer
+from experiments.models.generation import Kept, answer
 from experiments.system import parallel
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
@@ -68,10 +68,11 @@ def exact_match(
 ) -> dict[str, float]:
     """The share of right answers, of all and of each level that the examples have."""
     right: dict[int | None, list[bool]] = {}
+    kept = Kept()
     for group in bar("answering")(eval_batches(examples, cfg.trainer.eval_batch_size * parallel.size())):
         own = parallel.share(group)
         prompts = [example.prompt_ids for example in own or group[:1]]  # FSDP needs every process
-        answers = answer(model, tokenizer, prompts, cfg.data.answer_tokens)
+        answers = answer(model, tokenizer, prompts, cfg.data.answer_tokens, kept=kept)
         for example, text in zip(own, answers):
             right.setdefault(example.level, []).append(_plain(text) == _plain(example.reference))
     levels = sorted({example.level for example in examples if example.level is not None})

@@ -169,6 +169,18 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be allocated there; None: the system does not tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def versions() -> dict[str, str]:
     packages = ("torch", "triton", "transformers", "tokenizers", "safetensors", "hydra-core")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -1,7 +1,8 @@
 """Softmax attention on a CPU, a block of queries at a time: see kernels/attention.py.
 
 Each product is the library's own, of all heads and a block of queries at once. Not materialised: scores of more queries
-than a block, keys to the right of a causal block. In bf16 one pass over the scores is the softmax with its mask.
+than a block, or of keys before the first or behind the last that a query of the block sees. So samples laid end to end
+cost little more than the samples one by one. In bf16 one pass over the scores is the softmax with its mask.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.attention import rows
 from kernels.cpu.numba_tools import Kernel, arguments, bf16s, exp, floats, larger, narrow, number, octets, share
@@ -18,7 +20,7 @@ from kernels.cpu.numba_tools import Kernel, arguments, bf16s, exp, floats, large
 BLOCK = 128  # queries
 BLOCK_BYTES = 2**24  # of fp32 scores, unless 16 queries have more
 _LOWEST = np.float32(np.finfo(np.float32).min)
-_WHOLE = 64  # elements: what vector code does at a time. A row's rest would be done one by one.
+_WHOLE = 64  # elements: vector code does so many at a time. A row's rest would be done one by one.
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, batch: int) -> Tensor:
@@ -28,14 +30,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
     step = _block(q, k.shape[1])
     for start in range(0, queries, step):
         stop = min(start + step, queries)
-        seen = stop if mask is None else k.shape[1]
+        seen, mask_seen = _seen(mask, start, stop, k.shape[1])
         with _bf16_products(q.dtype):
-            scores = _scores(rows(q, start, stop).to(wide_k.dtype), wide_k[:, :seen], scale)
+            scores = _scores(rows(q, start, stop).to(wide_k.dtype), wide_k[:, seen], scale)
         if _kernel_takes(q, mask):
-            p = probabilities(scores, stop - start, start, mask)
+            p = probabilities(scores, stop - start, start, mask_seen)
         else:
-            p = _probabilities_in_torch(scores, heads, mask, start).to(q.dtype)
-        o = torch.bmm(p, v[:, :seen]).view(batch, -1, heads, stop - start, v.shape[-1])
+            p = _probabilities_in_torch(scores, heads, mask_seen, start).to(q.dtype)
+        o = torch.bmm(p, v[:, seen]).view(batch, -1, heads, stop - start, v.shape[-1])
         out[:, start:stop] = o.permute(0, 3, 1, 2, 4)
     return out
 
@@ -51,28 +53,42 @@ def attention_backward(
     starts = range(0, queries, step)
     sums = q.dtype if len(starts) == 1 else precise  # what dk and dv are added up in
     dq, dk, dv = q.new_empty(q.shape), None, None
-    for start in reversed(starts):  # the last block sees all keys
+    for start in reversed(starts):
         stop = min(start + step, queries)
-        seen = stop if mask is None else k.shape[1]
+        seen, mask_seen = _seen(mask, start, stop, k.shape[1])
         q_rows, dout_rows = rows(q, start, stop), rows(dout, start, stop)
         wide_dout = dout_rows.to(precise)
         with _bf16_products(q.dtype):
-            scores = _scores(q_rows.to(precise), wide_k[:, :seen], scale)
-            dp = torch.bmm(wide_dout, wide_v[:, :seen].mT)
+            scores = _scores(q_rows.to(precise), wide_k[:, seen], scale)
+            dp = torch.bmm(wide_dout, wide_v[:, seen].mT)
         if _kernel_takes(q, mask):
-            p, ds = scores_backward(scores, dp, stop - start, start, scale, mask)
+            p, ds = scores_backward(scores, dp, stop - start, start, scale, mask_seen)
         else:
-            p = _probabilities_in_torch(scores, heads, mask, start)
+            p = _probabilities_in_torch(scores, heads, mask_seen, start)
             along = (wide_dout * rows(out.permute(0, 2, 3, 1, 4).flatten(0, 1), start, stop)).sum(-1, keepdim=True)
             ds = dp.sub_(along).mul_(p).mul_(scale).to(q.dtype)
-        dq[:, :, start:stop] = torch.bmm(ds, k[:, :seen]).unflatten(1, (heads, -1))
+        dq[:, :, start:stop] = torch.bmm(ds, k[:, seen]).unflatten(1, (heads, -1))
         dk_block, dv_block = torch.bmm(ds.mT, q_rows), torch.bmm(p.to(q.dtype).mT, dout_rows)
         if dk is None:
-            dk, dv = dk_block.to(sums), dv_block.to(sums)
+            unseen = (0, 0, seen.start, k.shape[1] - seen.stop)
+            dk, dv = F.pad(dk_block.to(sums), unseen), F.pad(dv_block.to(sums), unseen)
         else:
-            dk[:, :seen] += dk_block
-            dv[:, :seen] += dv_block
+            dk[:, seen] += dk_block
+            dv[:, seen] += dv_block
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _seen(mask: Tensor | None, start: int, stop: int, keys: int) -> tuple[slice, Tensor | None]:
+    """(the keys from the first to the last that any query of a block sees, the mask of these). All keys if a query sees
+    none, since it attends to every key alike."""
+    if mask is None:
+        return slice(0, stop), None
+    block = mask[:, 0, start:stop]
+    if mask.dtype != torch.bool or not block.any(-1).all():
+        return slice(0, keys), mask
+    columns = block.flatten(0, 1).any(0).nonzero()
+    seen = slice(int(columns[0]) // _WHOLE * _WHOLE, int(columns[-1]) + 1)
+    return seen, mask[..., seen]
 
 
 def _block(q: Tensor, keys: int) -> int:

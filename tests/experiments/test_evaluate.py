@@ -9,6 +9,7 @@ import pytest
 
 from experiments import evaluate
 from experiments.errors import UserError
+from experiments.models.generation import Sampling, decode, generate
 from experiments.runs import checkpoints, lm_eval_harness
 from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate as measure
@@ -111,3 +112,36 @@ def test_the_harness_measures_our_model_object(command, finished_once, tmp_path)
     assert found == pytest.approx(sum(hits) / 6, abs=1e-3)
     code, text = command("tasks=own_sum", f"include_path={tmp_path}")
     assert code == 1 and "no such task; did you mean own_sums" in text
+
+
+def test_the_harness_writes_with_our_decoding(command, finished_once, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install lm-eval)")
+    rows = [{"question": "say " * (n + 1), "answer": "x"} for n in range(3)]
+    loaded = load_run(finished_once)
+    prompts = [loaded.tokenizer.encode(row["question"].strip()) for row in rows]
+    for row, ids in zip(rows, generate(loaded.model, loaded.tokenizer, prompts, Sampling(6)).ids):
+        row["answer"] = decode(loaded.tokenizer, ids).strip()
+    (tmp_path / "say.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "own_say",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "say.jsonl")}},
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": "{{question.strip()}}",
+        "doc_to_target": "answer",
+        "generation_kwargs": {"until": ["\x00"], "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+        "filter_list": [
+            {"name": "stripped", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}
+        ],
+    }
+    (tmp_path / "own_say.yaml").write_text(json.dumps(task))
+    calls = []
+    monkeypatch.setattr(
+        lm_eval_harness, "generate", lambda *args, **more: calls.append(args[2]) or generate(*args, **more)
+    )
+    code, text = command("tasks=own_say", f"include_path={tmp_path}")
+    assert code == 0, text
+    assert sorted(len(prompt) for batch in calls for prompt in batch) == sorted(map(len, prompts))
+    assert re.search(r"\|exact_match *\|[^|]*\| *1\b", text), text

@@ -21,6 +21,13 @@ def inputs(queries: int, keys: int, heads: int, groups: int, dtype: torch.dtype)
 def masks(kind: str, queries: int, keys: int) -> torch.Tensor | None:
     seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries).expand(2, 1, queries, keys).clone()
     seen[1, :, 1:, 0] = False  # as if padded; no query sees nothing
+    if (
+        kind == "packed"
+    ):  # samples end to end, another split of them in each row, the last token of the first as padding
+        samples = torch.tensor([[0] * 20 + [1] * 3 + [2] * (keys - 23), [0] * 5 + [1] * (keys - 6) + [2]])
+        return seen & (samples[:, None] == samples[:, :, None])[:, None]
+    if kind == "window":
+        return seen.triu(keys - queries - 4)
     floats = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     return {"causal": None, "bool": seen, "float": floats}[kind]
 
@@ -44,7 +51,9 @@ def small_blocks(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("heads, groups", [(6, 2), (3, 3)], ids=str)
 @pytest.mark.parametrize(
-    "kind, queries, keys", [("causal", 2, 2), ("causal", 37, 37), ("bool", 37, 37), ("bool", 9, 40), ("float", 37, 37)]
+    "kind, queries, keys",
+    [("causal", 2, 2), ("causal", 37, 37), ("bool", 37, 37), ("bool", 9, 40), ("float", 37, 37)]
+    + [("packed", 37, 37), ("packed", 150, 150), ("window", 90, 100)],
 )
 def test_against_float64(backend, kind, queries, keys, heads, groups, dtype, small_blocks):
     *tensors, dout = inputs(queries, keys, heads, groups, dtype)

@@ -48,7 +48,7 @@ def test_exact_match_counts_by_level(monkeypatch):
     reference = {tuple(example.prompt_ids): example.reference for example in data.heldout}
     right = {tuple(example.prompt_ids) for example in data.heldout if example.level in (1, 3)}
 
-    def answers(model, tokenizer, prompts, max_new_tokens):
+    def answers(model, tokenizer, prompts, max_new_tokens, kept):
         assert max_new_tokens == 8
         return [f" {reference[tuple(ids)]}\n" if tuple(ids) in right else "41 apples" for ids in prompts]
 

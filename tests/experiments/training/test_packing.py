@@ -1,0 +1,62 @@
+"""Which models keep the samples of a pack apart, how, and that their loss and gradients are those of the samples."""
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from experiments.errors import UserError
+from experiments.training.packing import packing_of
+from tests.survey import small
+
+
+@pytest.mark.parametrize(
+    "model_type, way",
+    [
+        ("llama", "_positions"),
+        ("gpt2", "_positions"),
+        ("mistral", "_positions"),  # a sliding window shorter than the probe
+        ("gemma3_text", "_positions"),
+        ("qwen3_moe", "_positions"),
+        ("opt", "_positions_and_masks"),
+        ("gpt_oss", "_positions_and_masks"),
+        ("falcon", "_positions_and_masks"),
+    ],
+)
+def test_models_that_keep_samples_apart(model_type, way):
+    model = small.build(model_type)
+    assert packing_of(model).__name__ == way
+    assert not model.training
+    assert packing_of(model.to(torch.bfloat16)).__name__ == way
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "bart", "bloom", "openai-gpt", "lfm2_moe"])
+def test_models_that_mix_them_are_refused_by_name(model_type):
+    model = small.build(model_type).train()
+    with pytest.raises(UserError, match=f"data.packing=true: .* in {type(model).__name__}.*: leave packing out"):
+        packing_of(model)
+    assert model.training
+
+
+def row(model: PreTrainedModel, samples: list[torch.Tensor]) -> torch.Tensor:
+    ids = torch.cat(samples)[None]
+    places = torch.cat([torch.arange(len(sample)) for sample in samples])[None]
+    return model(input_ids=ids, use_cache=False, **packing_of(model)(model, places)).logits[0]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "qwen3_moe", "opt", "gpt_oss", "gptj", "phi3"])
+def test_a_pack_is_its_samples_one_by_one(model_type):
+    model = small.build(model_type)
+    generator = torch.Generator().manual_seed(1)
+    samples = [torch.randint(250, (n,), generator=generator) for n in (19, 3, 1, 30)]
+    packed = row(model, samples)
+    weights = torch.randn(packed.shape, generator=generator)
+    parameters = list(model.parameters())
+    packed_gradients = torch.autograd.grad((packed * weights).sum(), parameters, allow_unused=True)
+    alone = torch.cat([model(input_ids=sample[None], use_cache=False).logits[0] for sample in samples])
+    gradients = torch.autograd.grad((alone * weights).sum(), parameters, allow_unused=True)
+    assert (packed - alone).norm() <= 1e-6 * alone.norm()
+    scale = torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
+    for one, other in zip(packed_gradients, gradients):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one - other).norm() <= 1e-6 * scale
