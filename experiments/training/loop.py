@@ -13,18 +13,19 @@ from transformers import PreTrainedModel
 
 from experiments.config import Config, TrainerConfig
 from experiments.data.buckets import buckets
-from experiments.data.chat import IGNORED, Example
-from experiments.data.samples import Data, batches, collate
+from experiments.data.chat import Example
+from experiments.data.samples import Data, batches
 from experiments.errors import UserError
 from experiments.system import machine, parallel
 from experiments.system.progress import Progress
 from experiments.training.engines import Engine
-from experiments.training.evaluation import Evaluation, to_device
+from experiments.training.evaluation import Evaluation
+from experiments.training.gradients import accumulate, checkpoint_blocks
 from experiments.training.graphs import Eager, Graphs, cannot_capture, own_dropout
 from experiments.training.loss import LabelLoss
 from experiments.training.optim import make_optimizer, with_room
 from experiments.training.step import Reading, StaticStep, needs_the_host, on_gpu
-from modules import parameter_groups, seeds
+from modules import parameter_groups
 from modules.norms import Norms
 
 CHECKPOINT_SECONDS = 300  # between the checkpoints that nobody asked for
@@ -172,14 +173,13 @@ class Trainer:
             self._measure_if_due(measure, save_best)  # a checkpoint may be from before the evaluation of its step
             while not trained.finished(settings):
                 tell(self.step(list(itertools.islice(stream, settings.grad_accum))))
-                stops = parallel.interrupted()
-                if stops or self._measure_is_due() or self._checkpoint_is_due():
+                if parallel.interrupted() or self._measure_is_due() or self._checkpoint_is_due():
                     tell(self.settle())
                 self._measure_if_due(measure, save_best)
                 if self._checkpoint_is_due():
                     save()
                     self.saved_at = time.monotonic()
-                if stops:
+                if not self.pending:  # else the next step's numbers come first
                     parallel.stop_if_interrupted()
 
     def _measure_is_due(self) -> bool:
@@ -253,7 +253,7 @@ class Trainer:
         """A step whose loss and gradients the host looks at before weights change."""
         step = self.trained.steps + 1
         context = (self.pad_id, self.dtype, self.scaler, self.engine)
-        compute = functools.partial(_accumulate, self.label_loss, group, *context)
+        compute = functools.partial(accumulate, self.label_loss, group, *context)
         with contextlib.nullcontext() if self.norms is None else self.norms.kept():
             total = with_room(self.optimizer, self.model.device, compute)
         loss, late = parallel.total(total, float(self._checkpoint_is_late()))  # the processes' clocks differ
@@ -299,51 +299,5 @@ class _Pending:
     tokens: int
 
 
-def checkpoint_blocks(model: PreTrainedModel, capturable: bool = False) -> None:
-    """Have each block compute its activations again in backward, with the random numbers of the first time.
-
-    Args:
-        capturable: by keeping the seeds of the adapters' dropout. The model must have no dropout of its own.
-
-    Raises:
-        UserError: the model is not made for it.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} cannot do trainer.gradient_checkpointing=true: leave it out")
-    random = {"preserve_rng_state": False, "context_fn": seeds.kept} if capturable else {"preserve_rng_state": True}
-    model.activation_checkpointing_enable({"use_reentrant": False, **random})
-    model.disable_input_require_grads()  # only the reentrant kind needs gradients of the embeddings' output
-
-
 def heldout_record(evaluation: Evaluation) -> dict[str, float]:
     return {"heldout_loss": evaluation.loss, "heldout_token_accuracy": evaluation.token_accuracy}
-
-
-def _accumulate(
-    label_loss: LabelLoss,
-    group: list[list[Example]],
-    pad_id: int,
-    dtype: torch.dtype,
-    scaler: torch.amp.GradScaler,
-    engine: Engine,
-) -> float:
-    """Add the gradients of the mean loss over all labelled tokens of the batches. Each process computes its share.
-
-    Returns:
-        The share of the loss that this process computed.
-    """
-    labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
-    model = label_loss.model
-    # Base weights are in `dtype` already if they are frozen; if they train they are fp32, and autocast converts.
-    casts = dtype != torch.float32 and next(model.parameters()).dtype == torch.float32
-    autocast = torch.autocast(model.device.type, dtype) if casts else contextlib.nullcontext()
-    total = 0.0
-    for i, batch in enumerate(group, start=1):
-        own = parallel.share(batch) or [batch[0].unlabelled()]
-        with engine.accumulate(label_loss.forward, last=i == len(group)):
-            with autocast:
-                loss = label_loss(to_device(collate(own, pad_id), model.device)) / labelled
-            total += loss.item()
-            if math.isfinite(total) or parallel.size() > 1:  # the others wait for this one's gradients
-                scaler.scale(loss * parallel.size()).backward()
-    return total

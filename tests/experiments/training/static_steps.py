@@ -68,7 +68,7 @@ def data(count: int = 14, longest: int = 20) -> Data:
 
 
 def config(folder: Path, *overrides: str) -> Config:
-    settings = ["model=tiny", "rank=4", f"output_dir={folder}", "trainer.steps=5", "trainer.batch_size=2", "lr=0.01"]
+    settings = ["model=tiny", "rank=2", f"output_dir={folder}", "trainer.steps=5", "trainer.batch_size=2", "lr=0.01"]
     return resolve(composed(*settings, "trainer.checkpoint_every=0", "trainer.eval_every=4", *overrides))
 
 
