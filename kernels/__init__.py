@@ -7,7 +7,7 @@ from kernels.adamw import adamw
 from kernels.adamw8bit import adamw8bit
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.dora import dora_linear, dora_linear_and_norm, dora_norm, weight_norm_sq
+from kernels.dora import dora_linear, dora_norm, weight_norm_sq
 from kernels.joined import Joined, joined_linears
 from kernels.lora import lora_linear
 from kernels.nf4 import dequantize_4bit, quantize_4bit
@@ -35,7 +35,6 @@ __all__ = [
     "nf4_linear",
     "lora_linear",
     "dora_linear",
-    "dora_linear_and_norm",
     "dora_norm",
     "weight_norm_sq",
     "Joined",

@@ -148,25 +148,6 @@ def dora_linear(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    more = (scaling, bias, quant_state, dropout, seed, norm)
-    return dora_linear_and_norm(x, weight, norm_sq, lora_A, lora_B, magnitude, *more)[0]
-
-
-def dora_linear_and_norm(
-    x: Tensor,
-    weight: Tensor | Weight,
-    norm_sq: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    quant_state: QuantState | None = None,
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-    norm: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(the result of `dora_linear` for the same arguments; the norm, fp32 [out], which the next call may be given)"""
     weight = as_weight(weight, quant_state)
     check_input(x, weight)
     out_features = weight.shape[0]
@@ -177,8 +158,8 @@ def dora_linear_and_norm(
     if dropout and seed is None:
         seed = new_seed(x.device)
     rows = x.reshape(-1, x.shape[-1])
-    y, _, norm, *_ = _dora_linear(rows, weight, norm_sq, norm, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
-    return y.view(*x.shape[:-1], out_features), norm.detach()
+    y, *_ = _dora_linear(rows, weight, norm_sq, norm, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
+    return y.view(*x.shape[:-1], out_features)
 
 
 def weight_norm_sq(weight: Tensor | Weight, quant_state: QuantState | None = None) -> Tensor:

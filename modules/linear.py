@@ -283,23 +283,29 @@ class DoRALinear(LoRALinear):
         if torch.compiler.is_compiling():
             return None
         if self.training:
-            return None if self.kept_norms is None else self.kept_norms.get(self)
+            return self._kept_norm(weight)
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
             self._cached_norm = key, kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
         return self._cached_norm[1]
 
-    def _keep(self, norm: Tensor) -> None:
-        """Have `_norm` return `norm` in training, while a Norms is in use."""
+    def _kept_norm(self, weight: Weight) -> Tensor | None:
+        """The norm of the Norms in use; None without one."""
+        if self.kept_norms is None:
+            return None
+        if self in self.kept_norms:
+            return self.kept_norms[self]
+        norm = kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
         # Memory of a CUDA graph is the graph's own: a norm that is computed inside does not outlive it.
         if not (norm.is_cuda and torch.cuda.is_current_stream_capturing()):
-            self.kept_norms.setdefault(self, norm)
+            self.kept_norms[self] = norm
+        return norm
 
     def _alone(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
-        y, norm = kernels.dora_linear_and_norm(
+        y = kernels.dora_linear(
             x,
             weight,
             self.norm_sq,
@@ -311,8 +317,6 @@ class DoRALinear(LoRALinear):
             seed=seeds.draw(x.device) if dropout else None,
             norm=self._norm(weight),
         )
-        if self.training and self.kept_norms is not None and not torch.compiler.is_compiling():
-            self._keep(norm)
         return y.clone() if self.copies_result and y.requires_grad else y
 
     def merged_weight(self) -> Tensor:

@@ -54,7 +54,7 @@ class LabelLoss:
         self.labelled: Tensor | None = None
         self.hidden: Tensor | None = None  # what the output embeddings got at these places
         # registered once: torch.compile would begin anew for another hook
-        self.hook = model.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
+        model.get_output_embeddings().register_forward_pre_hook(self._keep_labelled)
         if compiled:
             compiler = os.environ.get("CXX", "g++")
             if model.device.type == "cpu" and not shutil.which(compiler):
