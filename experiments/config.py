@@ -87,7 +87,12 @@ class TrainerConfig:
     batch_size: int = MISSING  # samples a forward pass, of all processes together
     grad_accum: int = 1  # forward passes an optimizer step
     parallel: str = "auto"  # auto (ddp) | ddp | fsdp: how processes of torchrun share a run (engines.py)
-    compile: bool = False  # torch.compile the training step: minutes, once for a model and a shape of batches
+    # torch.compile the training step: minutes, once for a model and a shape of batches. For models whose own code takes
+    # most of a step: measure whether it gains. Without cuda_graphs
+    compile: bool = False
+    # auto | true | false: start the kernels of a step on one GPU with a few calls. Losses are the same bit for bit.
+    # auto: where that can be; what cannot be captured runs eagerly and is named
+    cuda_graphs: str = "auto"
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
     schedule: str = "cosine"  # cosine | linear | constant
@@ -166,7 +171,7 @@ RENAMED_METHODS = {"adapter": "houlsby"}
 
 # Keys that do not change the numbers of a run: where it writes, who watches it, how processes share it.
 BOOKKEEPING = ("output_dir", "overwrite", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
-BOOKKEEPING += ("trainer.parallel",)
+BOOKKEEPING += ("trainer.parallel", "trainer.cuda_graphs")
 
 
 def flat(cfg: Config) -> dict[str, Any]:
@@ -263,6 +268,9 @@ def resolve(cfg: DictConfig) -> Config:
             raise UserError(f"trainer.{name} compares evaluations: set trainer.eval_every too")
     if trainer.parallel not in ("auto", "ddp", "fsdp"):
         raise UserError(f"trainer.parallel={trainer.parallel}: choose auto, ddp or fsdp")
+    trainer.cuda_graphs = trainer.cuda_graphs.lower()  # YAML's true becomes "True"
+    if trainer.cuda_graphs not in ("auto", "true", "false"):
+        raise UserError(f"trainer.cuda_graphs={trainer.cuda_graphs}: choose auto, true or false")
     if trainer.loraplus_lr_ratio != 1 and config.method.adapter in ("none", *BASELINES):
         raise UserError(f"trainer.loraplus_lr_ratio is about LoRA's A and B, and method={config.method.name} has none")
     if trainer.schedule not in ("cosine", "linear", "constant"):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import kernels
 from kernels import QuantState, Weight
 from kernels.weight import check_packed, checked_before
+from modules import seeds
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -211,7 +212,10 @@ class LoRALinear(nn.Module):
     def _alone(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
-        return kernels.lora_linear(x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout)
+        seed = seeds.draw(x.device) if dropout else None
+        return kernels.lora_linear(
+            x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout, seed=seed
+        )
 
     @torch.no_grad()
     def start_at(self, lora_A: Tensor, lora_B: Tensor, part_of_weight: bool = False) -> None:
@@ -258,7 +262,8 @@ class DoRALinear(LoRALinear):
     The magnitude m starts as ‖W‖, so the layer starts as its base. The arguments are LoRALinear's.
 
     In evaluation mode the norm is computed once for each version of A and B. In training mode every forward computes
-    it, because an optimizer that writes through `.data`, or FSDP's gathering, changes A but not its version.
+    it, because an optimizer that writes through `.data`, or FSDP's gathering, changes A but not its version. Whoever
+    knows that nothing changes for a while says so with `modules.norms.Norms`.
     """
 
     def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
@@ -267,6 +272,7 @@ class DoRALinear(LoRALinear):
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
         self._cached_norm: tuple[tuple, Tensor] | None = None  # versions of its inputs, and the norm
+        self.kept_norms: dict[DoRALinear, Tensor] | None = None  # of a Norms in use: training computes a norm once
         self.copies_result = False  # the model changes the result in place, and the op keeps it for backward
 
     def train(self, mode: bool = True) -> "DoRALinear":
@@ -278,16 +284,31 @@ class DoRALinear(LoRALinear):
         self.norm_sq = kernels.weight_norm_sq(weight_of(base))
 
     def _norm(self, weight: Weight) -> Tensor | None:
-        """‖W + sBA‖ of each row, fp32 [out], in evaluation mode; None if the forward must compute it."""
-        if self.training or torch.compiler.is_compiling():
+        """‖W + sBA‖ of each row, fp32 [out]; None if the forward must compute it."""
+        if torch.compiler.is_compiling():
             return None
+        if self.training:
+            return self._kept_norm(weight)
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
             self._cached_norm = key, kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
         return self._cached_norm[1]
 
+    def _kept_norm(self, weight: Weight) -> Tensor | None:
+        """The norm of the Norms in use; None without one."""
+        if self.kept_norms is None:
+            return None
+        if self in self.kept_norms:
+            return self.kept_norms[self]
+        norm = kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
+        # Memory of a CUDA graph is the graph's own: a norm that is computed inside does not outlive it.
+        if not (norm.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.kept_norms[self] = norm
+        return norm
+
     def _alone(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
         y = kernels.dora_linear(
             x,
@@ -297,7 +318,8 @@ class DoRALinear(LoRALinear):
             self.magnitude,
             self.scaling,
             self.output_bias,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
+            seed=seeds.draw(x.device) if dropout else None,
             norm=self._norm(weight),
         )
         return y.clone() if self.copies_result and y.requires_grad else y

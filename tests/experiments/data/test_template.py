@@ -150,12 +150,12 @@ def test_a_template_that_asks_for_a_system_message():
     tok = tokenizer(asks + templates.LLAMA3)
     [example] = samples(conversation("system: be brief", *TWO), tok)
     assert labelled(tok, example) == "end 1<|eot_id|>im 2<|eot_id|>"
-    with pytest.raises(UserError, match="refuses this conversation: a system message comes first"):
+    with pytest.raises(ValueError, match="refuses this conversation: a system message comes first"):
         samples(conversation(*TWO), tok)
 
 
 def test_a_template_that_writes_other_content():
-    with pytest.raises(UserError, match="leaves out message 1, the user's"):
+    with pytest.raises(ValueError, match="leaves out message 1, the user's"):
         samples(conversation(*TWO), tokenizer("{% for m in messages %}{{ m.role + m.content.upper() }}{% endfor %}"))
 
 
