@@ -15,9 +15,10 @@ from torch import Tensor
 
 from kernels.triton import few_tokens
 from kernels.triton.gemm import gemm
-from kernels.triton.low_rank import outer, project
+from kernels.triton.low_rank import project
 from kernels.triton.nf4 import dense
 from kernels.triton.nf4_linear import product
+from kernels.triton.outer import outer
 from kernels.weight import Weight
 
 
