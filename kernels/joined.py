@@ -28,6 +28,7 @@ class Joined(NamedTuple):
         lora_A: [rank, in], lora_B: [out, rank].
         scaling: α / rank, or α / √rank (rsLoRA).
         magnitude, norm_sq: DoRA's, fp32 [out]; None: LoRA.
+        norm: DoRA's, fp32 [out], as `dora_norm` returned it. Computed if not given.
     """
 
     weight: Weight
@@ -36,6 +37,7 @@ class Joined(NamedTuple):
     scaling: float
     magnitude: Tensor | None = None
     norm_sq: Tensor | None = None
+    norm: Tensor | None = None
 
 
 @define_op(products=True)
@@ -46,6 +48,7 @@ def _joined_linears(
     lora_B: list[Tensor],
     magnitude: list[Tensor | None],
     norm_sq: list[Tensor | None],
+    norm: list[Tensor | None],
     scaling: list[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(y of each [T, out]; the rest is for backward: Ā [Σ r, in], all xa [T, Σ r], each B in x's dtype, the norm and
@@ -112,7 +115,7 @@ def joined_linears(x: Tensor, linears: Sequence[Joined]) -> tuple[Tensor, ...]:
         [..., out] of each in x's dtype. Differentiable in x, lora_A, lora_B and magnitude.
 
     Raises:
-        ValueError: no linears, shapes or dtypes that do not fit, a magnitude without norm_sq.
+        ValueError: no linears, shapes or dtypes that do not fit, a magnitude without norm_sq, a norm without both.
     """
     if not linears:
         raise ValueError("joined_linears needs at least one linear")
@@ -120,11 +123,12 @@ def joined_linears(x: Tensor, linears: Sequence[Joined]) -> tuple[Tensor, ...]:
         check_input(x, linear.weight)
         out_features = linear.weight.shape[0]
         check_adapter(x, linear.lora_A, linear.lora_B, out_features)
-        for name, vector in {"magnitude": linear.magnitude, "norm_sq": linear.norm_sq}.items():
+        for name, vector in {"magnitude": linear.magnitude, "norm_sq": linear.norm_sq, "norm": linear.norm}.items():
             if vector is not None and vector.shape != (out_features,):
                 raise ValueError(f"{name} {tuple(vector.shape)} must be [{out_features}]")
-        if (linear.magnitude is None) != (linear.norm_sq is None):
+        of_lora = linear.magnitude is None
+        if of_lora != (linear.norm_sq is None) or (of_lora and linear.norm is not None):
             raise ValueError("a DoRA linear needs its magnitude and its norm_sq, a LoRA linear neither")
-    weights, lora_A, lora_B, scaling, magnitude, norm_sq = map(list, zip(*linears))
-    ys, _ = _joined_linears(x.reshape(-1, x.shape[-1]), weights, lora_A, lora_B, magnitude, norm_sq, scaling)
+    weights, lora_A, lora_B, scaling, *of_dora = map(list, zip(*linears))
+    ys, _ = _joined_linears(x.reshape(-1, x.shape[-1]), weights, lora_A, lora_B, *of_dora, scaling)
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)

@@ -283,7 +283,7 @@ class DoRALinear(LoRALinear):
         super().set_base(base)
         self.norm_sq = kernels.weight_norm_sq(weight_of(base))
 
-    def _norm(self, weight: Weight) -> Tensor | None:
+    def known_norm(self, weight: Weight) -> Tensor | None:
         """‖W + sBA‖ of each row, fp32 [out]; None if the forward must compute it."""
         if torch.compiler.is_compiling():
             return None
@@ -320,7 +320,7 @@ class DoRALinear(LoRALinear):
             self.output_bias,
             dropout=dropout,
             seed=seeds.draw(x.device) if dropout else None,
-            norm=self._norm(weight),
+            norm=self.known_norm(weight),
         )
         return y.clone() if self.copies_result and y.requires_grad else y
 

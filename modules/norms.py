@@ -35,10 +35,7 @@ class Norms:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Inside, the first forward in training mode of each layer computes its norm, and the others use that.
-
-        Layers that compute together with others (`modules.fused`) compute it each time.
-        """
+        """Inside, the first forward in training mode of each layer computes its norm, and the others use that."""
         with self.used():
             try:
                 yield

@@ -6,6 +6,7 @@ from torch import Tensor
 from kernels.cpu.dora import magnitude_gradient, norm_and_gain, scale_columns, scale_columns_
 from kernels.cpu.lora import factors, wide_gradients
 from kernels.cpu.nf4 import dense
+from kernels.dora import over_norm
 from kernels.weight import Weight
 
 
@@ -16,6 +17,7 @@ def joined_linears(
     lora_B: list[Tensor],
     magnitude: list[Tensor | None],
     norm_sq: list[Tensor | None],
+    norm: list[Tensor | None],
     scaling: list[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     ranks = [len(A) for A in lora_A]
@@ -28,13 +30,15 @@ def joined_linears(
     for i, (weight, xa, a, b) in enumerate(zip(weights, xa_all.split(ranks, 1), parts, bs)):
         w = dense(weight, x.dtype)
         if magnitude[i] is None:
-            norm = gain = None
+            own_norm, gain = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+        elif norm[i] is None:
+            own_norm, gain = norm_and_gain(w, norm_sq[i], lora_A[i], lora_B[i], a, scaling[i], magnitude[i])
         else:
-            norm, gain = norm_and_gain(w, norm_sq[i], lora_A[i], lora_B[i], a, scaling[i], magnitude[i])
+            own_norm, gain = norm[i].clone(), over_norm(magnitude[i], norm[i])
         y = torch.nn.functional.linear(xa, b).addmm_(x, w.t())
-        ys.append(y if gain is None else scale_columns_(y, gain))
-        norms.append(x.new_empty(0, dtype=torch.float32) if norm is None else norm)
-        gains.append(x.new_empty(0, dtype=torch.float32) if gain is None else gain)
+        ys.append(y if magnitude[i] is None else scale_columns_(y, gain))
+        norms.append(own_norm)
+        gains.append(gain)
     return ys, [a_all, xa_all, *bs, *norms, *gains]
 
 

@@ -15,18 +15,19 @@ def joined_linears(
     lora_B: list[Tensor],
     magnitude: list[Tensor | None],
     norm_sq: list[Tensor | None],
+    norm: list[Tensor | None],
     scaling: list[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     ys, xas, norms, gains = [], [], [], []
-    for weight, A, B, m, n, s in zip(weights, lora_A, lora_B, magnitude, norm_sq, scaling):
+    for weight, A, B, m, n, known, s in zip(weights, lora_A, lora_B, magnitude, norm_sq, norm, scaling):
         if m is None:
             y, xa = lora_linear(x, weight, A, B, None, s, 0.0, None)
-            norm, gain = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
+            own_norm, gain = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
         else:
-            y, xa, norm, gain, _ = dora_linear(x, weight, n, None, A, B, m, None, s, 0.0, None)
+            y, xa, own_norm, gain, _ = dora_linear(x, weight, n, known, A, B, m, None, s, 0.0, None)
         ys.append(y)
         xas.append(xa)
-        norms.append(norm)
+        norms.append(own_norm)
         gains.append(gain)
     a = torch.cat([(A * s).to(x.dtype) for A, s in zip(lora_A, scaling)])
     return ys, [a, torch.cat(xas, 1), *(B.to(x.dtype, copy=True) for B in lora_B), *norms, *gains]

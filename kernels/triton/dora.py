@@ -1,8 +1,9 @@
 """DoRA in Triton: see kernels/dora.py.
 
-Forward over a packed weight: the norm in three launches (dora_norm.py), dequantize, xa, and the product with gain and
-bias in its epilogue (gemm.py). Few tokens skip the dequantization. Of few tokens whose norm is given, one launch makes
-xa and the gain (few_tokens.py), and one or two the rest (nf4_linear.py): generation passes the norm.
+Forward over a packed weight: the norm in three launches, or one for the gain of a known norm (dora_norm.py);
+dequantize, xa, and the product with gain and bias in its epilogue (gemm.py). Few tokens skip the dequantization. Of few
+tokens whose norm is given, one launch makes xa and the gain (few_tokens.py), and one or two the rest (nf4_linear.py):
+generation passes the norm.
 
 Backward is LoRA's of dZ = g ⊙ dY, and the magnitude's gradient. One pass over dY and y (or z) makes dZ and partial sums
 of dm. Each program handles one tile. A program that walks all columns could also make dxa, but there would be too few
@@ -15,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dora import over_norm
 from kernels.triton import few_tokens
 from kernels.triton.case import Case, meta
 from kernels.triton.dora_norm import divide, norm_and_gain, sums_of_squares
@@ -199,10 +199,7 @@ def dora_linear(
         xa, norm, gain = few_tokens.adapter(x, lora_A, scaling, magnitude, norm.contiguous())
     else:
         xa = few_tokens.adapter(x, lora_A, scaling)[0] if few else project(xd, lora_A.t(), scaling)
-        if norm is None:
-            norm, gain = norm_and_gain(weight, x.dtype, lora_A, lora_B, scaling, magnitude)
-        else:
-            norm, gain = norm.clone(), over_norm(magnitude, norm)
+        norm, gain = norm_and_gain(weight, x.dtype, lora_A, lora_B, scaling, magnitude, norm)
     if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: elements dropped from the adapter still pass the base
         w = dense(weight, x.dtype)
         z, _ = gemm(xd, w.t(), xa, lora_B.t())

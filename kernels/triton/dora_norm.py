@@ -131,7 +131,8 @@ def _norm_dense_kernel(
 
 @triton.jit
 def _finish_kernel(
-    partial_ptr,  # fp32 [splits, N]: sums of squares
+    partial_ptr,  # fp32 [splits, N]: sums of squares; or None
+    known_ptr,  # fp32 [N], or None: the norm, where it is known
     magnitude_ptr,  # [N], or None
     norm_ptr,  # fp32 [N]
     gain_ptr,  # fp32 [N], or None
@@ -140,10 +141,13 @@ def _finish_kernel(
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        total += tl.load(partial_ptr + split * N + n, mask=n < N, other=0.0)
-    norm = tl.sqrt(total)
+    if known_ptr is not None:
+        norm = tl.load(known_ptr + n, mask=n < N, other=0.0)
+    else:
+        total = tl.zeros([BLOCK], tl.float32)
+        for split in range(splits):
+            total += tl.load(partial_ptr + split * N + n, mask=n < N, other=0.0)
+        norm = tl.sqrt(total)
     tl.store(norm_ptr + n, norm, mask=n < N)
     if magnitude_ptr is not None:
         magnitude = tl.load(magnitude_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -152,8 +156,8 @@ def _finish_kernel(
 
 @triton.jit
 def divide(x, norm):
-    """x / norm, and 0 where norm is 0: a row of zeros has no direction to scale."""
-    return tl.where(norm == 0.0, 0.0, x / tl.where(norm == 0.0, 1.0, norm))
+    """x / norm, and 0 where norm is 0: a row of zeros has no direction to scale. Rounded as torch's division."""
+    return tl.where(norm == 0.0, 0.0, tl.math.div_rn(x, tl.where(norm == 0.0, 1.0, norm)))
 
 
 def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
@@ -217,13 +221,19 @@ def norm_and_gain(
     lora_B: Tensor,
     scaling: float,
     magnitude: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """(‖W + sBA‖ of each row, magnitude / ‖W + sBA‖ if there is a magnitude), fp32 [N]."""
-    partial = sums_of_squares(weight, dtype, lora_A, lora_B, scaling)
-    splits, n = partial.shape
-    norm = torch.empty(n, dtype=torch.float32, device=partial.device)
-    gain = None if magnitude is None else torch.empty(n, dtype=torch.float32, device=partial.device)
-    args = (partial, None if magnitude is None else magnitude.contiguous(), norm, gain, n, splits)
+    """(‖W + sBA‖ of each row, magnitude / ‖W + sBA‖ if there is a magnitude), fp32 [N].
+
+    If the norm is `known`, it is copied: a result of an op must not be an argument.
+    """
+    partial = sums_of_squares(weight, dtype, lora_A, lora_B, scaling) if known is None else None
+    n, device = weight.shape[0], weight.device
+    norm = torch.empty(n, dtype=torch.float32, device=device)
+    gain = None if magnitude is None else torch.empty(n, dtype=torch.float32, device=device)
+    known = None if known is None else known.contiguous()
+    magnitude = None if magnitude is None else magnitude.contiguous()
+    args = (partial, known, magnitude, norm, gain, n, 0 if partial is None else len(partial))
     launch(_finish_kernel, (cdiv(n, FINISH_BLOCK),), *args, BLOCK=FINISH_BLOCK, fp_fusion=False)
     return norm, gain
 
@@ -255,22 +265,23 @@ def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64) -> Cas
     )
 
 
-def _finish() -> None:
+def _finish(known: bool) -> Case:
     """`norm_and_gain` of a weight of 4096 rows."""
     weight, adapter = meta_packed(4096, 4096), (meta(16, 4096), meta(4096, 16))
-    norm_and_gain(weight, torch.bfloat16, *adapter, 2.0, meta(4096))
+    norm = meta(4096) if known else None
+    return Case(
+        kernel="dora_norm_finish",
+        config="known" if known else "gain",
+        call=lambda: norm_and_gain(weight, torch.bfloat16, *adapter, 2.0, meta(4096), norm),
+        fn=_finish_kernel,
+        values=FINISH_BLOCK,
+        bytes_per_value=16.0 if known else 4.0,
+        launches=1 if known else 3,
+    )
 
 
 CASES = [
-    Case(
-        kernel="dora_norm_finish",
-        config="gain",
-        call=_finish,
-        fn=_finish_kernel,
-        values=FINISH_BLOCK,
-        bytes_per_value=4.0,
-        launches=3,
-    ),
+    *[_finish(known) for known in (False, True)],
     *[_case(rank, "double") for rank in (0, 16, 64, 128, 256, 512, 1024)],
     *[_case(64, "single"), _case(64, "double", blocksize=32), _case(64, "double", "fp32")],
     *[_case(rank, "dense") for rank in (0, 64, 128, 256, 512)],

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.case import Case, meta
+from kernels.triton.dora_norm import divide
 from kernels.triton.launch import cdiv, launch, next_power_of_2
 
 MAX_TOKENS = 64  # each row of A is read again for every four tokens, from the L2 cache
@@ -77,9 +78,8 @@ def _gain(magnitude_ptr, norm_ptr, norm_copy_ptr, gain_ptr, pid, N, stride_m, BL
     n = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     norm = tl.load(norm_ptr + n, mask=n < N, other=0.0)
     magnitude = tl.load(magnitude_ptr + n.to(tl.int64) * stride_m, mask=n < N, other=0.0).to(tl.float32)
-    gain = tl.where(norm == 0.0, 0.0, tl.math.div_rn(magnitude, tl.where(norm == 0.0, 1.0, norm)))
     tl.store(norm_copy_ptr + n, norm, mask=n < N)
-    tl.store(gain_ptr + n, gain, mask=n < N)
+    tl.store(gain_ptr + n, divide(magnitude, norm), mask=n < N)
 
 
 def supports(x: Tensor, dropout: float) -> bool:

@@ -27,6 +27,7 @@ def joined_linears(
     lora_B: list[Tensor],
     magnitude: list[Tensor | None],
     norm_sq: list[Tensor | None],
+    norm: list[Tensor | None],
     scaling: list[float],
 ) -> tuple[list[Tensor], list[Tensor]]:
     x, ranks = x.contiguous(), [len(A) for A in lora_A]
@@ -37,11 +38,11 @@ def joined_linears(
     ys, norms, gains = [], [], []
     for i, (weight, xa, b, m) in enumerate(zip(weights, xa_all.split(ranks, 1), bs, magnitude)):
         if m is None:
-            norm = gain = None
+            own_norm = gain = None
         else:
-            norm, gain = norm_and_gain(weight, x.dtype, lora_A[i], lora_B[i], scaling[i], m)
+            own_norm, gain = norm_and_gain(weight, x.dtype, lora_A[i], lora_B[i], scaling[i], m, norm[i])
         ys.append(product(x, weight, xa, b.t(), gain=gain)[0])
-        norms.append(x.new_empty(0, dtype=torch.float32) if norm is None else norm)
+        norms.append(x.new_empty(0, dtype=torch.float32) if own_norm is None else own_norm)
         gains.append(x.new_empty(0, dtype=torch.float32) if gain is None else gain)
     return ys, [a_all, xa_all, *bs, *norms, *gains]
 

@@ -2,6 +2,9 @@
 
 An MLP calls the op itself (mlp.py). An attention's forward is the model's own code, which calls its projections one
 after the other: there the first call computes all of them, and the others find their result.
+
+Under checkpointing a block runs twice, and must keep the same tensors both times. So a projection finds a result only
+if it was computed inside the same region: that of the other time, or of another region, does not count.
 """
 
 from collections.abc import Sequence
@@ -23,8 +26,6 @@ def joined(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...] | None
 def _can_join(linears: Sequence[nn.Module], x: Tensor) -> bool:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or under_autocast(x):
         return False
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # checkpointing, which may break off
-        return False
     for linear in linears:
         if type(linear) not in (LoRALinear, DoRALinear) or not linear.training or linear.dropout:
             return False
@@ -38,8 +39,10 @@ def _can_join(linears: Sequence[nn.Module], x: Tensor) -> bool:
 def _compute(linears: Sequence[LoRALinear], x: Tensor) -> tuple[Tensor, ...]:
     parts = []
     for linear in linears:
-        of_dora = (linear.magnitude, linear.norm_sq) if isinstance(linear, DoRALinear) else ()
-        parts.append(kernels.Joined(weight_of(linear.base), *linear.factors(), linear.scaling, *of_dora))
+        weight, of_dora = weight_of(linear.base), ()
+        if isinstance(linear, DoRALinear):
+            of_dora = linear.magnitude, linear.norm_sq, linear.known_norm(weight)
+        parts.append(kernels.Joined(weight, *linear.factors(), linear.scaling, *of_dora))
     return kernels.joined_linears(x, parts)
 
 
@@ -53,7 +56,7 @@ class Group:
     def __init__(self, attention: nn.Module):
         self.attention = attention
         self.x: Tensor | None = None  # of the last call
-        self.versions: list[int] = []  # of x and the adapters in that call
+        self.seen: list = []  # in that call: who keeps tensors for backward, the versions of x and of the adapters
         self.results: dict[LoRALinear, Tensor] = {}
 
     def result(self, linear: LoRALinear, x: Tensor) -> Tensor | None:
@@ -61,14 +64,19 @@ class Group:
         linears = [getattr(self.attention, name) for name in PROJECTIONS]
         if not _can_join(linears, x) or any(one.group is not self for one in linears):
             return None
-        versions = [x._version, *(tensor._version for one in linears for tensor in (one.lora_A, one.lora_B))]
-        if self.x is not x or self.versions != versions or linear not in self.results:
-            self.x, self.versions = x, versions
-            self.results = dict(zip(linears, _compute(linears, x)))
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # a checkpointed region has its own
+        seen = [hooks, x._version, *(tensor._version for one in linears for tensor in (one.lora_A, one.lora_B))]
+        if self.x is not x or self.seen != seen or linear not in self.results:
+            self.forget()  # checkpointing breaks off inside the op once it has all that backward needs
+            results = _compute(linears, x)
+            self.x, self.seen, self.results = x, seen, dict(zip(linears, results))
         result = self.results.pop(linear)
         if not self.results:
-            self.x = None
+            self.forget()
         return result
+
+    def forget(self) -> None:
+        self.x, self.seen, self.results = None, [], {}
 
 
 def join(model: nn.Module) -> None:

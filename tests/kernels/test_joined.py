@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Joined, Weight, dora_linear, joined_linears, lora_linear, weight_norm_sq
+from kernels import Joined, Weight, dora_linear, dora_norm, joined_linears, lora_linear, weight_norm_sq
 from kernels.joined import _joined_linears, _joined_linears_backward
 from tests.kernels.linear_cases import (
     assert_as_accurate,
@@ -104,6 +104,27 @@ def test_each_is_as_the_op_of_one_linear_gives_it(kind, dora):
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_with_norms_that_are_known_the_bits_are_the_same(dtype):
+    (tensors, dy), bases = make_tensors(ADAPTERS["mixed"], dtype), make_bases(("nf4-double", "nf4", "dense"), dtype)
+    tensors["B2"][5] = 0
+    bases[2][0].values[5] = 0  # a row of zeros, whose norm is 0
+    want = with_gradients(functools.partial(joined, bases), tensors, dy)
+    known = []
+    for one in linears(bases, tensors):
+        given = (one.weight, one.norm_sq, one.lora_A, one.lora_B, one.scaling)
+        known.append(None if one.norm_sq is None else dora_norm(*given))
+    assert known[2][5] == 0
+
+    def with_norms(x, **adapters):
+        given = [one._replace(norm=norm) for one, norm in zip(linears(bases, adapters), known)]
+        return torch.cat(joined_linears(x, given), -1)
+
+    got = with_gradients(with_norms, tensors, dy)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
 @adapters
 def test_an_input_that_needs_no_gradient(dora):
     (tensors, dy), bases = make_tensors(dora, torch.float32), make_bases(("nf4-double",) * 3, torch.float32)
@@ -136,11 +157,12 @@ def test_opcheck(dora):
     (tensors, _), bases = make_tensors(dora, torch.float32), make_bases(("dense", "nf4", "nf4-double"), torch.float32)
     x = tensors["x"].flatten(0, -2)
     weights, *rest = map(list, zip(*linears(bases, tensors)))
-    lora_A, lora_B, scaling, magnitude, norm_sq = rest
-    args = (x.requires_grad_(), weights, [A.requires_grad_() for A in lora_A], lora_B, magnitude, norm_sq, scaling)
+    lora_A, lora_B, scaling, magnitude, norm_sq, norm = rest
+    of_dora = magnitude, norm_sq, norm
+    args = (x.requires_grad_(), weights, [A.requires_grad_() for A in lora_A], lora_B, *of_dora, scaling)
     opcheck(_joined_linears, *args)
     x, lora_A = x.detach(), [A.detach() for A in lora_A]
-    ys, kept = _joined_linears(x, weights, lora_A, lora_B, magnitude, norm_sq, scaling)
+    ys, kept = _joined_linears(x, weights, lora_A, lora_B, *of_dora, scaling)
     dys = [randn(*y.shape, seed=i) for i, y in enumerate(ys)]
     for needs_dx in (True, False):
         given = (dys, x, ys, kept, weights, lora_A, lora_B, magnitude, scaling, needs_dx)
@@ -183,9 +205,11 @@ def test_no_tokens():
         ({"lora_A": (4, 63)}, r"lora_A \(4, 63\).*must be \[rank, in\]"),
         ({"weight": (48, 63)}, r"x \(5, 64\) does not fit a weight of shape \(48, 63\)"),
         ({"magnitude": (47,)}, r"magnitude \(47,\) must be \[48\]"),
+        ({"norm": (47,)}, r"norm \(47,\) must be \[48\]"),
         ({"norm_sq": None}, "a DoRA linear needs its magnitude and its norm_sq, a LoRA linear neither"),
+        ({"norm_sq": None, "magnitude": None, "norm": (48,)}, "a LoRA linear neither"),
     ],
-    ids=["lora_A", "weight", "magnitude", "norm_sq"],
+    ids=["lora_A", "weight", "magnitude", "norm", "norm_sq", "lora-norm"],
 )
 def test_bad_input(changed, message):
     shapes = {"weight": (48, 64), "lora_A": (4, 64), "lora_B": (48, 4), "magnitude": (48,), "norm_sq": (48,)} | changed

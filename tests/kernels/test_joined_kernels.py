@@ -9,6 +9,7 @@ from kernels import Weight, use_backend, weight_norm_sq
 from kernels.joined import _joined_linears, _joined_linears_backward
 from kernels.triton import joined
 from kernels.triton.case import meta, meta_packed
+from kernels.triton.dora_norm import _finish_kernel, _norm_nf4_kernel
 from kernels.triton.gemm import gemm_kernel
 from kernels.triton.launch import recording
 from kernels.triton.low_rank import project_kernel
@@ -40,7 +41,7 @@ def test_four_linears_over_many_tiles(dtype, library, monkeypatch):
     adapters = lora_A, lora_B, magnitude
 
     def forward_and_backward():
-        ys, kept = _joined_linears(x, weights, *adapters, norm_sq, list(scalings))
+        ys, kept = _joined_linears(x, weights, *adapters, norm_sq, [None] * len(outs), list(scalings))
         given = [None if m is None else y for m, y in zip(magnitude, ys)]
         dx, *others = _joined_linears_backward(dys, x, given, kept, weights, *adapters, list(scalings), True)
         return named(torch.cat(ys, 1), dx, *others)
@@ -76,7 +77,7 @@ def test_four_linears_over_many_tiles(dtype, library, monkeypatch):
         assert torch.equal(tensor, got[name]), f"{name} differs from run to run"
 
 
-def calls(linears: int, dora: bool):
+def calls(linears: int, dora: bool, known: bool = False):
     """(forward, backward) of linears over NF4 with 2048 tokens, on tensors without memory."""
     x, rank, out = meta(2048, 4096, dtype="bf16"), 16, 4096
     weights = [meta_packed(out, 4096) for _ in range(linears)]
@@ -85,9 +86,20 @@ def calls(linears: int, dora: bool):
     kept = [meta(linears * rank, 4096, dtype="bf16"), meta(2048, linears * rank, dtype="bf16")]
     kept += [meta(out, rank, dtype="bf16")] * linears + [meta(out if dora else 0)] * 2 * linears
     ys = [meta(2048, out, dtype="bf16")] * linears
-    forward = functools.partial(joined.joined_linears, x, weights, *adapters, vectors, [2.0] * linears)
+    norms = vectors if known else [None] * linears
+    forward = functools.partial(joined.joined_linears, x, weights, *adapters, vectors, norms, [2.0] * linears)
     given = (ys, x, ys, kept, weights, *adapters, [2.0] * linears, True)
     return forward, functools.partial(joined.joined_linears_backward, *given)
+
+
+def test_a_known_norm_takes_one_launch():
+    with recording() as launches:
+        calls(3, dora=True)[0]()
+    norms = [launch.kernel for launch in launches].count(_norm_nf4_kernel)
+    with recording() as with_known:
+        calls(3, dora=True, known=True)[0]()
+    kernels = [launch.kernel for launch in with_known]
+    assert norms == kernels.count(_finish_kernel) == 3 and _norm_nf4_kernel not in kernels
 
 
 @pytest.mark.parametrize("linears", [2, 3])

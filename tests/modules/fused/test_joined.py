@@ -4,12 +4,15 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import kernels
 from kernels import use_backend
 from kernels.op import interpreting
 from modules import attach, fuse, set_adapter
+from modules.fused.joined import PROJECTIONS
+from modules.norms import Norms
 from tests.modules.fused.models import adapted, assert_computes_the_same, loss_and_gradients, pair
 
 
@@ -50,11 +53,72 @@ def test_the_triton_column_joins_too(calls):
     assert calls == [3, 2, 3, 2]
 
 
-def test_checkpointing(calls):
-    model, joined = fused_pair("dora")
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_checkpointing(adapter, calls):
+    """A block that is computed again breaks off once it has all that backward needs."""
+    model, joined = fused_pair(adapter)
+    expected = loss_and_gradients(joined)
+    calls.clear()
     joined.gradient_checkpointing_enable({"use_reentrant": False})
+    got = loss_and_gradients(joined)
+    assert calls == [3, 2] * 4
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)
     assert_computes_the_same(joined, model)
-    assert calls == []  # a block that is computed again breaks off when it has what it needs
+    for layer in joined.model.layers:
+        assert layer.self_attn.q_proj.group.x is None, "tensors of a block are kept"
+
+
+def test_checkpointed_parts_of_an_attention(calls):
+    """Queries in one region, keys and values in another, which both read the same x, or all outside."""
+    model, joined = fused_pair("dora")
+    attentions = [one.model.layers[0].self_attn for one in (joined, model)]
+
+    def gradients(attention, regions, x):
+        x = x.detach().clone().requires_grad_()  # a leaf is the same object when a region is computed again
+        results = []
+        for names in regions:
+            several = lambda x, names=names: [getattr(attention, name)(x).sin() for name in names]  # noqa: E731
+            results += checkpoint(several, x, use_reentrant=False) if len(regions) > 1 else several(x)
+        parameters = [p for name in PROJECTIONS for p in getattr(attention, name).parameters() if p.requires_grad]
+        return torch.autograd.grad(sum(one.square().sum() for one in results), [x, *parameters])
+
+    x = torch.randn(1, 3, 64)
+    want = gradients(attentions[1], [PROJECTIONS], x)
+    for regions in ([PROJECTIONS], [["q_proj"], ["k_proj", "v_proj"]], [["v_proj"], ["q_proj"], ["k_proj"]]):
+        for got, expected in zip(gradients(attentions[0], regions, x), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert set(calls) == {3}
+
+
+def test_an_op_that_breaks_off_leaves_no_results(calls, monkeypatch):
+    _, joined = fused_pair("dora")
+    attention, x = joined.model.layers[0].self_attn, torch.randn(1, 3, 64)
+    attention.q_proj(torch.randn(1, 3, 64))  # its keys and values are never asked for
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "joined_linears", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            attention.q_proj(x)
+    assert attention.k_proj.group.x is None
+    torch.testing.assert_close(attention.k_proj(x), attention.k_proj._alone(x))
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["", "checkpointed"])
+def test_norms_are_kept_bit_for_bit(checkpointed, calls, monkeypatch):
+    """Over two passes, and those that checkpointing adds, each norm is computed once."""
+    computed, norm = [], kernels.dora_norm
+    monkeypatch.setattr(kernels, "dora_norm", lambda *args: computed.append(None) or norm(*args))
+    _, joined = fused_pair("dora")
+    if checkpointed:
+        joined.gradient_checkpointing_enable({"use_reentrant": False})
+    want = loss_and_gradients(joined)
+    assert not computed
+    with Norms(joined).kept():
+        for _ in range(2):
+            for got, expected in zip(loss_and_gradients(joined), want, strict=True):
+                assert torch.equal(got, expected)
+    assert len(computed) == 2 * 7  # linears of two layers
+    assert len(calls) == 3 * (8 if checkpointed else 4)
 
 
 def test_what_stays_alone(calls):
