@@ -3,6 +3,8 @@
     loss = Σ_t (logsumexp_v h_t·w_v − h_t·w_target(t))              h [n, hidden], w [vocabulary, hidden]
     dh_t = Σ_v (softmax_v − [v = target]) w_v                       dw and the bias' likewise, if they train
 
+A token whose target is IGNORED has no loss and no gradient.
+
 A chunk of tokens goes through forward and backward at once, and nothing of its logits is kept. Products run in the
 compute dtype, softmax and sums in fp32. Kept from forward to backward: the gradients for dloss = 1.
 """
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 
 from kernels.op import define_op
 
+IGNORED = -100  # as torch's ignore_index
 CHUNK_BYTES = 2**26  # of logits: enough tokens for a product that reads the whole of w
 
 
@@ -58,7 +61,8 @@ def by_chunks(
     """The results of the op.
 
     Args:
-        loss_of: Σ cross-entropy of logits [rows, vocabulary] and targets [rows]; the logits become their gradient.
+        loss_of: Σ cross-entropy of logits [rows, vocabulary] and targets [rows]; the logits become their gradient, and
+            zeros where the target is IGNORED.
     """
     dhidden, dweight, dbias = zeros_for(hidden, weight, bias, needs_dhidden, needs_dweight, needs_dbias)
     loss = torch.zeros((), dtype=precise(hidden), device=hidden.device)
@@ -92,7 +96,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
     """Σ cross-entropy of logits = hidden · weightᵀ + bias.
 
     Args:
-        hidden: [n, hidden]. weight: [vocabulary, hidden]. bias: [vocabulary] or None. targets: int64 [n].
+        hidden: [n, hidden]. weight: [vocabulary, hidden]. bias: [vocabulary] or None.
+        targets: int64 [n]. A target of −100 is ignored, as in torch.
 
     Returns:
         fp32 [] (fp64 for fp64), in nats. Differentiable once, in hidden, weight and bias.

@@ -1,6 +1,5 @@
 """Cross-entropy of the labelled tokens, without logits [tokens, vocabulary] in memory if the model allows it."""
 
-import math
 import os
 import shutil
 
@@ -84,15 +83,9 @@ class LabelLoss:
         try:
             with prompt_lengths(self.model, batch["starts"]):
                 output = self.forward(input_ids=batch["input_ids"], use_cache=False)
-            if not self.plain_head or (head.bias is not None and head.bias.requires_grad):
-                logits = output.logits if not self.plain_head else head(self.hidden)
-                return F.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
-            # The op has no weights. A place without a label gets zeros, whose logits are the bias: its gradient is
-            # zero, and its loss is known.
-            empty = targets == IGNORED
-            hidden = self.hidden.masked_fill(empty.unsqueeze(1), 0)
-            loss = linear_cross_entropy(hidden, head.weight, head.bias, targets.clamp(min=0))
-            return loss - empty.sum() * _loss_of_zeros(head)
+            if not self.plain_head:
+                return F.cross_entropy(output.logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+            return linear_cross_entropy(self.hidden, head.weight, head.bias, targets)
         finally:
             self.labelled = self.hidden = None
 
@@ -104,11 +97,3 @@ class LabelLoss:
         if not self.plain_head:
             return self.hidden, *args[1:]
         return self.hidden[:1], *args[1:]  # what the head makes of it is not used
-
-
-def _loss_of_zeros(head: torch.nn.Linear) -> float | Tensor:
-    """The cross-entropy of token 0 where the hidden state is zero."""
-    if head.bias is None:
-        return math.log(head.weight.shape[0])
-    logits = head.bias.float()
-    return logits.logsumexp(0) - logits[0]

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernels.cpu import supports
 from kernels.cpu.numba_tools import Kernel, arguments, bf16s, exp, floats, ints, larger, narrow, share, thread, wide
-from kernels.cross_entropy import by_chunks, precise
+from kernels.cross_entropy import IGNORED, by_chunks, precise
 
 FP32_BYTES = 2**22  # of fp32 softmax: it stays in a CPU's cache
 _LOWEST = np.float32(np.finfo(np.float32).min)
@@ -22,6 +22,12 @@ def _cross_entropy(pointer):
     first, behind = share(rows)
     for row in range(first, behind):
         x = bf16s(a[0], row * classes, classes)
+        target = targets[row]
+        if target == IGNORED:
+            loss[row] = np.float32(0.0)
+            for i in range(classes):
+                x[i] = np.uint16(0)
+            continue
         highest = _LOWEST
         for i in range(classes):
             highest = larger(highest, wide(x[i]))
@@ -29,7 +35,6 @@ def _cross_entropy(pointer):
         for i in range(classes):
             e[i] = exp(wide(x[i]) - highest)
             total += e[i]
-        target = targets[row]
         loss[row] = np.log(total) + highest - wide(x[target])
         scale = np.float32(1.0) / total
         p = e[target] * scale
@@ -40,12 +45,13 @@ def _cross_entropy(pointer):
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of each row in nats, fp32 [rows]. logits bf16 [rows, classes] become their gradient; targets int64
-    [rows].
+    [rows], IGNORED among them.
 
     Raises:
         IndexError: a target that is no class.
     """
-    if targets.numel() and not 0 <= targets.min().item() <= targets.max().item() < logits.shape[1]:
+    known = targets[targets != IGNORED]
+    if known.numel() and not 0 <= known.min().item() <= known.max().item() < logits.shape[1]:
         raise IndexError(f"a target is not in [0, {logits.shape[1]})")
     loss = logits.new_empty(len(logits), dtype=torch.float32)
     buffer = logits.new_empty(torch.get_num_threads(), logits.shape[1], dtype=torch.float32)
@@ -59,12 +65,14 @@ def _loss(logits: Tensor, targets: Tensor) -> Tensor:
         return cross_entropy(logits, targets).sum()
     loss = torch.zeros((), dtype=precise(logits), device=logits.device)
     rows = max(1, FP32_BYTES // (4 * logits.shape[1]))
-    for part, target in zip(logits.split(rows), targets.unsqueeze(1).split(rows)):
+    ignored = (targets == IGNORED).unsqueeze(1)
+    targets = targets.unsqueeze(1).masked_fill(ignored, 0)
+    for part, target, left_out in zip(logits.split(rows), targets.split(rows), ignored.split(rows)):
         x = part.to(precise(logits))
         p = torch.softmax(x, 1)
         logsumexp = x.amax(1) - p.amax(1).log()
-        loss += (logsumexp - x.gather(1, target).squeeze(1)).sum()
-        part.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)))
+        loss += (logsumexp - x.gather(1, target).squeeze(1)).masked_fill(left_out.squeeze(1), 0).sum()
+        part.copy_(p.scatter_add_(1, target, p.new_full(target.shape, -1.0)).masked_fill_(left_out, 0))
     return loss
 
 

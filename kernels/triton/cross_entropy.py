@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cross_entropy import by_chunks
+from kernels.cross_entropy import IGNORED, by_chunks
 from kernels.op import supports_if
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
@@ -24,14 +24,17 @@ def _cross_entropy_kernel(
     targets_ptr,  # i64 [rows]
     loss_ptr,  # fp32 [rows]
     V,
+    IGNORED: tl.constexpr,  # the target of a row without loss and gradient
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
     target = tl.load(targets_ptr + row)
-    at_target = tl.load(logits_ptr + target).to(tl.float32)  # before it is overwritten
+    known = target != IGNORED
+    end = tl.where(known, V, 0)  # nothing is read of a row that is ignored
+    at_target = tl.load(logits_ptr + target, mask=known, other=0.0).to(tl.float32)  # before it is overwritten
     highest, total = tl.full([BLOCK], float("-inf"), tl.float32), tl.zeros([BLOCK], tl.float32)
-    for v0 in range(0, V, BLOCK):
+    for v0 in range(0, end, BLOCK):
         v = v0 + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(highest, x, propagate_nan=tl.PropagateNan.ALL)
@@ -41,10 +44,11 @@ def _cross_entropy_kernel(
         highest = higher
     top = tl.max(highest, 0)
     total = tl.sum(total * tl.exp(highest - top), 0)
+    top, total = tl.where(known, top, 0.0), tl.where(known, total, 1.0)  # without columns all becomes 0
     tl.store(loss_ptr + row, tl.log(total) + top - at_target)
     for v0 in range(0, V, BLOCK):
         v = v0 + tl.arange(0, BLOCK)
-        x = tl.load(logits_ptr + v, mask=v < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(logits_ptr + v, mask=v < end, other=float("-inf")).to(tl.float32)
         gradient = tl.exp(x - top) / total - (v == target).to(tl.float32)
         tl.store(logits_ptr + v, gradient.to(logits_ptr.dtype.element_ty), mask=v < V)
 
@@ -52,7 +56,7 @@ def _cross_entropy_kernel(
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Σ cross-entropy of logits [rows, vocabulary], fp32; they become their gradient."""
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-    args = (logits, targets, loss, logits.shape[1])
+    args = (logits, targets, loss, logits.shape[1], IGNORED)
     launch(_cross_entropy_kernel, (len(logits),), *args, BLOCK=BLOCK, num_warps=NUM_WARPS, fp_fusion=True)
     return loss.sum()
 

@@ -43,6 +43,38 @@ def test_against_float64(backend, dtype, n, bias, monkeypatch):
             assert (have.double() - want).abs().max() <= allowed
 
 
+@pytest.mark.parametrize("pattern", ["some", "all", "a-chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_ignored_targets(backend, dtype, pattern, monkeypatch):
+    """They add nothing at all, not even where logits are not finite; the others' bits stay."""
+    monkeypatch.setattr(op_file, "CHUNK_BYTES", torch.empty(0, dtype=dtype).element_size() * 101 * 3)
+    torch.manual_seed(0)
+    h, w, b = (torch.randn(shape).to(dtype) for shape in ((9, 16), (101, 16), (101,)))
+    targets = torch.randint(101, (9,))
+    ignored = {"some": [1, 2, 8], "all": list(range(9)), "a-chunk": [3, 4, 5]}[pattern]
+    others = [i for i in range(9) if i not in ignored]
+    left_out = targets.clone()
+    left_out[ignored] = -100
+
+    def op(h, w, b):
+        return linear_cross_entropy(h, w, b, left_out)
+
+    def plain(h, w, b):
+        logits = F.linear(h, w, b).to(torch.promote_types(h.dtype, torch.float32))
+        return F.cross_entropy(logits, left_out, ignore_index=-100, reduction="sum")
+
+    got, by_torch = with_gradients(op, h, w, b), with_gradients(plain, h, w, b)
+    exact = with_gradients(plain, h.double(), w.double(), b.double())
+    for have, want, torchs in zip(got, exact, by_torch):
+        allowed = 2 * (torchs.double() - want).abs().max() + 8 * torch.finfo(dtype).eps * want.abs().max()
+        assert (have.double() - want).abs().max() <= allowed
+    labelled = with_gradients(lambda h: linear_cross_entropy(h, w, b, targets), h)[1]
+    assert torch.equal(got[1][others], labelled[others]) and not got[1][ignored].any()
+    h[ignored] = torch.inf
+    with_inf = with_gradients(lambda h: linear_cross_entropy(h, w, b, left_out), h)
+    assert torch.equal(with_inf[0], got[0]) and torch.equal(with_inf[1], got[1])
+
+
 def test_large_logits_stay_finite(backend):
     h, w = torch.full((1, 16), 50.0), torch.linspace(-1, 1, 101 * 16).view(101, 16)
     got = with_gradients(lambda h: linear_cross_entropy(h, w, None, torch.tensor([0])), h)
