@@ -42,9 +42,8 @@ def _cross_entropy_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(highest - shift) + tl.exp(x - shift)
         highest = higher
-    top = tl.max(highest, 0)
-    total = tl.sum(total * tl.exp(highest - top), 0)
-    top, total = tl.where(known, top, 0.0), tl.where(known, total, 1.0)  # without columns all becomes 0
+    top = tl.where(known, tl.max(highest, 0), 0.0)  # where nothing was read, loss and gradient become 0
+    total = tl.where(known, tl.sum(total * tl.exp(highest - top), 0), 1.0)
     tl.store(loss_ptr + row, tl.log(total) + top - at_target)
     for v0 in range(0, V, BLOCK):
         v = v0 + tl.arange(0, BLOCK)
