@@ -15,6 +15,7 @@ from kernels.triton.low_rank import project
 from kernels.triton.outer import outer
 
 BLOCKSIZE = 64
+DOWN_PROJECTION = (4096, 14336)  # (out, in) of Llama-3 8B: fewer rows and longer ones than in OF_MODELS
 
 
 def _nf4_inputs(tokens: int, device: torch.device, dtype: str, in_features: int, out_features: int) -> Inputs:
@@ -163,9 +164,10 @@ BENCHES = (
         check=_check_nf4,
         cost=_nf4_cost,
         products=True,
-        sizes_on_gpu=(1, 16, 64, 512, 2048),
+        sizes_on_gpu=(1, 4, 16, 64, 512, 2048),
         configs_on_gpu=tuple(
-            {"dtype": "bf16", "in_features": columns, "out_features": rows} for rows, columns in OF_MODELS
+            {"dtype": "bf16", "in_features": columns, "out_features": rows}
+            for rows, columns in (*OF_MODELS, DOWN_PROJECTION)
         ),
     ),
     _of_adapter(
