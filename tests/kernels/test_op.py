@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import re
 import warnings
 from pathlib import Path
 
@@ -66,6 +67,25 @@ def card(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return pretend
+
+
+# ------------------------------------------------------------------------------ the grid
+
+
+def test_the_grid_of_the_readme_is_that_of_the_files():
+    folder = Path(kernels.__file__).parent
+    lines = (folder / "README.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if re.match(r"\| `\w+\.py` \|", line)]
+    rows = [(row[0].strip("`").removesuffix(".py"), *row[1:]) for row in table if len(row) == 2 + len(columns.BACKENDS)]
+    ops = {name: row.file for name, row in columns._rows.items() if (folder / f"{row.file}.py").is_file()}
+    assert {file for file, *_ in rows} == set(ops.values())
+    for file, named, *cells in rows:
+        own = {name for name in ops if ops[name] == file and not name.endswith("_backward")}
+        assert set(re.findall(r"`(\w+)`", named)) == own, file
+        for column, cell in zip(columns.BACKENDS, cells, strict=True):
+            said = own if cell in ("yes", "both", "all") else set(re.findall(r"`(\w+)`", cell))
+            if column != "cpu" or kernels.cpu.available():
+                assert {name for name in own if columns.find_function(column, file, name)} == said, (file, column)
 
 
 # ------------------------------------------------------------------------------ which column runs
