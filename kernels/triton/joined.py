@@ -1,10 +1,10 @@
 """Adapted linears of one input in Triton: see kernels/joined.py.
 
-Launches, where a sum is not split (low_rank.py): forward 3 for all linears (two make the factors in x's dtype, one
-[xa₁ … xaₙ]); for each dequantize, the product with everything else in its epilogue, and with DoRA the norm (dora.py).
-Backward makes dzᵢ and dxaᵢ of each; all dA and dB in one launch, dA scaled in another; dx begins as [dxa₁ … dxaₙ] Ā, to
-which each product dzᵢ Wᵢ adds itself (gemm.py). So x is read once for all A, once for all dA, and no two gradients of x
-are ever in memory.
+Launches, where a sum is not split (low_rank.py): forward 3 for all linears (two make the factors in x's dtype, one [xa₁
+… xaₙ]); for each dequantize, the product with everything else in its epilogue, and with DoRA the norm (dora.py).
+Backward makes dzᵢ of each; all dxaᵢ in one launch; all dA and dB in one, dA scaled in another; dx begins as [dxa₁ …
+dxaₙ] Ā, to which each product dzᵢ Wᵢ adds itself (gemm.py). So x is read once for all A, once for all dA, and no two
+gradients of x are ever in memory.
 """
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 from kernels.triton.dora import magnitude_gradient, scale
 from kernels.triton.dora_norm import norm_and_gain
 from kernels.triton.gemm import add_product, gemm
-from kernels.triton.low_rank import project
+from kernels.triton.low_rank import MOST_LINEARS, project, projects
 from kernels.triton.nf4 import dense
 from kernels.triton.nf4_linear import product
-from kernels.triton.outer import MOST_LINEARS, outers
+from kernels.triton.outer import outers
 from kernels.weight import Weight
 
 
@@ -65,12 +65,11 @@ def joined_linears_backward(
     scaled = [(dy, None) if m is None else scale(dy, y, gain) for dy, y, m, gain in zip(dys, ys, magnitude, gains)]
     dzs, xas = [dz for dz, _ in scaled], xa_all.split(ranks, 1)
     dxa_all = torch.empty(xa_all.shape, dtype=x.dtype, device=x.device)
-    for dz, b, dxa in zip(dzs, bs, dxa_all.split(ranks, 1)):
-        project(dz, b, 1.0, out=dxa)
     dA_parts, dB = [], []
     for i in range(0, n, MOST_LINEARS):
         part = slice(i, i + MOST_LINEARS)
         dxa = dxa_all[:, sum(ranks[:i]) : sum(ranks[: part.stop])]
+        projects(dzs[part], bs[part], dxa)
         dtypes = torch.float32, [B.dtype for B in lora_B[part]]
         dA_all, dBs = outers(x, dxa, dzs[part], xas[part], dtypes)
         dA_parts += dA_all.split(ranks[part])

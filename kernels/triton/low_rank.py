@@ -1,6 +1,7 @@
 """The thin product of an adapter, and how the sums of all thin products are split.
 
     S = s·drop(x)Aᵀ, dS = s·dY B         [tokens, rank]
+    [dS₁ … dSₙ], dSᵢ = dYᵢ Bᵢ            of linears that read one input, in one launch
 
 It is bound by reading its big operand, which it reads once for up to BLOCK_R ranks. Backward so reads dY for dS, for dB
 (outer.py) and for dX. The dropout mask is made again where it is needed, never stored.
@@ -9,6 +10,9 @@ A thin product of few tokens, or of few columns, is too few tiles for a GPU. The
 columns here and over tokens in outer.py, is split: programs write fp32 partial sums to a workspace, and a second launch
 adds them in a fixed order. There are no atomics, so that two runs on one card give the same bits.
 """
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -25,6 +29,7 @@ from kernels.triton.launch import cdiv, launch, multiprocessors, next_power_of_2
 PROGRAMS = 4  # a multiprocessor, at least, where splitting can make as many
 MIN_TRIPS = 8  # of a split's loop: with fewer, filling the pipeline and the second launch would weigh too much
 WORKSPACE_SHARE = 1 / 4  # of the bytes that are read: the most that partial sums, written and read, may add
+MOST_LINEARS = 3  # of one launch, that read one input: queries, keys and values
 SUM_BLOCK = 512  # sums that a program of the second launch finishes
 
 
@@ -47,8 +52,63 @@ def project_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    _project_tile(
+        x_ptr, v_ptr, seed_ptr, s_ptr, tl.program_id(1), M, K, K_SPLIT, stride_vk, stride_vr, stride_sm, scale,
+        R, THRESHOLD, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def projects_kernel(
+    x0_ptr,  # [M, K0]
+    x1_ptr,  # [M, K1], or None
+    x2_ptr,  # [M, K2], or None
+    v0_ptr,  # [K0, R0], any float dtype
+    v1_ptr,
+    v2_ptr,
+    s_ptr,  # [M, R0 + R1 + R2] in x's dtype, rows apart by stride_sm; or [splits, …] in fp32: partial sums
+    M,
+    K0,
+    K1,
+    K2,
+    K_SPLIT,  # columns of one split, a multiple of BLOCK_K; a narrow x has no columns in the last splits, which are 0
+    stride_sm,
+    R0: tl.constexpr,
+    R1: tl.constexpr,
+    R2: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    pid = tl.program_id(1)
+    _one_of(x0_ptr, v0_ptr, s_ptr, pid, M, K0, K_SPLIT, stride_sm, R0, BLOCK_M, BLOCK_K, BLOCK_R)
+    if x1_ptr is not None:
+        pid -= tl.cdiv(R0, BLOCK_R)
+        _one_of(x1_ptr, v1_ptr, s_ptr + R0, pid, M, K1, K_SPLIT, stride_sm, R1, BLOCK_M, BLOCK_K, BLOCK_R)
+    if x2_ptr is not None:
+        pid -= tl.cdiv(R1, BLOCK_R)
+        _one_of(x2_ptr, v2_ptr, s_ptr + R0 + R1, pid, M, K2, K_SPLIT, stride_sm, R2, BLOCK_M, BLOCK_K, BLOCK_R)
+
+
+@triton.jit
+def _one_of(
+    x_ptr, v_ptr, s_ptr, pid, M, K, K_SPLIT, stride_sm, R: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """The tile `pid` of ranks of one linear, if it has one."""
+    if (pid >= 0) & (pid < tl.cdiv(R, BLOCK_R)):
+        _project_tile(
+            x_ptr, v_ptr, None, s_ptr, pid, M, K, K_SPLIT, R, 1, stride_sm, 1.0, R, 0, BLOCK_M, BLOCK_K, BLOCK_R
+        )
+
+
+@triton.jit
+def _project_tile(
+    x_ptr, v_ptr, seed_ptr, s_ptr, tile, M, K, K_SPLIT, stride_vk, stride_vr, stride_sm, scale, R: tl.constexpr,
+    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
@@ -128,13 +188,11 @@ def project(
     scale: float,
     p: float = 0.0,
     seed: Tensor | None = None,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """scale · drop(x) v in x's dtype [M, R]; x [M, K] contiguous, v [K, R] of any strides. `out`, if it is given, is
-    contiguous in its rows."""
+    """scale · drop(x) v in x's dtype [M, R]; x [M, K] contiguous, v [K, R] of any strides."""
     (m, k), rank = x.shape, v.shape[1]
     tiles = _project_tiles(x.dtype, rank)
-    s = torch.empty(m, rank, dtype=x.dtype, device=x.device) if out is None else out
+    s = torch.empty(m, rank, dtype=x.dtype, device=x.device)
     grid = (cdiv(m, tiles["BLOCK_M"]), cdiv(rank, tiles["BLOCK_R"]))
     n_read = m * k * x.element_size()
     of_one, splits = split_sum(k, tiles["BLOCK_K"], grid[0] * grid[1], n_read, m * rank, x.device)
@@ -142,9 +200,34 @@ def project(
     args = (x, v, seed if p else None, to, m, k, of_one, *v.stride(), to.stride(0), scale / (1 - p))
     launch(project_kernel, (*grid, splits), *args, R=rank, THRESHOLD=threshold(p), **tiles, fp_fusion=True)
     if splits > 1:
-        args = (to, s, m * rank, splits, s.stride(0))
-        launch(_sum_rows_kernel, (cdiv(m * rank, SUM_BLOCK),), *args, R=rank, BLOCK=SUM_BLOCK, fp_fusion=True)
+        _sum_rows(to, s, splits)
     return s
+
+
+def projects(xs: Sequence[Tensor], vs: Sequence[Tensor], out: Tensor) -> None:
+    """Write [x₁ v₁ … xₙ vₙ] to `out` [M, Σ R], contiguous in its rows; of up to MOST_LINEARS x [M, K] and v [K, R],
+    contiguous."""
+    m, columns, ranks = len(out), [x.shape[1] for x in xs], [v.shape[1] for v in vs]
+    tiles = _project_tiles(out.dtype, max(ranks))
+    grid = (cdiv(m, tiles["BLOCK_M"]), sum(cdiv(r, tiles["BLOCK_R"]) for r in ranks))
+    n_read = m * sum(columns) * out.element_size()
+    of_one, splits = split_sum(max(columns), tiles["BLOCK_K"], grid[0] * grid[1], n_read, out.numel(), out.device)
+    to = out if splits == 1 else torch.empty(splits * m, sum(ranks), dtype=torch.float32, device=out.device)
+    args = (*three(xs), *three(vs), to, m, *three(columns, 0), of_one, to.stride(0), *three(ranks, 0))
+    launch(projects_kernel, (*grid, splits), *args, **tiles, fp_fusion=True)
+    if splits > 1:
+        _sum_rows(to, out, splits)
+
+
+def _sum_rows(partial: Tensor, out: Tensor, splits: int) -> None:
+    args = (partial, out, out.numel(), splits, out.stride(0))
+    grid = (cdiv(out.numel(), SUM_BLOCK),)
+    launch(_sum_rows_kernel, grid, *args, R=out.shape[1], BLOCK=SUM_BLOCK, fp_fusion=True)
+
+
+def three(given: Sequence, default=None) -> tuple:
+    """`given`, of up to MOST_LINEARS linears, as a kernel takes it."""
+    return (*given, *(default,) * (MOST_LINEARS - len(given)))
 
 
 def _case(rank: int, backward: bool = False, p: float = 0.0, dtype: str = "bf16") -> Case:
@@ -167,6 +250,18 @@ def _case(rank: int, backward: bool = False, p: float = 0.0, dtype: str = "bf16"
     )
 
 
+def _joined_case(rank: int) -> Case:
+    """`projects` of the gradients of queries, keys and values."""
+    dys = [meta(4096, n, dtype="bf16") for n in (4096, 1024, 1024)]
+    bs = [meta(dy.shape[1], rank, dtype="bf16") for dy in dys]
+    return dataclasses.replace(
+        _case(rank, backward=True),
+        config=f"r{rank}-bf16-joined",
+        call=lambda: projects(dys, bs, meta(4096, 3 * rank, dtype="bf16")),
+        fn=projects_kernel,
+    )
+
+
 def _sum_case() -> Case:
     """The second launch of `project`."""
     return Case(
@@ -185,5 +280,6 @@ def _sum_case() -> Case:
 CASES = [
     *[_case(rank, backward) for rank in (16, 64, 512) for backward in (False, True)],
     *[_case(64, p=0.1, dtype=dtype) for dtype in ("bf16", "fp32")],
+    *[_joined_case(rank) for rank in (16, 64)],
     _sum_case(),
 ]

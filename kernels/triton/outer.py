@@ -18,9 +18,7 @@ from kernels.dropout import threshold
 from kernels.triton.case import DTYPES, Case, meta
 from kernels.triton.dropout import keep
 from kernels.triton.launch import cdiv, launch, next_power_of_2
-from kernels.triton.low_rank import SUM_BLOCK, split_sum, sum_of_splits
-
-MOST_LINEARS = 3  # of one launch: queries, keys and values
+from kernels.triton.low_rank import SUM_BLOCK, split_sum, sum_of_splits, three
 
 
 @triton.jit
@@ -207,19 +205,15 @@ def outers(
         outs = partial[:size].split(sizes)
     launch(
         outer_kernel, (programs, splits),
-        x, ds, outs[0], seed if p else None, *_three(dys), *_three(ss), *_three(outs[1:]),
-        m, of_one, k, *_three(columns, 0), ss[0].stride(0), size, 1 / (1 - p),
-        ranks, *_three(rank, 0), THRESHOLD=threshold(p), **tiles, fp_fusion=True,
+        x, ds, outs[0], seed if p else None, *three(dys), *three(ss), *three(outs[1:]),
+        m, of_one, k, *three(columns, 0), ss[0].stride(0), size, 1 / (1 - p),
+        ranks, *three(rank, 0), THRESHOLD=threshold(p), **tiles, fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
-        args = (partial, da, *_three(dbs), splits, sizes[0], *_three(sizes[1:], 0))
+        args = (partial, da, *three(dbs), splits, sizes[0], *three(sizes[1:], 0))
         grid = (sum(cdiv(n, SUM_BLOCK) for n in sizes),)
         launch(_sum_outputs_kernel, grid, *args, BLOCK=SUM_BLOCK, fp_fusion=True)
     return da, dbs
-
-
-def _three(given: Sequence, default=None) -> tuple:
-    return (*given, *(default,) * (MOST_LINEARS - len(given)))
 
 
 def _case(rank: int, p: float = 0.0, dtype: str = "bf16") -> Case:

@@ -12,7 +12,7 @@ from kernels.triton.case import meta, meta_packed
 from kernels.triton.dora_norm import _finish_kernel, _norm_nf4_kernel
 from kernels.triton.gemm import gemm_kernel
 from kernels.triton.launch import recording
-from kernels.triton.low_rank import project_kernel
+from kernels.triton.low_rank import project_kernel, projects_kernel
 from kernels.triton.outer import outer_kernel
 from tests.kernels.linear_cases import assert_as_accurate, plain_linear, randn, with_gradients
 from tests.kernels.nf4_cases import embedded, guarded_memory, needs_triton
@@ -114,8 +114,8 @@ def test_launches(linears, dora):
     with recording() as launches:
         backward()
     kernels = [launch.kernel for launch in launches]
-    # dxa of each; all dA and dB; [dxa₁ …] Ā, and each product that adds itself to it
-    assert (kernels.count(project_kernel), kernels.count(outer_kernel)) == (linears, 1)
+    # all dxa; all dA and dB; [dxa₁ …] Ā, and each product that adds itself to it
+    assert (kernels.count(projects_kernel), kernels.count(outer_kernel)) == (1, 1)
     assert kernels.count(gemm_kernel) == 1 + linears
     written = {id(launch.arguments["y_ptr"]) for launch in launches if launch.kernel is gemm_kernel}
     assert len(written) == 1, "more than one gradient of x is in memory"

@@ -7,7 +7,7 @@ from kernels.triton.case import meta
 from kernels.triton.gemm import gemm_kernel
 from kernels.triton.launch import recording
 from kernels.triton.lora import lora_linear_backward
-from kernels.triton.low_rank import WORKSPACE_SHARE, project, project_kernel, split_sum
+from kernels.triton.low_rank import WORKSPACE_SHARE, project, project_kernel, projects, projects_kernel, split_sum
 from kernels.triton.outer import outer_kernel, outers
 from kernels.weight import Weight
 from tests.kernels.linear_cases import assert_as_accurate, randn
@@ -22,26 +22,44 @@ class TestSplitSums:
     pytestmark = triton
 
     def test_project(self, dtype, monkeypatch):
-        """A split of columns with a tail, into columns of a wider result."""
+        """A split of columns with a tail."""
         tokens, columns, rank = 70, 1600, 18
         x, v = randn(tokens, columns, seed=1, dtype=dtype), randn(columns, rank, seed=2) / columns**0.5
         x, v = embedded(x, 64), embedded(v, 64)
+        with recording() as launches:
+            project(x, v, 1.5)
+        assert launches[0].kernel is project_kernel and launches[0].grid[2] > 1 and len(launches) == 2
+        again = project(x, v, 1.5)
+        with guarded_memory(monkeypatch):
+            got = project(x, v, 1.5)
+        assert torch.equal(got, again)
+        exact, by_torch = 1.5 * (x.double() @ v.double()), 1.5 * (x @ v.to(dtype))
+        assert_as_accurate({"s": got}, {"s": by_torch}, {"s": exact}, dtype)
+
+    @pytest.mark.parametrize("linears", [1, 2, 3])
+    def test_projects(self, dtype, linears, monkeypatch):
+        """A split of columns with a tail, more splits than the narrow ones have, into columns of a wider result."""
+        tokens, columns, ranks = 40, (1100, 40, 300)[:linears], (18, 5, 3)[:linears]
+        xs = [embedded(randn(tokens, k, seed=1 + i, dtype=dtype), 64) for i, k in enumerate(columns)]
+        vs = [embedded(randn(k, r, seed=k, dtype=dtype) / k**0.5, 64) for k, r in zip(columns, ranks)]
+        inside = slice(8, 8 + sum(ranks))
 
         def into_columns():
-            wide = torch.full((tokens, 40), 7.0, dtype=dtype)
-            project(x, v, 1.5, out=wide[:, 8 : 8 + rank])
+            wide = torch.full((tokens, 80), 7.0, dtype=dtype)
+            projects(xs, vs, wide[:, inside])
             return wide
 
         with recording() as launches:
             into_columns()
-        assert launches[0].kernel is project_kernel and launches[0].grid[2] > 1 and len(launches) == 2
+        assert launches[0].kernel is projects_kernel and launches[0].grid[2] > 1 and len(launches) == 2
         again = into_columns()
         with guarded_memory(monkeypatch):
             got = into_columns()
         assert torch.equal(got, again)
-        assert (got[:, :8] == 7).all() and (got[:, 8 + rank :] == 7).all()
-        exact, by_torch = 1.5 * (x.double() @ v.double()), 1.5 * (x @ v.to(dtype))
-        assert_as_accurate({"s": got[:, 8 : 8 + rank]}, {"s": by_torch}, {"s": exact}, dtype)
+        assert (got[:, :8] == 7).all() and (got[:, inside.stop :] == 7).all()
+        exact = torch.cat([x.double() @ v.double() for x, v in zip(xs, vs)], 1)
+        by_torch = torch.cat([x @ v for x, v in zip(xs, vs)], 1)
+        assert_as_accurate({"s": got[:, inside]}, {"s": by_torch}, {"s": exact}, dtype)
 
     @pytest.mark.parametrize("linears", [1, 2, 3])
     def test_outers(self, dtype, linears, monkeypatch):
