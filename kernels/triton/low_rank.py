@@ -81,30 +81,25 @@ def projects_kernel(
     BLOCK_R: tl.constexpr,
 ):
     pid = tl.program_id(1)
-    _one_of(x0_ptr, v0_ptr, s_ptr, pid, M, K0, K_SPLIT, stride_sm, R0, BLOCK_M, BLOCK_K, BLOCK_R)
-    if x1_ptr is not None:
-        pid -= tl.cdiv(R0, BLOCK_R)
-        _one_of(x1_ptr, v1_ptr, s_ptr + R0, pid, M, K1, K_SPLIT, stride_sm, R1, BLOCK_M, BLOCK_K, BLOCK_R)
-    if x2_ptr is not None:
-        pid -= tl.cdiv(R1, BLOCK_R)
-        _one_of(x2_ptr, v2_ptr, s_ptr + R0 + R1, pid, M, K2, K_SPLIT, stride_sm, R2, BLOCK_M, BLOCK_K, BLOCK_R)
-
-
-@triton.jit
-def _one_of(
-    x_ptr, v_ptr, s_ptr, pid, M, K, K_SPLIT, stride_sm, R: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """The tile `pid` of ranks of one linear, if it has one."""
-    if (pid >= 0) & (pid < tl.cdiv(R, BLOCK_R)):
-        _project_tile(
-            x_ptr, v_ptr, None, s_ptr, pid, M, K, K_SPLIT, R, 1, stride_sm, 1.0, R, 0, BLOCK_M, BLOCK_K, BLOCK_R
-        )
+    x_ptr, v_ptr, K, R, first = x0_ptr, v0_ptr, K0, R0, 0
+    if x1_ptr is not None:  # a choice of operands, not of code: one loop takes fewer registers than three
+        of_next = pid >= tl.cdiv(R0, BLOCK_R)
+        pid = tl.where(of_next, pid - tl.cdiv(R0, BLOCK_R), pid)
+        x_ptr, v_ptr = tl.where(of_next, x1_ptr, x_ptr), tl.where(of_next, v1_ptr, v_ptr)
+        K, R, first = tl.where(of_next, K1, K), tl.where(of_next, R1, R), tl.where(of_next, R0, first)
+        if x2_ptr is not None:
+            of_last = of_next & (pid >= tl.cdiv(R1, BLOCK_R))
+            pid = tl.where(of_last, pid - tl.cdiv(R1, BLOCK_R), pid)
+            x_ptr, v_ptr = tl.where(of_last, x2_ptr, x_ptr), tl.where(of_last, v2_ptr, v_ptr)
+            K, R, first = tl.where(of_last, K2, K), tl.where(of_last, R2, R), tl.where(of_last, R0 + R1, first)
+    _project_tile(
+        x_ptr, v_ptr, None, s_ptr + first, pid, M, K, K_SPLIT, R, 1, stride_sm, 1.0, R, 0, BLOCK_M, BLOCK_K, BLOCK_R
+    )
 
 
 @triton.jit
 def _project_tile(
-    x_ptr, v_ptr, seed_ptr, s_ptr, tile, M, K, K_SPLIT, stride_vk, stride_vr, stride_sm, scale, R: tl.constexpr,
+    x_ptr, v_ptr, seed_ptr, s_ptr, tile, M, K, K_SPLIT, stride_vk, stride_vr, stride_sm, scale, R,
     THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
