@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from experiments.data.chat import IGNORED
+from experiments.data.buckets import Bucket, fill
+from experiments.data.chat import IGNORED, Example
 from experiments.errors import UserError
 from experiments.training.evaluation import label_logits
 from experiments.training.loss import LabelLoss, has_plain_head
@@ -32,6 +33,26 @@ def test_of_a_model(plain):
     loss = LabelLoss(model)(batch)
     logits, targets = label_logits(model, batch)
     expected = F.cross_entropy(logits, targets, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    got, want = (torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))
+    for have, should in zip(got, want):
+        torch.testing.assert_close(have, should, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_of_a_padded_batch(bias):
+    """Places without a label add nothing, to the gradient of a head and its bias neither."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    if bias:
+        model.set_output_embeddings(torch.nn.Linear(16, 101))
+    texts = torch.randint(101, (2, 9)).tolist()
+    batch = [Example(text, [IGNORED] * 3 + text[3:]) for text in (texts[0], texts[1][:6])]
+    filled = fill(batch, Bucket(length=16, labels=20, rows=3), pad_id=0)
+    assert (filled["targets"] == IGNORED).sum() == 20 - 9
+    loss = LabelLoss(model).padded(filled)
+    rows = [(model(input_ids=torch.tensor([one.input_ids])).logits[0, :-1], one.labels[1:]) for one in batch]
+    expected = sum(F.cross_entropy(logits, torch.tensor(labels), reduction="sum") for logits, labels in rows)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
     got, want = (torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected))
     for have, should in zip(got, want):

@@ -23,6 +23,7 @@ FEATURES = {
         *("+method=qdora", "trainer.gradient_checkpointing=true", "dropout=0.1", "trainer.grad_accum=2"),
         *("optim=adamw8bit", "trainer.weight_decay=0.1", "trainer.max_grad_norm=0.5"),
     ],
+    "qdora-joined": ["+method=qdora", "trainer.gradient_checkpointing=true", "trainer.grad_accum=2"],
     "prefix": ["+method=prefix_layer", "prefix_tokens=2", "infix_tokens=1"],
     "houlsby": ["+method=houlsby"],
     "bitfit": ["+method=bitfit"],
