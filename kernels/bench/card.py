@@ -1,7 +1,7 @@
 """Check every op on this machine's GPU, time them, and print one short table: python -m kernels.bench.card
 
 Each stage is a process with its own limit: one that hangs or fails costs its own results alone. Together the limits are
-15 minutes; on an H100 the stages are meant to take a third of that.
+seven minutes, so that `python -m experiments.bench` fits into a quarter of an hour beside it.
 """
 
 import csv
@@ -20,6 +20,7 @@ _TESTS = (
     *("nf4", "absmax", "nf4_linear", "lora", "lora_kernels", "low_rank", "dora", "dora_kernels", "joined"),
     *("joined_kernels", "rms_norm", "swiglu", "rotary", "cross_entropy", "dropout", "adamw", "adamw8bit"),
 )
+_FILES = tuple(f"tests/kernels/test_{name}.py" for name in _TESTS)
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,16 @@ class Stage:
 
 
 def _bench(name: str, limit: int, *ops: str) -> Stage:
-    return Stage(name, ("-m", "kernels.bench", *ops, "--csv", str(RESULTS / f"{name}.csv")), limit)
+    return Stage(name, ("-m", "kernels.bench", *ops, "--seconds", "0.3", "--csv", str(RESULTS / f"{name}.csv")), limit)
 
 
 STAGES = (
-    # every op in fp32, fp16 and bf16 against the reference and float64
-    Stage("check", ("-m", "pytest", "-q", *(f"tests/kernels/test_{name}.py" for name in _TESTS)), 300),
-    _bench("products", 150, "gemm", "project", "outer"),
-    _bench("blocks", 120, "rms_norm", "swiglu", "rotary", "linear_cross_entropy"),
-    _bench("linears", 180, "lora_linear", "dora_linear"),
-    _bench("packed", 120, "nf4_linear", "nf4_dequantize", "nf4_quantize", "dora_norm"),
+    # every op in bf16, which is what trains, and all that has no dtype; `make test` has the others
+    Stage("check", ("-m", "pytest", "-q", "--maxfail=5", "-k", "not fp32 and not fp16", *_FILES), 150),
+    _bench("products", 90, "gemm", "project", "outer"),
+    _bench("blocks", 45, "rms_norm", "swiglu", "rotary", "linear_cross_entropy"),
+    _bench("linears", 75, "lora_linear", "dora_linear"),
+    _bench("packed", 60, "nf4_linear", "nf4_dequantize", "nf4_quantize", "dora_norm"),
 )
 
 

@@ -261,9 +261,10 @@ class TestCard:
 
     def test_its_stages_name_what_there_is(self):
         for stage in card.STAGES:
-            for argument in stage.arguments[2:]:
+            values = {stage.arguments[i + 1] for i, a in enumerate(stage.arguments) if a in ("-k", "--seconds")}
+            for argument in [a for a in stage.arguments[2:] if a not in values]:
                 if argument.startswith("tests/"):
                     assert Path(argument).exists()
                 elif not argument.startswith(("-", str(card.RESULTS))):
                     assert argument in BENCHES
-        assert sum(stage.limit for stage in card.STAGES) <= 15 * 60
+        assert sum(stage.limit for stage in card.STAGES) <= 7 * 60
