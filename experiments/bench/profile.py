@@ -1,6 +1,6 @@
 """Where the time of a training step on a CPU goes, beside the time of its unavoidable products.
 
-python -m experiments.bench_cpu.profile qdora        or: make profile-cpu
+python -m experiments.bench.profile qdora        or: make profile-cpu
 """
 
 import contextlib
@@ -12,9 +12,9 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from experiments.bench_cpu import arguments
-from experiments.bench_cpu.pair import batches, tokens_of
-from experiments.bench_cpu.worker import Job, Worker
+from experiments.bench import arguments
+from experiments.bench.pair import batches, tokens_of
+from experiments.bench.worker import Job, Worker
 from experiments.config import TrainerConfig
 from experiments.models.gguf import wheel_directory
 from experiments.system import machine

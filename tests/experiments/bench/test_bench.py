@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from experiments.bench_cpu import __main__ as bench
-from experiments.bench_cpu import curves
-from experiments.bench_cpu.pair import Pair, batches
-from experiments.bench_cpu.plot import plot
-from experiments.bench_cpu.worker import Job
+from experiments.bench import __main__ as bench
+from experiments.bench import curves
+from experiments.bench.pair import Pair, batches
+from experiments.bench.plot import plot
+from experiments.bench.worker import Job
 from experiments.errors import UserError
 from experiments.models.gguf import wheel_directory
 
