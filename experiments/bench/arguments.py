@@ -11,6 +11,7 @@ from experiments.bench.gpu.stages import STAGES
 
 RUNS = {"ours-0": ("ours", 0), "peft-0": ("peft", 0), "peft-1": ("peft", 1)}  # of curves: side and seed
 SMOOTHED = 20  # steps in a mean of curves: a single step's loss is its text's more than the model's
+DEVICE = "default: a GPU if there is one"
 THREADS = "default: as many as torch takes"
 
 
@@ -68,5 +69,13 @@ def profile(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("method", nargs="?", default="qdora", choices=sorted({case.method for case in CASES}))
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    return parser.parse_args(argv)
+    parser.add_argument("--length", type=int, help="tokens of a text (default: 128 on a CPU, 512 on a GPU)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=DEVICE)
+    parser.add_argument("--preset", help="on a GPU: a model of conf/model, with random weights (default: llama-3-8b)")
+    parser.add_argument("--layers", type=int, help="on a GPU: so many of its layers (default: all)")
+    options = parser.parse_args(argv)
+    for name in ("rank", "batch", "length", "layers"):
+        value = getattr(options, name)
+        if value is not None and value < 1 + (name == "length"):
+            parser.error(f"--{name} {value}: at least {1 + (name == 'length')}")
+    return options

@@ -74,8 +74,9 @@ def fill(
             for own, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[own] = torch.empty_like(buffer, device=device)
-            owner = max((o for o in owners if o == "" or f"{name}.".startswith(f"{o}.")), key=len)
-            owners[owner]._init_weights(module)
+            if module._buffers or any(p is not None and p.ndim < 2 for p in module._parameters.values()):
+                owner = max((o for o in owners if o == "" or f"{name}.".startswith(f"{o}.")), key=len)
+                owners[owner]._init_weights(module)
             if pack is not None:
                 pack(name, module)
     model.tie_weights()

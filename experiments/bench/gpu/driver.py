@@ -143,10 +143,18 @@ def job_of(case: Case, device: str) -> dict:
 
 
 def measure(case: Case, sides: Sides, results: Results, steps: int, scratch: Path) -> None:
-    """Build the case on all its sides, compare their losses, time their steps in turn, then the rest."""
+    """All figures of a case, of its sides in turn."""
+    for names in [(name,) for name in case.sides] if case.alone else [case.sides]:
+        _measure(case, names, sides, results, steps, scratch)
+    results.compare(case)
+    results.show(case)
+
+
+def _measure(case: Case, names: Sequence[str], sides: Sides, results: Results, steps: int, scratch: Path) -> None:
+    """Build the case on some sides; take the losses of the first steps, time more in turn, then the rest."""
     job = job_of(case, results.device)
-    batch = _tokens(job, case.batch, case.length)
-    present = _build(case, job, sides, scratch)
+    batch = tokens(job, case.batch, case.length)
+    present = _build(case, names, job, sides, scratch)
     for name in list(present):
         told = sides.ask(case, name, "steps", batch, CHECKED, seconds=BUILDING)  # kernels are compiled
         if told is None:
@@ -154,40 +162,38 @@ def measure(case: Case, sides: Sides, results: Results, steps: int, scratch: Pat
         else:
             results.losses[case, name] = told[0]
     times: dict[str, list[float]] = {name: [] for name in present}
-    while present and min(map(len, times.values())) < steps:
+    while present and len(times[present[0]]) < steps:
         for name in list(present):
             told = sides.ask(case, name, "steps", batch, min(AT_ONCE, steps - len(times[name])))
             if told is None:
                 present.remove(name)
-                del times[name]
             else:
                 times[name] += told[1]
-    for name, seconds in times.items():
-        results.add(case, name, STEP, [1e3 * t for t in seconds])
+    for name in list(present):
+        results.add(case, name, STEP, [1e3 * t for t in times[name]])
         if peak := sides.ask(case, name, "peak"):
             results.add(case, name, PEAK, [peak / 1e9])
         if busy := sides.ask(case, name, "busy", batch):
             results.busy(case, name, busy)
-    results.compare(case)
-    if case.products and (seconds := sides.ask(case, "ours", "products", case.batch * case.length)):
+    rows = case.batch * case.length
+    if case.products and "ours" in present and (seconds := sides.ask(case, "ours", "products", rows)):
         results.add(case, "ours", "products_ms", [1e3 * seconds])
     if case.decodes:
         _decode(case, job, sides, results, present)
-    for name in case.sides:
+    for name in names:
         sides.ask(case, name, "free")
-    results.show(case)
 
 
-def _build(case: Case, job: dict, sides: Sides, scratch: Path) -> list[str]:
-    """Build on all sides at once; the names of those that have."""
-    sides.start(case, case.sides)
-    if "unsloth" in case.sides and "unsloth" in sides.processes:
+def _build(case: Case, names: Sequence[str], job: dict, sides: Sides, scratch: Path) -> list[str]:
+    """Build on some sides at once; the names of those that have."""
+    sides.start(case, names)
+    if "unsloth" in names and "unsloth" in sides.processes:
         directory = scratch / f"{case.preset}-{case.layers}"
         if not directory.exists():
             sides.ask(case, "ours", "save", job, str(directory), seconds=BUILDING)
             sides.ask(case, "ours", "free")
         job = job | {"directory": str(directory)}
-    asked = [name for name in case.sides if name in sides.processes]
+    asked = [name for name in names if name in sides.processes]
     for name in asked:
         sides.processes[name].send("build", job)
     return [name for name in asked if sides.receive(case, name, BUILDING)]
@@ -196,7 +202,7 @@ def _build(case: Case, job: dict, sides: Sides, scratch: Path) -> list[str]:
 def _decode(case: Case, job: dict, sides: Sides, results: Results, present: Sequence[str]) -> None:
     """Read prompts and write after them, one row and sixteen, one side after the other and once more."""
     for rows in BATCHES:
-        prompts = _tokens(job, rows, PROMPT)
+        prompts = tokens(job, rows, PROMPT)
         for name in present:
             told = [sides.ask(case, name, "decode", prompts, NEW) for _ in range(2)]
             if None in told:
@@ -214,6 +220,6 @@ def _eager_linear(sides: Sides, results: Results) -> None:
     results.show(LINEAR)
 
 
-def _tokens(job: dict, rows: int, length: int) -> list[list[int]]:
+def tokens(job: dict, rows: int, length: int) -> list[list[int]]:
     draw = torch.Generator().manual_seed(rows * length)
     return torch.randint(job["architecture"]["vocab_size"], (rows, length), generator=draw).tolist()

@@ -1,5 +1,6 @@
 """This project's side of the comparison on a GPU: training as experiments.run does it, decoding as generate does."""
 
+import contextlib
 import statistics
 import time
 from pathlib import Path
@@ -50,7 +51,8 @@ class Ours(Side):
         )
         dtype = getattr(torch, job.dtype)
         torch.manual_seed(job.seed)
-        self.model, tokenizer = prepare_model(cfg, torch.device(job.device), dtype)
+        with contextlib.redirect_stdout(None):  # it says what the driver has said
+            self.model, tokenizer = prepare_model(cfg, torch.device(job.device), dtype)
         same_start(self.model, job.seed)
         self.trainer = Trainer(self.model.train(), cfg, dtype, tokenizer.pad_token_id)
 
@@ -136,6 +138,7 @@ class Ours(Side):
         """Write the model of a job, dense, for unsloth, which reads from disk alone."""
         cfg = ModelConfig(name="bench", source="preset", architecture=job["architecture"], weights="random")
         device = torch.device(job["device"])
-        model, tokenizer = random_model(cfg, getattr(torch, job["dtype"]), job["seed"], device)
+        with contextlib.redirect_stdout(None):
+            model, tokenizer = random_model(cfg, getattr(torch, job["dtype"]), job["seed"], device)
         model.save_pretrained(Path(directory))
         tokenizer.save_pretrained(Path(directory))

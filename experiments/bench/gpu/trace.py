@@ -49,10 +49,33 @@ def busy(events: Iterable) -> Busy:
     return Busy(sum(spent.values()), kernels, launches, dict(spent.most_common()))
 
 
-def of_step(step: Callable[[], object]) -> dict:
-    """The fields of the `Busy` of one step on the GPU."""
+def by_op(events: Iterable) -> dict[str, tuple[float, int]]:
+    """(GPU seconds, kernels) of each op that the host called, the largest first; of a step without graphs, whose
+    kernels belong to no call. An op of this project has the kernels of all that it calls."""
+    seconds: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == DeviceType.CUDA or not event.self_device_time_total:
+            continue
+        name, parent = event.name, event
+        while parent is not None:
+            if parent.name.startswith(("qdora::", "Optimizer")):
+                name = parent.name
+            parent = parent.cpu_parent
+        seconds[name] += event.self_device_time_total / 1e6
+        kernels[name] += max(1, len(event.kernels))
+    return {name: (time, kernels[name]) for name, time in seconds.most_common()}
+
+
+def events_of(step: Callable[[], object]) -> list:
+    """The events of a step on the GPU, from its first kernel to its last."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as trace:
         step()
         torch.cuda.synchronize()
-    return asdict(busy(trace.events()))
+    return trace.events()
+
+
+def of_step(step: Callable[[], object]) -> dict:
+    """The fields of the `Busy` of a step."""
+    return asdict(busy(events_of(step)))

@@ -258,7 +258,6 @@ class Unsloth(Peft):
             max_seq_length=max(job.length, 1024),  # decoding writes after 512
             dtype=getattr(self.torch, job.dtype),
             load_in_4bit=True,
-            local_files_only=True,
         )
         self.model = FastLanguageModel.get_peft_model(
             model,
@@ -313,5 +312,5 @@ if __name__ == "__main__":  # python -P worker.py SIDE FILE_DESCRIPTOR
     # A graph that was captured before a profile must be seen in it, and must live on after it
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}  # or they wait for a network
     serve(json.loads(sys.argv[1]), Connection(int(sys.argv[2])))

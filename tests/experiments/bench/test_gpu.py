@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from experiments.bench.gpu import driver, report, trace
+from experiments.bench.gpu import driver, profile, report, trace
 from experiments.bench.gpu.report import Results, apart
 from experiments.bench.gpu.stages import LINEAR, PEAK, STAGES, STEP, TARGETS, Case, Stage
 
@@ -30,7 +30,7 @@ def test_sides_agree_and_one_that_fails_costs_itself_alone(monkeypatch, tmp_path
     monkeypatch.setattr(driver, "NEEDS", driver.NEEDS | {"unsloth": ()})
     small = {"batch": 2, "length": 16, "rank": 4}
     case = Case("qlora", **small, decodes=True, products=True, sides=("ours", "peft", "unsloth"))
-    dora = Case("qdora", **small)
+    dora = Case("qdora", **small, alone=True)
     monkeypatch.setattr(report, "TARGETS", [of_case(target, case) for target in TARGETS])
     results = Results("no card", "cpu")
     driver.run_stage(Stage("small", 300, (dora, case), linear=True), results, steps=2)
@@ -124,7 +124,8 @@ def test_a_side_that_hangs_is_ended_and_begun_anew(monkeypatch, tmp_path):
 
 def event(name, device=DeviceType.CPU, microseconds=0, annotation=False):
     span = SimpleNamespace(elapsed_us=lambda: microseconds)
-    return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=annotation)
+    more = {"self_device_time_total": 0, "cpu_parent": None, "kernels": []}
+    return SimpleNamespace(name=name, device_type=device, time_range=span, is_user_annotation=annotation, **more)
 
 
 def test_busy_time_is_the_sum_of_kernels():
@@ -161,3 +162,43 @@ def test_stages_fit_beside_the_checks_and_name_presets_that_there_are():
         assert target.ours.metric != PEAK or target.other.metric == PEAK
     for preset in {case.preset for case in cases}:
         assert driver.architecture_of(preset)["model_type"] == "llama"
+
+
+def test_time_of_ops_goes_to_ours_and_to_the_optimizer():
+    def call(name, microseconds=0, parent=None, kernels=1):
+        made = event(name)
+        made.self_device_time_total, made.cpu_parent, made.kernels = microseconds, parent, [None] * kernels
+        return made
+
+    linear, step = call("qdora::lora_linear", 5, kernels=2), call("Optimizer.step#AdamW.step")
+    events = [
+        linear,
+        call("aten::mm", 20, parent=call("aten::matmul", parent=linear)),
+        call("aten::mm", 4),
+        call("aten::add_", 3, parent=step),
+        step,
+        event("gemm", DeviceType.CUDA, 20),
+    ]
+    ops = trace.by_op(events)
+    assert list(ops) == ["qdora::lora_linear", "aten::mm", "Optimizer.step#AdamW.step"]
+    assert [kernels for _, kernels in ops.values()] == [3, 1, 1]
+    assert [seconds for seconds, _ in ops.values()] == pytest.approx([25e-6, 4e-6, 3e-6])
+
+
+def test_a_profile_describes_a_step(monkeypatch):
+    def events_of(step):
+        step()
+        mm = event("aten::mm")
+        mm.self_device_time_total = 300
+        return [mm, event("cudaGraphLaunch"), event("gemm", DeviceType.CUDA, 300)]
+
+    monkeypatch.setattr(driver, "architecture_of", lambda preset: dict(SMALL))
+    monkeypatch.setattr(trace, "events_of", events_of)
+    monkeypatch.setattr(profile, "STEPS", 1)
+    text = profile.lines(Case("qdora", batch=1, length=8, rank=2), "cpu")
+    assert text[1].startswith("a step ")
+    assert text[1].split()[-2:] == ["1", "1"]
+    assert any(line.split() == ["aten::mm", "0.30", "100.0%", "1"] for line in text)
+    assert any(line.split() == ["gemm", "0.30", "100.0%"] for line in text)
+    many = {f"op{i}": (1.0, 2) for i in range(profile.SHOWN + 3)}
+    assert profile._largest(many)[-1] == ("3 others", (3.0, 6))
