@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+from kernels import commands
+from kernels.bench.arguments import CARD_STAGES, parse_card
+
 TOKENS = 2048  # the size that the table shows, or the nearest one that was measured
 RESULTS = Path("outputs") / "card"
 _TESTS = (
@@ -46,11 +49,12 @@ STAGES = (
 )
 
 
-def main(stages: Sequence[Stage] = STAGES) -> int:
+def main(argv: Sequence[str]) -> int:
+    options = parse_card(argv)
     if not torch.cuda.is_available():
         print("error: no GPU: run this on a machine with one; `make test` proves the kernels without", file=sys.stderr)
         return 1
-    return run(stages)
+    return run([stage for stage in STAGES if stage.name in (options.stages or CARD_STAGES)])
 
 
 def run(stages: Sequence[Stage]) -> int:
@@ -102,4 +106,4 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commands.run(main)
