@@ -1,4 +1,4 @@
-"""The command lines of kernels.bench and kernels.bench.card."""
+"""The command line of kernels.bench."""
 
 import argparse
 import sys
@@ -6,19 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kernels.bench.registry import NAMES
-
-CARD_STAGES = ("check", "products", "blocks", "linears", "packed")
-
-
-def parse_card(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench.card", description="Check every op on this machine's GPU, and time them."
-    )
-    parser.add_argument("stages", nargs="*", metavar="stage", help=f"default: all of {', '.join(CARD_STAGES)}")
-    options = parser.parse_args(argv)
-    if unknown := [stage for stage in options.stages if stage not in CARD_STAGES]:
-        sys.exit(f"error: no stage {unknown[0]!r}: choose from {', '.join(CARD_STAGES)}")
-    return options
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from kernels import commands
-from kernels.bench.arguments import CARD_STAGES, parse_card
+from kernels.bench import card_arguments
 
 TOKENS = 2048  # the size that the table shows, or the nearest one that was measured
 RESULTS = Path("outputs") / "card"
@@ -50,11 +50,11 @@ STAGES = (
 
 
 def main(argv: Sequence[str]) -> int:
-    options = parse_card(argv)
+    options = card_arguments.parse(argv)
     if not torch.cuda.is_available():
         print("error: no GPU: run this on a machine with one; `make test` proves the kernels without", file=sys.stderr)
         return 1
-    return run([stage for stage in STAGES if stage.name in (options.stages or CARD_STAGES)])
+    return run([stage for stage in STAGES if stage.name in (options.stages or card_arguments.STAGES)])
 
 
 def run(stages: Sequence[Stage]) -> int:

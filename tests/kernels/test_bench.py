@@ -260,7 +260,7 @@ class TestCard:
         assert out.rstrip().split("\n")[-1].split() == ["gemm", "2,048", "4.0", "50%", "library", "0.50", "rank=16"]
 
     def test_its_stages_name_what_there_is(self):
-        assert tuple(stage.name for stage in card.STAGES) == card.CARD_STAGES
+        assert tuple(stage.name for stage in card.STAGES) == card.card_arguments.STAGES
         for stage in card.STAGES:
             values = {stage.arguments[i + 1] for i, a in enumerate(stage.arguments) if a in ("-k", "--seconds")}
             for argument in [a for a in stage.arguments[2:] if a not in values]:

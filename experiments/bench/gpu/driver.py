@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from experiments.bench.gpu import report, worker
 from experiments.bench.gpu.report import Results
+from experiments.bench.gpu.side import Job
 from experiments.bench.gpu.stages import HOST, LINEAR, PEAK, STEP, Case, Stage
 from experiments.bench.process import Process, Silent
 from experiments.errors import UserError
@@ -124,12 +125,12 @@ def architecture_of(preset: str) -> dict:
 
 
 def job_of(case: Case, device: str) -> dict:
-    """The fields of worker.Job."""
+    """The fields of a Job."""
     architecture = architecture_of(case.preset)
     if case.layers is not None:
         architecture["num_hidden_layers"] = case.layers
     return asdict(
-        worker.Job(
+        Job(
             method=case.method,
             rank=case.rank,
             architecture=architecture,

@@ -4,12 +4,14 @@ import contextlib
 import statistics
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from experiments.bench.gpu.worker import Side
+from experiments.bench.gpu import trace
+from experiments.bench.gpu.side import Side
 from experiments.bench.worker import same_start
 from experiments.config import Config, DataConfig, MethodConfig, ModelConfig, QuantConfig, TrainerConfig
 from experiments.data.buckets import shape
@@ -64,6 +66,9 @@ class Ours(Side):
 
     def _late(self) -> list[float]:
         return [record["loss"] for record in self.trainer.settle()]
+
+    def _trace(self) -> ModuleType:
+        return trace
 
     def _forget(self) -> None:
         self.trainer = None

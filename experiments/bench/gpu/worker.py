@@ -8,9 +8,6 @@ The file is run by its path with `python -P`, and imports the project for `ours`
 of it can be imported, above all not `kernels`, the name of a package that transformers and bitsandbytes look for.
 """
 
-import contextlib
-import gc
-import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -18,13 +15,11 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger_kernel", "unsloth")
 
 
 def by_path(path: Path) -> ModuleType:
@@ -35,111 +30,10 @@ def by_path(path: Path) -> ModuleType:
     return module
 
 
-@dataclass(frozen=True)
-class Job:
-    """A model to build, and how to train it; dtype is a name of torch's.
-
-    Attributes:
-        architecture: the content of config.json.
-        directory: where unsloth finds the model.
-    """
-
-    method: str  # lora | qlora | dora | qdora
-    rank: int
-    architecture: dict
-    batch: int
-    length: int
-    checkpointing: bool
-    dtype: str
-    device: str
-    directory: str | None = None
-    lr: float = 1e-3
-    seed: int = 0
-    max_norm: float = 1.0
-
-    @property
-    def quantized(self) -> bool:
-        return self.method.startswith("q")
-
-    @property
-    def adapter(self) -> str:
-        return self.method.removeprefix("q")
+side = by_path(HERE / "side.py")
 
 
-class Side:
-    """The requests that the driver makes. `model` is what `build` has made."""
-
-    def __init__(self):
-        import torch
-
-        self.torch, self.on_gpu = torch, False
-        self.model = self.job = self.optimizer = None
-
-    def versions(self) -> dict[str, str]:
-        found = {}
-        for name in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name] = importlib.metadata.version(name)
-        return found
-
-    def build(self, job: dict) -> bool:
-        self.job = Job(**job)
-        self.on_gpu = self.job.device == "cuda"
-        self._build()
-        if self.on_gpu:
-            self.torch.cuda.synchronize()
-            self.torch.cuda.reset_peak_memory_stats()
-        return True
-
-    def steps(self, batch: list[list[int]], count: int) -> tuple[list[float], list[float]]:
-        """(losses, seconds) of `count` optimizer steps on `batch`. The GPU is done when a step's time ends."""
-        losses, seconds = [], []
-        for _ in range(count):
-            start = time.perf_counter()
-            losses += self._step(batch)
-            self._wait()
-            seconds.append(time.perf_counter() - start)
-        return losses + self._late(), seconds
-
-    def busy(self, batch: list[list[int]]) -> dict | None:
-        """trace.Busy of one step; None without a GPU."""
-        if not self.on_gpu:
-            return None
-        return by_path(HERE / "trace.py").of_step(lambda: self._step(batch))
-
-    def peak(self) -> int:
-        """Most bytes allocated since the model was there; 0 without a GPU."""
-        return self.torch.cuda.max_memory_allocated() if self.on_gpu else 0
-
-    def decode(self, prompts: list[list[int]], new: int) -> tuple[float, float, list[int]]:
-        """(seconds to read the prompts, seconds of a token for all rows, the first token of each row). Not the first
-        time: then kernels are compiled, and a graph is captured."""
-        self.model.eval()
-        with self.torch.inference_mode():
-            found = self._decode(prompts, new)
-        self.model.train()
-        return found
-
-    def free(self) -> None:
-        self.model = self.job = self.optimizer = None
-        self._forget()
-        gc.collect()
-        if self.torch.cuda.is_available():
-            self.torch.cuda.empty_cache()
-
-    def _wait(self) -> None:
-        if self.on_gpu:
-            self.torch.cuda.synchronize()
-
-    def _late(self) -> list[float]:
-        """Losses that `_step` has not told yet."""
-        return []
-
-    def _forget(self) -> None:
-        """Drop all that holds the model."""
-
-
-class Peft(Side):
+class Peft(side.Side):
     def __init__(self, liger: bool = False):
         # bitsandbytes warns that a kernel for evaluation is not installed; nothing here depends on it
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -237,6 +131,9 @@ class Peft(Side):
         texts, all_ = write(new)
         return first, (all_ - first) / (new - 1), [row[0] for row in texts]
 
+    def _trace(self) -> ModuleType:
+        return by_path(HERE / "trace.py")
+
     def _forget(self) -> None:
         self.trained = None
 
@@ -245,7 +142,7 @@ class Unsloth(Peft):
     def __init__(self):
         import unsloth  # noqa: F401  (before transformers and PEFT: it changes them)
 
-        Side.__init__(self)
+        side.Side.__init__(self)
 
     def _build(self) -> None:
         from unsloth import FastLanguageModel
@@ -282,7 +179,7 @@ class Unsloth(Peft):
             FastLanguageModel.for_training(self.model)
 
 
-def side_of(name: str) -> Side:
+def side_of(name: str) -> side.Side:
     if name == "ours":
         from experiments.bench.gpu.ours import Ours
 
@@ -293,13 +190,13 @@ def side_of(name: str) -> Side:
 def serve(name: str, pipe: Connection) -> None:
     """Answer requests, each the name of a method and its arguments, with (answer, None) or (None, error), until None
     comes. An error costs its own request alone."""
-    side = None
+    one = None
     request: tuple = ("versions",)
     while request is not None:
         try:
-            side = side or side_of(name)
+            one = one or side_of(name)
             method, *arguments = request
-            answer = getattr(side, method)(*arguments), None
+            answer = getattr(one, method)(*arguments), None
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
             answer = None, f"{type(error).__name__}: {lines[0]}"
