@@ -19,7 +19,7 @@ from experiments.bench.gpu.stages import HOST, LINEAR, PEAK, STEP, Case, Stage
 from experiments.bench.process import Process, Silent
 from experiments.errors import UserError
 from experiments.system import machine
-from experiments.system.cli import composed
+from experiments.system.cli import CONF
 
 CHECKED = 6  # steps whose losses are compared, from the first; the last of them captures graphs
 STEPS = 20  # timed
@@ -121,7 +121,11 @@ def run_stage(stage: Stage, results: Results, steps: int, unsloth: Path | None =
 
 def architecture_of(preset: str) -> dict:
     """The content of its config.json, without defaults."""
-    return OmegaConf.to_container(composed(f"model={preset}", "output_dir=unused").model.architecture)
+    presets = {path.stem: OmegaConf.load(path) for path in Path(CONF, "model").glob("*.yaml")}
+    shapes = {name: OmegaConf.to_container(cfg.architecture) for name, cfg in presets.items() if "architecture" in cfg}
+    if preset not in shapes:
+        raise UserError(f"no preset {preset}: choose {', '.join(sorted(shapes))}")
+    return shapes[preset]
 
 
 def job_of(case: Case, device: str) -> dict:

@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 from experiments.bench.gpu import driver, profile, report, trace
 from experiments.bench.gpu.report import Results, apart
 from experiments.bench.gpu.stages import LINEAR, PEAK, STAGES, STEP, TARGETS, Case, Stage
+from experiments.errors import UserError
 
 SMALL = {
     **{"model_type": "llama", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
@@ -162,6 +163,8 @@ def test_stages_fit_beside_the_checks_and_name_presets_that_there_are():
         assert target.ours.metric != PEAK or target.other.metric == PEAK
     for preset in {case.preset for case in cases}:
         assert driver.architecture_of(preset)["model_type"] == "llama"
+    with pytest.raises(UserError, match=r"no preset smollm2: choose gemma-3-1b, .*, smollm2-135m$"):
+        driver.architecture_of("smollm2")
 
 
 def test_time_of_ops_goes_to_ours_and_to_the_optimizer():
