@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
+from experiments.bench import arguments
 from experiments.bench.gpu import driver, profile, report, trace
 from experiments.bench.gpu.report import Results, apart
 from experiments.bench.gpu.stages import LINEAR, PEAK, STAGES, STEP, TARGETS, Case, Stage
@@ -205,3 +206,29 @@ def test_a_profile_describes_a_step(monkeypatch):
     assert any(line.split() == ["gemm", "0.30", "100.0%"] for line in text)
     many = {f"op{i}": (1.0, 2) for i in range(profile.SHOWN + 3)}
     assert profile._largest(many)[-1] == ("3 others", (3.0, 6))
+
+
+def test_the_command_ends_with_the_table_and_keeps_what_it_has(monkeypatch, tmp_path, capsys):
+    def run_stage(stage, results, steps, unsloth):
+        assert steps == 20 and unsloth is None
+        if stage.name == "small":
+            case = stage.cases[0]
+            for side, time in (("ours", 20.0), ("peft", 500.0)):
+                results.add(case, side, STEP, [time])
+            results.versions = {"ours": {"torch": "2"}, "peft": {"torch": "2", "peft": "1"}}
+            return
+        assert "smollm2" in (tmp_path / "a.csv").read_text(), "written before the next stage"
+        results.failed(LINEAR, "ours", "no answer in 25 s")
+
+    monkeypatch.setattr(driver, "run_stage", run_stage)
+    monkeypatch.setattr(driver.torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(driver.machine, "describe", lambda device, dtype: "bfloat16 on a card")
+    driver.run(arguments.bench(["small", "linear", "--csv", str(tmp_path / "a.csv")]))
+    lines = capsys.readouterr().out.splitlines()
+    start = lines.index("a card; torch 2, peft 1 (peft)")
+    told = [line for line in lines[start:] if "  no" in line or "25 s" in line]
+    assert told[0].startswith("SmolLM2's shape, 8×128, QDoRA over PEFT") and told[0].split()[-4] == "0.040"
+    assert told[1].startswith("eager linear") and told[1].endswith("– ours: no answer in 25 s")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with (tmp_path / "a.csv").open() as file:
+        assert ("not met", "a card") in {(row["note"], row["card"]) for row in csv.DictReader(file)}
