@@ -61,10 +61,10 @@ bench: $(READY) ## kernel microbenchmarks beside bitsandbytes: a table and a CSV
 	$(BIN)/python -m kernels.bench $(ARGS)
 
 bench-cpu: $(READY) ## training, memory and generation beside PEFT + bitsandbytes on a CPU: six minutes
-	$(BIN)/python -m experiments.bench_cpu $(ARGS)
+	$(BIN)/python -m experiments.bench $(ARGS)
 
 profile-cpu: $(READY) ## where the time of a training step on a CPU goes
-	$(BIN)/python -m experiments.bench_cpu.profile $(ARGS)
+	$(BIN)/python -m experiments.bench.profile $(ARGS)
 
 cubins: $(READY) ## compile every kernel for every GPU, without one, and hold it to its budgets
 	$(BIN)/python -m kernels.aot $(ARGS)

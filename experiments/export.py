@@ -128,7 +128,7 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
         shutil.copytree(source / ADAPTER, directory, dirs_exist_ok=True)
     from peft import PeftModel  # here, because importing it takes seconds that other exports need not spend
 
-    if cfg.model.source != "tiny":
+    if cfg.model.source != "tiny" and cfg.model.weights is None:
         path, base = directory / CONFIG_FILE, str(model_directory(cfg.model).absolute())
         path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base}, indent=2) + "\n")
     if cfg.quant.name != "none":

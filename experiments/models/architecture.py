@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models.directory import model_directory
-from experiments.models.load import tiny_model
+from experiments.models.tiny import tiny_model
 from experiments.system.quiet import quiet
 
 

@@ -12,15 +12,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-import tokenizers
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import Config, ModelConfig, adapter_settings
@@ -28,6 +21,8 @@ from experiments.data.samples import batches, collate, load_data
 from experiments.data.tokens import limit_tokens
 from experiments.errors import UserError
 from experiments.models.directory import load_directory, model_directory
+from experiments.models.random_model import random_model
+from experiments.models.tiny import tiny_model
 from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
@@ -37,10 +32,6 @@ from modules.adapters.targets import biased_modules
 from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,17 +41,36 @@ def load_model(cfg: ModelConfig, dtype: torch.dtype, seed: int) -> tuple[PreTrai
         UserError: there is nothing to load.
     """
     sources = ("wheel", "gguf", "hf")
-    if cfg.source == "tiny":
+    if cfg.weights is not None:
+        model, tokenizer = random_model(cfg, dtype, seed, torch.device("cpu"))
+    elif cfg.source == "tiny":
         model, tokenizer = tiny_model(dtype, seed)
     elif cfg.source in sources:
         model, tokenizer = load_directory(model_directory(cfg), dtype)
     elif cfg.source == "preset":
-        raise UserError(f"model={cfg.name} has shapes for experiments.plan but no weights: use model=hf model.path=DIR")
+        raise UserError(
+            f"model={cfg.name} has shapes for experiments.plan but no weights: use model=hf model.path=DIR, or "
+            "model.weights=random to try speed and memory"
+        )
     else:
         raise UserError(f"model.source={cfg.source}: choose {', '.join(sources)} or tiny")
+    return _ready(model, tokenizer)
+
+
+def _ready(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     fit_tokenizer(tokenizer, model)
     fuse(model)
     return model.eval(), tokenizer
+
+
+def _load(cfg: Config, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As `load_model`; but random weights are made on `device`, and packed as they come."""
+    if cfg.model.weights is None:
+        return load_model(cfg.model, dtype, cfg.seed)
+    quant = None if cfg.quant.name == "none" or quantized_start(cfg.init) else cfg.quant
+    return _ready(*random_model(cfg.model, dtype, cfg.seed, device, quant))
 
 
 def fit_tokenizer(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -89,7 +99,7 @@ def load_base(cfg: Config, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     Args:
         dtype: of the weights that are not packed, and to compute in.
     """
-    model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    model, tokenizer = _load(cfg, dtype, torch.device("cpu"))
     _quantize(cfg, model)
     return model, tokenizer
 
@@ -139,8 +149,11 @@ def prepare_model(
     Args:
         base: a directory with the configured model packed in NF4 as `cfg.quant` says (experiments/runs/shared_base.py).
     """
-    source = cfg.model if base is None else ModelConfig(name=cfg.model.name, source="hf", path=str(base))
-    model, tokenizer = load_model(source, weights_dtype(cfg, dtype), cfg.seed)
+    if base is None:
+        model, tokenizer = _load(cfg, weights_dtype(cfg, dtype), device)
+    else:
+        packed = ModelConfig(name=cfg.model.name, source="hf", path=str(base))
+        model, tokenizer = load_model(packed, weights_dtype(cfg, dtype), cfg.seed)
     adapt(cfg, model, tokenizer, device)
     return model, tokenizer
 
@@ -223,34 +236,3 @@ def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
         {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}
         for batch in collated
     ]
-
-
-def tiny_model(dtype: torch.dtype, seed: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A random two-layer Llama with a tokenizer of bytes: for tests, it knows nothing."""
-    specials = ["<|im_start|>", "<|im_end|>"]
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    raw.add_special_tokens(specials)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=specials[1], pad_token=specials[1])
-    tokenizer.chat_template = CHATML
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-    for parameter in model.parameters():  # and no buffer: as transformers loads, rotary frequencies stay in fp32
-        parameter.data = parameter.data.to(dtype)
-    return model, tokenizer

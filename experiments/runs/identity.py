@@ -34,4 +34,5 @@ def title(cfg: Config) -> str:
     """The method, its size, and the model: "lora, rank 16, smollm2"."""
     sizes = [key for key in ("rank", "prefix_tokens", "infix_tokens") if key in SETTINGS.get(cfg.method.adapter, ())]
     named = [f"{key.replace('_', ' ')} {getattr(cfg, key)}" for key in sizes if getattr(cfg, key)]
-    return ", ".join([cfg.method.name, *named, cfg.model.name])
+    weights = " with random weights" if cfg.model.weights else ""
+    return ", ".join([cfg.method.name, *named, cfg.model.name + weights])

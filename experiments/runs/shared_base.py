@@ -39,7 +39,7 @@ class SharedBase:
         """
         if cfg.quant.name == "none" or quantized_start(cfg.init):  # which packs for its adapters
             return None
-        seed = cfg.seed if cfg.model.source == "tiny" else None
+        seed = cfg.seed if cfg.model.source == "tiny" or cfg.model.weights else None
         parts = [asdict(cfg.model), asdict(cfg.quant), cfg.trainer.dtype, cfg.trainer.device, seed]
         key = json.dumps(parts, sort_keys=True)
         if key != self.key:
@@ -59,6 +59,7 @@ def _pack(cfg: Config, directory: Path) -> None:
     with contextlib.suppress(UserError, OSError, ValueError):
         if (
             cfg.model.source == "hf"
+            and cfg.model.weights is None
             and cfg.model.path is not None
             and is_packed(model_directory(cfg.model, weights=False))
         ):

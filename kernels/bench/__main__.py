@@ -1,4 +1,4 @@
-"""python -m kernels.bench [op …] [--csv FILE] [--plot DIR] [--quick]"""
+"""python -m kernels.bench [op …] [--csv FILE] [--plot DIR] [--seconds S] [--quick]"""
 
 import datetime
 import sys
@@ -23,16 +23,16 @@ def main(argv: list[str]) -> int:
         return 1
     known = benches()
     chosen = [known[op] for op in options.ops or known]
-    return run(chosen, options.csv or _default_csv(), options.plot, options.quick)
+    return run(chosen, options.csv or _default_csv(), options.plot, options.quick, options.seconds)
 
 
-def run(chosen: list[Bench], csv: Path, plots: Path | None, quick: bool) -> int:
+def run(chosen: list[Bench], csv: Path, plots: Path | None, quick: bool, seconds: float = 1.0) -> int:
     file = CsvFile(csv)
     machine = this_machine()
     speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in machine.flops_per_s.items())
     print(f"{machine.name}: copies {machine.bytes_per_s / 1e9:,.0f} GB/s, multiplies {speeds}")
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
-    runner, load = Runner(machine, quick), OthersLoad()
+    runner, load = Runner(machine, quick, seconds), OthersLoad()
     written, wrong = [csv], False
     for bench in [bench.on(machine.device) for bench in chosen]:
         table, rows = Table(bench, graphs="graph_ns" in runner.timers), []

@@ -1,10 +1,18 @@
 """The command line of kernels.bench.card."""
 
 import argparse
+import sys
 from collections.abc import Sequence
+
+STAGES = ("check", "products", "blocks", "linears", "packed")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """No options but `--help`; a mistake ends the process."""
+    """The stages to run; `--help` and a mistake end the process."""
     description = "Check every op on this machine's GPU, time them, and print one short table."
-    return argparse.ArgumentParser(prog="python -m kernels.bench.card", description=description).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench.card", description=description)
+    parser.add_argument("stages", nargs="*", metavar="stage", help=f"which, by default all: {', '.join(STAGES)}")
+    options = parser.parse_args(argv)
+    if unknown := [stage for stage in options.stages if stage not in STAGES]:
+        sys.exit(f"error: no stage {unknown[0]!r}: choose from {', '.join(STAGES)}")
+    return options

@@ -60,13 +60,14 @@ class Runner:
 
     Attributes:
         quick: the small sizes, and just enough repetitions to have a number.
+        seconds: to time the functions of a case for.
         timers: by the metric that they give; on a GPU also in a graph.
         notes: everything that was left out, with its reason, once.
     """
 
-    def __init__(self, machine: Machine, quick: bool = False):
+    def __init__(self, machine: Machine, quick: bool = False, seconds: float = 1.0):
         self.machine, self.quick = machine, quick
-        self.seconds = 0.02 if quick else 1.0
+        self.seconds = 0.02 if quick else seconds
         self.timers = {"time_ns": times} | ({"graph_ns": graph_times} if machine.device.type == "cuda" else {})
         self.notes: list[str] = []
 

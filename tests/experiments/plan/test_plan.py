@@ -36,6 +36,7 @@ PUBLISHED = {  # parameters, as the files on the Hugging Face hub have them
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
     "gemma-3-1b": 999_885_952,
+    "smollm2-135m": 134_515_008,
 }
 
 

@@ -127,7 +127,7 @@ COMMANDS = sorted(
     ".".join(path.relative_to(PROJECT_ROOT).with_suffix("").parts).removesuffix(".__main__")
     for folder in ("experiments", "kernels")
     for path in (PROJECT_ROOT / folder).rglob("*.py")
-    if '\nif __name__ == "__main__":' in path.read_text() and path.stem != "worker"  # a process of bench_cpu
+    if '\nif __name__ == "__main__":' in path.read_text() and path.stem != "worker"  # a process of bench
 )
 
 
@@ -146,8 +146,8 @@ def test_help_needs_no_torch(tmp_path, command):
     {
         "experiments.report /nowhere": "error: /nowhere: no such folder",
         "experiments.report --too x": "unrecognized arguments: --too",
-        "experiments.bench_cpu qdoar": "error: nothing matches qdoar: there are SmolLM2-135M qdora",
-        "experiments.bench_cpu.curves --steps 3": "--steps 3: at least 20",
+        "experiments.bench qdoar": "error: nothing matches qdoar: there are SmolLM2-135M qdora",
+        "experiments.bench.curves --steps 3": "--steps 3: at least 20",
         "kernels.bench nf4_dequantise": "error: no benchmark 'nf4_dequantise': choose from nf4_quantize",
         "kernels.aot --targets sm_13": "unknown target sm_13; choose from sm_75",
     }.items(),

@@ -1,6 +1,6 @@
 """Loss curves of this project and of PEFT + bitsandbytes, and how far two seeds of PEFT's own are apart.
 
-    python -m experiments.bench_cpu.curves
+    python -m experiments.bench.curves
 
 SmolLM2 with QDoRA, rank 16, on the same real text in the same order; a seed decides each lora_A. Steps as small as one
 sequence take a few minutes a run. Finished runs are kept in the CSV file, and only the missing ones are made:
@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from experiments.bench_cpu import arguments
-from experiments.bench_cpu.arguments import RUNS, SMOOTHED
-from experiments.bench_cpu.pair import Side, batches, tokens_of
-from experiments.bench_cpu.worker import Job
+from experiments.bench import arguments
+from experiments.bench.arguments import RUNS, SMOOTHED
+from experiments.bench.pair import Side, batches, tokens_of
+from experiments.bench.worker import Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
 from experiments.models.gguf import wheel_directory

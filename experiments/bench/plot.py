@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.bench_cpu.cases import Row
+from experiments.bench.cases import Row
 
 # Okabe and Ito's palette: distinct to colour-blind readers and in grey
 COLOURS = {

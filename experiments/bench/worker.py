@@ -68,7 +68,7 @@ class Worker:
     def __init__(self, job: Job):
         self.job = job
         self.model, self.loss, self.optimizer = (_ours if job.side == "ours" else _peft)(job)
-        _same_start(self.model, job.seed)
+        same_start(self.model, job.seed)
         self.model.train()
 
     def step(self, input_ids: list[list[int]]) -> tuple[float, float]:
@@ -202,7 +202,7 @@ def _peft(job: Job) -> tuple[nn.Module, Callable[[Tensor], Tensor], torch.optim.
 
 
 @torch.no_grad()
-def _same_start(model: nn.Module, seed: int) -> None:
+def same_start(model: nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             layer = name.removeprefix("base_model.model.").partition(".lora_A")[0]

@@ -1,74 +1,43 @@
 """Both sides of a comparison, each in a process of its own (worker.py), and the text they train on."""
 
 import argparse
-import contextlib
-import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import cycle, islice
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from experiments.bench_cpu import worker
-from experiments.bench_cpu.worker import Job
-from experiments.errors import UserError
+from experiments.bench import worker
+from experiments.bench.process import Process
+from experiments.bench.worker import Job
 from experiments.models.gguf import wheel_directory
-from experiments.system.files import PROJECT_ROOT
 from experiments.system.quiet import quiet
 
 SIDES = ("ours", "peft")
 
 
-class Side:
+class Side(Process):
     """A process that does `job`."""
 
     def __init__(self, job: Job):
-        self.name = job.side
-        here, there = socket.socketpair()
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        if job.side == "ours":
-            environment["PYTHONPATH"] = str(PROJECT_ROOT)
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", worker.__file__, json.dumps(asdict(job)), str(there.fileno())],
-            pass_fds=[there.fileno()],
-            env=environment,
-            cwd=tempfile.gettempdir(),
-            process_group=0,  # Ctrl-C is for this process alone, which closes the other
-        )
-        there.close()
-        self.pipe = Connection(here.detach())
+        super().__init__(job.side, Path(worker.__file__), asdict(job), sees_project=job.side == "ours")
         try:
             self._answer()
         except BaseException:
-            self.process.kill()
+            self.kill()
             raise
 
     def _answer(self):
-        try:
-            answer = self.pipe.recv()
-        except EOFError:
-            raise UserError(f"the process of {self.name} died; is there enough memory?") from None
+        answer = self.receive()
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def ask(self, *request):
-        self.pipe.send(request)
+        self.send(*request)
         return self._answer()
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # it has died
-            self.pipe.send(None)
-        self.pipe.close()
-        self.process.wait()
 
 
 class Pair:
