@@ -50,7 +50,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     Raises:
         IndexError: a target that is no class.
     """
-    known = targets[targets != IGNORED]
+    known = targets.masked_fill(targets == IGNORED, 0)
     if known.numel() and not 0 <= known.min().item() <= known.max().item() < logits.shape[1]:
         raise IndexError(f"a target is not in [0, {logits.shape[1]})")
     loss = logits.new_empty(len(logits), dtype=torch.float32)
