@@ -59,3 +59,14 @@ def profile(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     return parser.parse_args(argv)
+
+
+def packing(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench_cpu.packing", description="Tokens a second with and without packing."
+    )
+    parser.add_argument("--rounds", type=int, default=6, help="packs timed, and as many tokens in batches (default: 6)")
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
+    return options

@@ -1,0 +1,80 @@
+"""Tokens a second with and without packing, on this machine.
+
+    python -m experiments.bench_cpu.packing
+
+SmolLM2 with QDoRA, rank 16, trains on the docstrings of the main job and on made-up samples with a long tail of
+lengths. Padding is not counted as tokens. Packs and batches follow one another in turn, so that a busy moment hits
+both. Without packing, samples of similar length share a batch (experiments/data/samples.py).
+"""
+
+import random
+import sys
+import time
+
+from experiments.bench_cpu import arguments
+from experiments.config import resolve, tokens_a_pass
+from experiments.data.chat import IGNORED, Example
+from experiments.data.packing import packs
+from experiments.data.samples import batches, load_data
+from experiments.models.load import prepare_model
+from experiments.system import machine
+from experiments.system.cli import command, composed
+from experiments.training.loop import Trainer
+
+MEDIAN, SPREAD, SHORTEST, LONGEST = 90, 1.1, 8, 1024  # tokens of a long-tailed sample, log-normal
+SETS = {"docstrings": ["trainer.batch_size=8"], "long tail": ["trainer.batch_size=4", f"data.max_length={LONGEST}"]}
+
+
+def long_tail(count: int, vocabulary: int) -> list[Example]:
+    """Samples whose last third is the answer."""
+    rng, found = random.Random(0), []
+    for _ in range(count):
+        length = min(LONGEST, max(SHORTEST, round(rng.lognormvariate(0, SPREAD) * MEDIAN)))
+        ids = [rng.randrange(vocabulary) for _ in range(length)]
+        prompt = length * 2 // 3
+        found.append(Example(ids, [IGNORED] * prompt + ids[prompt:]))
+    return found
+
+
+def compare(name: str, rounds: int) -> str:
+    """A line of the table."""
+    cfg = resolve(composed("+method=qdora", "output_dir=unused", "data.packing=true", *SETS[name]))
+    device, dtype = machine.set_up(cfg.trainer)
+    model, tokenizer = prepare_model(cfg, device, dtype)
+    data = load_data(cfg.data, tokenizer, trains=True).train if name == "docstrings" else None
+    data = data or long_tail(1000, len(tokenizer))
+    trainer = Trainer(model.train(), cfg, dtype, tokenizer.pad_token_id)
+    packing, tokens = trainer.packing, tokens_a_pass(cfg)
+    streams = packs(data, tokens, 0), batches(data, cfg.trainer.batch_size, 0)
+    seconds, seen, places = [0.0, 0.0], [0, 0], [0, 0]
+    for turn in range(rounds + 1):  # the first one warms up
+        for side, stream in enumerate(streams):
+            trainer.packing = None if side else packing
+            done = 0
+            while done < tokens * 3 // 4:
+                batch = next(stream)
+                lengths = [len(example.input_ids) for example in batch]
+                start = time.perf_counter()
+                trainer.step([batch])
+                done += sum(lengths)
+                if turn:
+                    seconds[side] += time.perf_counter() - start
+                    seen[side] += sum(lengths)
+                    places[side] += max(lengths) * len(lengths) if side else tokens
+    packed, padded = (n / s for n, s in zip(seen, seconds))
+    share = [1 - n / all_places for n, all_places in zip(seen, places)]
+    return f"{name:<14}{padded:>12,.0f}{share[1]:>10.1%}{packed:>14,.0f}{share[0]:>10.1%}{packed / padded:>9.2f}"
+
+
+@command
+def main() -> None:
+    rounds = arguments.packing(sys.argv[1:]).rounds
+    device, dtype = machine.set_up(resolve(composed("+method=qdora", "output_dir=unused")).trainer)
+    print(machine.describe(device, dtype))
+    print(f"{'':<14}{'tokens/s':>12}{'padding':>10}{'packed':>14}{'padding':>10}{'ratio':>9}")
+    for name in SETS:
+        print(compare(name, rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
