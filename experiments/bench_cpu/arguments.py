@@ -66,6 +66,7 @@ def packing(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m experiments.bench_cpu.packing", description="Tokens a second with and without packing."
     )
     parser.add_argument("--rounds", type=int, default=6, help="packs timed, and as many tokens in batches (default: 6)")
+    parser.add_argument("--threads", type=int, help=THREADS)
     options = parser.parse_args(argv)
     if options.rounds < 1:
         parser.error(f"--rounds {options.rounds}: at least 1")

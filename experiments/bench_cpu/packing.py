@@ -36,9 +36,9 @@ def long_tail(count: int, vocabulary: int) -> list[Example]:
     return found
 
 
-def compare(name: str, rounds: int) -> str:
+def compare(name: str, rounds: int, given: list[str]) -> str:
     """A line of the table."""
-    cfg = resolve(composed("+method=qdora", "output_dir=unused", "data.packing=true", *SETS[name]))
+    cfg = resolve(composed("+method=qdora", "output_dir=unused", "data.packing=true", *SETS[name], *given))
     device, dtype = machine.set_up(cfg.trainer)
     model, tokenizer = prepare_model(cfg, device, dtype)
     data = load_data(cfg.data, tokenizer, trains=True).train if name == "docstrings" else None
@@ -68,12 +68,13 @@ def compare(name: str, rounds: int) -> str:
 
 @command
 def main() -> None:
-    rounds = arguments.packing(sys.argv[1:]).rounds
-    device, dtype = machine.set_up(resolve(composed("+method=qdora", "output_dir=unused")).trainer)
+    options = arguments.packing(sys.argv[1:])
+    given = ["trainer.device=cpu", *([f"trainer.threads={options.threads}"] if options.threads else [])]
+    device, dtype = machine.set_up(resolve(composed("+method=qdora", "output_dir=unused", *given)).trainer)
     print(machine.describe(device, dtype))
     print(f"{'':<14}{'tokens/s':>12}{'padding':>10}{'packed':>14}{'padding':>10}{'ratio':>9}")
     for name in SETS:
-        print(compare(name, rounds), flush=True)
+        print(compare(name, options.rounds, given), flush=True)
 
 
 if __name__ == "__main__":

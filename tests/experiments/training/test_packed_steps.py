@@ -16,7 +16,8 @@ from experiments.system.cli import composed
 from experiments.training.gradients import accumulate
 from experiments.training.loop import Trainer
 from modules.fused import attention
-from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, tensors, write_chats
+from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, records, tensors, write_chats
+from tests.experiments.several_processes import processes, runs
 from tests.experiments.training.static_steps import config, data, static, trained  # noqa: F401
 from tests.experiments.training.varlen import varlen_reference
 
@@ -112,6 +113,19 @@ def test_a_resumed_run_is_the_same_bit_for_bit(command, tmp_path):
     assert tensors(tmp_path / "part" / "adapter") == tensors(tmp_path / "whole" / "adapter")
     code, text = command(*part, "trainer.tokens=128", "trainer.steps=8", "resume=latest")
     assert code == 1 and "is of another configuration: trainer.tokens (96 there, 128 here)" in text
+
+
+def test_several_processes_train_as_one(command, tmp_path):
+    """With few samples in a pack, so that a process has none at times."""
+    given = ["+method=qdora", *PACKED, f"data.path={write_chats(tmp_path)}", "trainer.tokens=64", "trainer.device=cpu"]
+    given += ["trainer.steps=3", "trainer.grad_accum=2", "trainer.eval_every=0", "trainer.samples=0", "lr=3e-3"]
+    assert command(*given, f"output_dir={tmp_path / 'one'}")[0] == 0
+    two = [[*given, f"trainer.parallel={mode}", f"output_dir={tmp_path / mode}"] for mode in ("ddp", "fsdp")]
+    ended = processes(2, tmp_path / "two", runs, two)
+    assert [process.exitcode for process in ended] == [0, 0], ended
+    for mode in ("ddp", "fsdp"):
+        for record, other in zip(records(tmp_path / "one"), records(tmp_path / mode), strict=True):
+            assert other | {"seconds": 0} == pytest.approx(record | {"seconds": 0}, rel=1e-4)
 
 
 @pytest.mark.parametrize(
