@@ -24,7 +24,7 @@ from experiments.training.evaluation import Evaluation
 from experiments.training.gradients import accumulate, checkpoint_blocks
 from experiments.training.graphs import Eager, Graphs, cannot_capture, own_dropout
 from experiments.training.loss import LabelLoss
-from experiments.training.offload import Copies, Offload
+from experiments.training.offload import offload_of
 from experiments.training.optim import make_optimizer, with_room
 from experiments.training.packing import Packing
 from experiments.training.step import Reading, StaticStep, needs_the_host, on_gpu
@@ -120,7 +120,7 @@ class Trainer:
         self.between_steps = True
         self.saved_at, self.late = time.monotonic(), False
         if cfg.trainer.gradient_checkpointing:
-            checkpoint_blocks(model, reason is None and own_dropout(model) is None, self._offload())
+            checkpoint_blocks(model, reason is None and own_dropout(model) is None, offload_of(cfg, model.device))
         # passes over the same weights
         several = cfg.trainer.grad_accum > 1 or cfg.trainer.gradient_checkpointing or cfg.trainer.mlp_tokens is not None
         self.norms = Norms(model) if several and not cfg.trainer.compile else None
@@ -131,14 +131,6 @@ class Trainer:
         self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
         if model.device.type == "cpu":
             machine.keep_freed_memory()
-
-    def _offload(self) -> Offload | None:
-        if not self.cfg.trainer.offload_activations:
-            return None
-        if on_gpu(self.model):
-            return Offload(Copies(self.model.device))
-        print("trainer.offload_activations=true is for a GPU: on a CPU activations are in host memory already")
-        return None
 
     def _graphs(self, reason: str | None) -> Graphs | Eager:
         """CUDA graphs as the configuration says; `reason`: why there can be none."""

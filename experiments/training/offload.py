@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from experiments.config import Config
+
 
 class Copies:
     """Copies between a GPU and pinned host memory, beside its computation."""
@@ -91,3 +93,10 @@ class Offload:
     def _start(self, kept: _Kept) -> None:
         if kept.copy is None:
             kept.copy = self.copies.to_device(kept.host)
+
+
+def offload_of(cfg: Config, device: torch.device) -> Offload | None:
+    """As `cfg` says; None on a CPU, and that is said."""
+    if cfg.trainer.offload_activations and device.type != "cuda":
+        print("trainer.offload_activations=true is for a GPU: on a CPU activations are in host memory already")
+    return Offload(Copies(device)) if cfg.trainer.offload_activations and device.type == "cuda" else None
