@@ -40,6 +40,13 @@ def checkpoint_blocks(model: PreTrainedModel, capturable: bool = False, offload:
                 module._gradient_checkpointing_func = offload.around(module._gradient_checkpointing_func)
 
 
+def autocast_of(model: PreTrainedModel, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Around a forward pass that computes in `dtype`. Base weights are in it already if they are frozen; if they train
+    they are fp32, and autocast converts."""
+    casts = dtype != torch.float32 and next(model.parameters()).dtype == torch.float32
+    return torch.autocast(model.device.type, dtype) if casts else contextlib.nullcontext()
+
+
 def accumulate(
     label_loss: LabelLoss,
     group: list[list[Example]],
@@ -59,15 +66,12 @@ def accumulate(
     """
     labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
     model = label_loss.model
-    # Base weights are in `dtype` already if they are frozen; if they train they are fp32, and autocast converts.
-    casts = dtype != torch.float32 and next(model.parameters()).dtype == torch.float32
-    autocast = torch.autocast(model.device.type, dtype) if casts else contextlib.nullcontext()
     total = 0.0
     for i, batch in enumerate(group, start=1):
         tensors = packing.batch(batch, pad_id) if packing else _padded(batch, pad_id, model.device)
         around = packing.around() if packing else contextlib.nullcontext()
         with around, engine.accumulate(label_loss.forward, last=i == len(group)):
-            with autocast:
+            with autocast_of(model, dtype):
                 loss = label_loss(tensors) / labelled
             total += loss.item()
             if math.isfinite(total) or parallel.size() > 1:  # the others wait for this one's gradients

@@ -21,7 +21,7 @@ from experiments.system import machine, parallel
 from experiments.system.progress import Progress
 from experiments.training.engines import Engine
 from experiments.training.evaluation import Evaluation
-from experiments.training.gradients import accumulate, checkpoint_blocks
+from experiments.training.gradients import accumulate, autocast_of, checkpoint_blocks
 from experiments.training.graphs import Eager, Graphs, cannot_capture, own_dropout
 from experiments.training.loss import LabelLoss
 from experiments.training.offload import offload_of
@@ -111,7 +111,8 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, cfg.lr, cfg.trainer.loraplus_lr_ratio)
         self.label_loss = LabelLoss(model, cfg.trainer.compile)
-        self.packing = Packing(model, tokens_a_pass(cfg), on_gpu(model)) if cfg.data.packing else None
+        with autocast_of(model, dtype):  # a kernel may take this dtype alone
+            self.packing = Packing(model, tokens_a_pass(cfg), on_gpu(model)) if cfg.data.packing else None
         reason = needs_the_host(cfg, self.label_loss, dtype, self.packing)
         self.optimizer = make_optimizer(cfg, groups, capturable=reason is None)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))

@@ -20,6 +20,7 @@ from experiments.config import Config
 from experiments.data.buckets import Bucket, bucket_of, fill, fill_pack, pack_shape, shape
 from experiments.data.chat import IGNORED, Example
 from experiments.system import parallel
+from experiments.training.gradients import autocast_of
 from experiments.training.graphs import Eager, Graphs
 from experiments.training.loss import LabelLoss
 from experiments.training.packing import Packing
@@ -110,8 +111,7 @@ class StaticStep:
         self.max_norm = cfg.trainer.max_grad_norm or math.inf
         self.device, self.window = label_loss.model.device, _window(label_loss.model)
         self.buckets: list[Bucket] = []
-        casts = dtype != torch.float32 and next(label_loss.model.parameters()).dtype == torch.float32
-        self.autocast = (lambda: torch.autocast(self.device.type, dtype)) if casts else contextlib.nullcontext
+        self.autocast = functools.partial(autocast_of, label_loss.model, dtype)
         self.numbers = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of the losses of this step
         optimizer.found_inf = torch.zeros((), device=self.device)
