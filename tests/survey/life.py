@@ -149,9 +149,10 @@ def _gradients(ours: nn.Module, theirs: nn.Module) -> str:
 
 
 def _greedy(model: nn.Module, prompt: Tensor) -> list[int]:
-    """The likeliest tokens, whatever the model's own defaults are: BART's force one at the end."""
+    """The likeliest tokens, whatever the model's own defaults are: BART's force one at the end. Without a cache: Moshi's
+    forgets tokens that its attention sees."""
     end, pad = VOCABULARY - 2, VOCABULARY - 1
-    how = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=pad, eos_token_id=[end])
+    how = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=pad, eos_token_id=[end], use_cache=False)
     model.base_model.model.generation_config = how
     out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
     return out[0, prompt.shape[1] :].tolist()
