@@ -78,6 +78,9 @@ class DataConfig:
     chat_template_kwargs: dict[str, Any] | None = None  # what it takes beside messages: {enable_thinking: false}
     max_train: int | None = None  # use so many training samples at most
     max_heldout: int | None = None  # use so many held-out samples at most
+    # lay training samples end to end, trainer.tokens a forward pass, none of which sees another: no padding but at the
+    # end. Loss and gradients are those of the samples one by one. Held-out samples are measured as without
+    packing: bool = False
     levels: list[int] | None = None  # of difficulty (arithmetic)
     answer_tokens: int = 0  # longest answer to a held-out prompt, compared with the reference; 0: none is generated
 
@@ -87,6 +90,9 @@ class TrainerConfig:
     name: str = MISSING  # of the file in conf/trainer
     steps: int = MISSING  # optimizer steps
     batch_size: int = MISSING  # samples a forward pass, of all processes together
+    # tokens a forward pass, of all processes together, with data.packing=true; by default batch_size · data.max_length,
+    # as many as without packing at most
+    tokens: int | None = None
     grad_accum: int = 1  # forward passes an optimizer step
     parallel: str = "auto"  # auto (ddp) | ddp | fsdp: how processes of torchrun share a run (engines.py)
     # torch.compile the training step: minutes, once for a model and a shape of batches. For models whose own code takes
@@ -96,6 +102,11 @@ class TrainerConfig:
     # auto: where that can be; what cannot be captured runs eagerly and is named
     cuda_graphs: str = "auto"
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
+    # on a GPU: keep these inputs in pinned host memory, copied while the GPU computes. With gradient_checkpointing
+    offload_activations: bool = False
+    # tokens that a gated MLP computes at a time; the rest of each part is computed again in backward. For long texts:
+    # packed weights are dequantized once more for each part. Unset: all at once
+    mlp_tokens: int | None = None
     warmup: float = 0.1  # share of the steps in which lr rises from 0
     schedule: str = "cosine"  # cosine | linear | constant
     weight_decay: float = 0.0  # AdamW's
@@ -173,7 +184,12 @@ RENAMED_METHODS = {"adapter": "houlsby"}
 
 # Keys that do not change the numbers of a run: where it writes, who watches it, how processes share it.
 BOOKKEEPING = ("output_dir", "overwrite", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
-BOOKKEEPING += ("trainer.parallel", "trainer.cuda_graphs")
+BOOKKEEPING += ("trainer.parallel", "trainer.cuda_graphs", "trainer.offload_activations")
+
+
+def tokens_a_pass(cfg: "Config") -> int:
+    """The tokens of a forward pass of data.packing=true, of all processes together."""
+    return cfg.trainer.tokens or cfg.trainer.batch_size * cfg.data.max_length
 
 
 def flat(cfg: Config) -> dict[str, Any]:
@@ -228,7 +244,7 @@ BOUNDS: dict[str, tuple[Callable[[float], bool], str]] = {
     "trainer.checkpoint_every": _NOT_NEGATIVE,
     **dict.fromkeys(("rank", "trainer.steps", "trainer.batch_size", "trainer.grad_accum"), _COUNT),
     **dict.fromkeys(("trainer.eval_batch_size", "trainer.log_every", "trainer.keep_checkpoints"), _COUNT),
-    **dict.fromkeys(("trainer.threads", "trainer.sample_tokens"), _COUNT),
+    **dict.fromkeys(("trainer.threads", "trainer.sample_tokens", "trainer.tokens", "trainer.mlp_tokens"), _COUNT),
     "trainer.warmup": (lambda value: 0 <= value <= 1, "a share of the steps, from 0 to 1"),
     "seed": (lambda value: 0 <= value < 2**32, "a whole number from 0 to 2³² - 1"),
 }
@@ -277,12 +293,30 @@ def resolve(cfg: DictConfig) -> Config:
     trainer.cuda_graphs = trainer.cuda_graphs.lower()  # YAML's true becomes "True"
     if trainer.cuda_graphs not in ("auto", "true", "false"):
         raise UserError(f"trainer.cuda_graphs={trainer.cuda_graphs}: choose auto, true or false")
+    if trainer.offload_activations and not trainer.gradient_checkpointing:
+        raise UserError(
+            "trainer.offload_activations=true moves what checkpointing keeps: set trainer.gradient_checkpointing=true"
+        )
+    if trainer.mlp_tokens and trainer.compile:
+        raise UserError("trainer.mlp_tokens and trainer.compile=true exclude one another: leave one of them out")
     if trainer.loraplus_lr_ratio != 1 and config.method.adapter in ("none", *BASELINES):
         raise UserError(f"trainer.loraplus_lr_ratio is about LoRA's A and B, and method={config.method.name} has none")
     if trainer.schedule not in ("cosine", "linear", "constant"):
         raise UserError(f"trainer.schedule={trainer.schedule}: choose cosine, linear or constant")
+    _check_packing(config)
     _check_optim(config.optim)
     return config
+
+
+def _check_packing(config: Config) -> None:
+    if not config.data.packing:
+        if config.trainer.tokens is not None:
+            raise UserError(f"trainer.tokens={config.trainer.tokens} is for packs: add data.packing=true")
+    elif config.method.adapter in ("prefix_embed", "prefix_layer"):
+        raise UserError(
+            f"data.packing=true: virtual tokens of method={config.method.name} precede every sample, and a pack has "
+            "many: leave packing out"
+        )
 
 
 def _check_quant(quant: QuantConfig) -> None:

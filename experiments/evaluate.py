@@ -40,6 +40,8 @@ class Options:
 def _data(run: FinishedRun, changes: list[str]) -> DataConfig:
     """The data to measure on: the run's, or as the arguments choose; every sample of a file that they name."""
     data = run.cfg.data
+    if not any(change.startswith("data.packing=") for change in changes):
+        data = dataclasses.replace(data, packing=False)  # how the run trained
     if _chooses(changes):
         data = resolve(composed("+method=lora", "output_dir=unused", *changes)).data
     if data.path and not data.heldout_path and any(change.startswith("data.path=") for change in changes):

@@ -6,7 +6,7 @@ are kept. The generators go on as they would, so the masks are those of torch's 
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,25 +18,40 @@ _here = threading.local()  # backward, and with it the second forward pass, runs
 
 def draw(device: torch.device) -> Tensor:
     """The next seed, int64 []."""
-    given, taken = getattr(_here, "given", None), getattr(_here, "taken", None)
-    if given is not None:
-        return next(given)
-    seed = new_seed(device)
-    if taken is not None:
-        taken.append(seed)
-    return seed
+    return _source()(device)
 
 
 def kept() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Contexts for the first forward pass and for the second: `context_fn` of torch.utils.checkpoint.checkpoint."""
+    """Contexts for the first forward pass and for the second: `context_fn` of torch.utils.checkpoint.checkpoint. One
+    may be inside another."""
     seeds: list[Tensor] = []
-    return _drawing(taken=seeds), _drawing(given=seeds)
+    return _taking(seeds), _giving(seeds)
+
+
+def _source() -> Callable[[torch.device], Tensor]:
+    return getattr(_here, "source", new_seed)
+
+
+def _taking(seeds: list[Tensor]) -> contextlib.AbstractContextManager:
+    """Inside, seeds come from where they came outside, and are kept."""
+
+    def taken(device: torch.device) -> Tensor:
+        seeds.append(outside(device))
+        return seeds[-1]
+
+    outside = _source()
+    return _drawing(taken)
+
+
+def _giving(seeds: list[Tensor]) -> contextlib.AbstractContextManager:
+    left = iter(seeds)
+    return _drawing(lambda device: next(left))
 
 
 @contextlib.contextmanager
-def _drawing(taken: list[Tensor] | None = None, given: list[Tensor] | None = None) -> Iterator[None]:
+def _drawing(source: Callable[[torch.device], Tensor]) -> Iterator[None]:
     before = vars(_here).copy()
-    _here.taken, _here.given = taken, None if given is None else iter(given)
+    _here.source = source
     try:
         yield
     finally:

@@ -79,3 +79,15 @@ def profile(argv: Sequence[str]) -> argparse.Namespace:
         if value is not None and value < 1 + (name == "length"):
             parser.error(f"--{name} {value}: at least {1 + (name == 'length')}")
     return options
+
+
+def packing(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.bench.packing", description="Tokens a second with and without packing."
+    )
+    parser.add_argument("--rounds", type=int, default=6, help="packs timed, and as many tokens in batches (default: 6)")
+    parser.add_argument("--threads", type=int, help=THREADS)
+    options = parser.parse_args(argv)
+    if options.rounds < 1:
+        parser.error(f"--rounds {options.rounds}: at least 1")
+    return options

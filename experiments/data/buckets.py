@@ -5,11 +5,13 @@ behind those that are there, and more rows. No token sees those behind it, and a
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from experiments.data.chat import IGNORED, Example
+from experiments.data.packing import collate_pack, epoch_packs
 from experiments.data.samples import epoch_batches
 
 MOST = 4  # buckets: each costs a capture and memory, and saves padding
@@ -48,9 +50,39 @@ def buckets(examples: list[Example], batch_size: int, seed: int) -> list[Bucket]
     return found
 
 
-def bucket_of(batch: list[Example], among: list[Bucket]) -> Bucket | None:
-    """The least bucket that holds the batch; None if none does."""
-    return next((bucket for bucket in among if bucket.holds(shape(batch))), None)
+def bucket_of(batch: Bucket, among: list[Bucket]) -> Bucket | None:
+    """The least bucket that holds a batch of this shape; None if none does."""
+    return next((bucket for bucket in among if bucket.holds(batch)), None)
+
+
+def pack_shape(pack: list[Example]) -> Bucket:
+    """The shape of a pack (packing.py) as it is: one row, of which `rows` is the number of samples."""
+    return Bucket(sum(len(one.input_ids) for one in pack), sum(map(_labels, pack)), len(pack))
+
+
+def pack_bucket(examples: list[Example], tokens: int, seed: int) -> Bucket:
+    """The shape that every pack of the first epoch has. There is padding behind each."""
+    shapes = [pack_shape(pack) for pack in epoch_packs(examples, tokens, seed, epoch=0)]
+    return Bucket(_up(tokens + 1), _up(max(one.labels for one in shapes)), max(one.rows for one in shapes))
+
+
+def fill_pack(pack: list[Example], bucket: Bucket, pad_id: int) -> dict[str, Tensor]:
+    """The pack, on the host, in the shape of the bucket.
+
+    Returns:
+        input_ids, position_ids [1, length], positions from 0 in each sample and in the padding; targets, positions
+        [labels] and starts [1] as `fill` has them; boundaries int32 [rows + 2], where each sample, then the padding,
+        begins and ends, filled up with samples without tokens.
+    """
+    batch = collate_pack(pack, bucket.length, pad_id)
+    (labels,) = batch.pop("labels")
+    (labelled,) = (labels[1:] != IGNORED).nonzero(as_tuple=True)
+    targets, positions = torch.full((bucket.labels,), IGNORED), torch.zeros(bucket.labels, dtype=torch.int64)
+    targets[: len(labelled)], positions[: len(labelled)] = labels[labelled + 1], labelled
+    boundaries = torch.full((bucket.rows + 2,), bucket.length, dtype=torch.int32)
+    boundaries[: len(pack) + 1] = torch.tensor([0, *accumulate(len(one.input_ids) for one in pack)])
+    starts = torch.zeros(1, dtype=torch.int64)
+    return batch | {"targets": targets, "positions": positions, "boundaries": boundaries, "starts": starts}
 
 
 def fill(batch: list[Example], bucket: Bucket, pad_id: int) -> dict[str, Tensor]:

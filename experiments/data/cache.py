@@ -31,7 +31,7 @@ from experiments.system.files import cache_dir, directory_atomically
 
 VERSION = 1  # raise it when a change to experiments/data/ changes the tokens of some data
 ABOUT, PLACES = "about.json", ("train", "heldout")
-NOT_OF_TOKENS = ("path", "sources", "heldout_path", "answer_tokens")  # keys that change no token
+NOT_OF_TOKENS = ("path", "sources", "heldout_path", "answer_tokens", "packing")  # keys that change no token
 
 Made = tuple[Samples, dict[str, ndarray], list[tuple[int, int]] | None, str]  # samples, places, shares, note
 Loaded = tuple[Examples, Examples, str]  # training, held out, note

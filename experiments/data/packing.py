@@ -31,6 +31,18 @@ def check_lengths(examples: Sequence[Example], tokens: int) -> None:
         )
 
 
+def note(examples: Sequence[Example], tokens: int, seed: int) -> str:
+    """One line for the terminal.
+
+    Raises:
+        UserError: a sample fits no pack.
+    """
+    check_lengths(examples, tokens)
+    first, lengths = epoch_packs(examples, tokens, seed, epoch=0), lengths_of(examples)
+    padding = 1 - sum(lengths[place] for pack in first.places for place in pack) / (len(first) * tokens)
+    return f"packing: {len(first)} packs an epoch of up to {tokens} tokens, {padding:.1%} of them padding"
+
+
 def epoch_packs(examples: Sequence[Example], tokens: int, seed: int, epoch: int) -> Batches:
     """One epoch's packs, at most `tokens` tokens a pack, in random order. Every example is there once; of sources with
     shares (store.py) as many as theirs.

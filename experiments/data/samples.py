@@ -61,13 +61,14 @@ class Data:
         return digest.hexdigest()[:16]
 
 
-def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
+def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, trains: bool = False) -> Data:
     """Read, split and tokenise the configured data. Tokens of large files are in the cache afterwards.
 
     Args:
         cfg: the data config.
         tokenizer: of the model that is trained; chat data needs a fast one with a chat template. It gets the template
             that `cfg` names.
+        trains: the data is to be trained on, not only measured on.
 
     Returns:
         Training and held-out examples, each in an order that depends on their content only.
@@ -75,7 +76,7 @@ def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
     Raises:
         UserError: a file, a line, a setting or the tokenizer is not fit; the message says which, and how to repair it.
     """
-    check(cfg)
+    check(cfg, trains)
     set_template(cfg, tokenizer)
     if cfg.source != "text":
         chat_template(tokenizer)  # there must be one

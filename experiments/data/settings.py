@@ -9,8 +9,14 @@ from experiments.errors import UserError
 SOURCES = ("docstrings", "arithmetic", "jsonl", "text")
 
 
-def check(cfg: DataConfig) -> None:
-    """Raise UserError for values that the schema's types cannot exclude."""
+def check(cfg: DataConfig, trains: bool) -> None:
+    """Raise UserError for values that the schema's types cannot exclude.
+
+    Args:
+        trains: the data is to be trained on.
+    """
+    if cfg.packing and not trains:
+        raise UserError("data.packing=true is about training, and nothing trains on this data: leave it out")
     if cfg.source not in SOURCES:
         raise UserError(f"data.source={cfg.source} is not one of {', '.join(SOURCES)}")
     if cfg.too_long not in ("error", "drop", "truncate"):

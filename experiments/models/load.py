@@ -29,6 +29,7 @@ from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_l
 from modules.adapters.config import quantized_start
 from modules.adapters.model_code import experts, left_out
 from modules.adapters.targets import biased_modules
+from modules.fused import compute_mlps_in_parts
 from modules.linear import weight_shape
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
@@ -170,15 +171,34 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     Args:
         tokenizer: for init=eva alone, which reads data.
     """
+    _check_positions(cfg, model)
     if quantized_start(cfg.init):  # it begins with the error of packing
         _attach(cfg, model, tokenizer)
         _quantize(cfg, model)
         model.to(device)
+    else:
+        _quantize(cfg, model)
+        model.to(device)
+        if cfg.method.adapter != "none":
+            _attach(cfg, model, tokenizer)
+    if cfg.trainer.mlp_tokens and not compute_mlps_in_parts(model, cfg.trainer.mlp_tokens):
+        raise UserError(
+            f"trainer.mlp_tokens={cfg.trainer.mlp_tokens}: {type(model).__name__} has no MLPs of gate, up and down "
+            "projections: leave it out"
+        )
+
+
+def _check_positions(cfg: Config, model: PreTrainedModel) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = math.inf if positions < 0 else positions  # XLNet has relative ones
+    if cfg.data.max_length + cfg.prefix_tokens + cfg.infix_tokens <= positions:
         return
-    _quantize(cfg, model)
-    model.to(device)
-    if cfg.method.adapter != "none":
-        _attach(cfg, model, tokenizer)
+    beside = ""
+    if cfg.prefix_tokens or cfg.infix_tokens:
+        beside = f" beside prefix_tokens={cfg.prefix_tokens} and infix_tokens={cfg.infix_tokens}"
+    raise UserError(
+        f"data.max_length={cfg.data.max_length}{beside} is more than the {positions} positions of {cfg.model.name}"
+    )
 
 
 def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -190,13 +210,6 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if cfg.method.adapter == "bitfit" and not biased_modules(model):
         linears = len(decoder_linears(model))
         print(f"{cfg.model.name} has no biases to train: each of its {linears} linears gets one, which starts at zero")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    positions = math.inf if positions < 0 else positions  # XLNet has relative ones
-    if cfg.data.max_length + cfg.prefix_tokens + cfg.infix_tokens > positions:
-        raise UserError(
-            f"prefix_tokens={cfg.prefix_tokens} and infix_tokens={cfg.infix_tokens} beside data.max_length="
-            f"{cfg.data.max_length} are more than the {positions} positions of {cfg.model.name}"
-        )
     try:
         attach(model, cfg.method.adapter, **adapter_settings(cfg), **more)
     except ValueError as error:
@@ -230,7 +243,7 @@ def _ends(names: Iterable[str]) -> str:
 
 def _calibration(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """The first training batches, as keyword arguments of the model."""
-    stream = batches(load_data(cfg.data, tokenizer).train, cfg.trainer.batch_size, cfg.seed)
+    stream = batches(load_data(cfg.data, tokenizer, trains=True).train, cfg.trainer.batch_size, cfg.seed)
     collated = [collate(batch, tokenizer.pad_token_id) for batch in itertools.islice(stream, CALIBRATION_BATCHES)]
     return [
         {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")} | {"use_cache": False}

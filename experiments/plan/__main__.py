@@ -72,6 +72,9 @@ def plan(cfg: PlanConfig) -> str:
 
 
 def _beside_a_run(cfg: PlanConfig) -> str:
+    if cfg.data.packing:  # samples of the planned length fill each pack
+        cfg.trainer.tokens = cfg.trainer.tokens or cfg.batch * cfg.seq
+        cfg.batch = max(1, cfg.trainer.tokens // cfg.seq)
     device, dtype = machine.set_up(cfg.trainer)
     needs = budget(cfg, dtype, cfg.batch, cfg.seq, on_cpu=device.type == "cpu")
     measured = measure(cfg, device, dtype, cfg.batch, cfg.seq)

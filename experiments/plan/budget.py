@@ -189,7 +189,8 @@ def most_gpus(model: PreTrainedModel) -> tuple[int, str]:
 
 
 def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, on_cpu: bool = False) -> Budget:
-    """The budget of `cfg` computing in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs.
+    """The budget of `cfg` computing in `dtype` on `batch` sequences of `seq` tokens on each of up to so many GPUs. With
+    data.packing=true these are samples of one pack, which has `trainer.tokens` tokens if that is set.
 
     Args:
         on_cpu: as the code for a CPU does it.
@@ -198,6 +199,9 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         UserError: see `planned_model`; more GPUs than a linear has rows.
     """
     model = planned_model(cfg, dtype, seq)
+    rows, length = (1, cfg.trainer.tokens or batch * seq) if cfg.data.packing else (batch, seq)
+    if seq > length:
+        raise UserError(f"seq={seq} fits no pack of trainer.tokens={length}: raise it")
     most, narrowest = most_gpus(model)
     if gpus > most:
         raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")
@@ -216,7 +220,9 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     @functools.cache
     def step(checkpointing: bool) -> Step:
         fresh = OPTIMIZERS[cfg.optim.name](parameter_groups(model, cfg.lr))
-        return simulate(label_loss(), fresh, batch, seq, autocast, checkpointing, cfg.trainer.grad_accum > 1, on_cpu)
+        several, offloading = cfg.trainer.grad_accum > 1, cfg.trainer.offload_activations and not on_cpu
+        about = (autocast, checkpointing, several, on_cpu, cfg.data.packing, offloading)
+        return simulate(label_loss(), fresh, rows, length, *about)
 
     found = storage(model)
     return Budget(
@@ -225,8 +231,8 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
         parameters=found["total_params"],
         trained=found["trainable_params"],
         bits=found["bits_per_weight"],
-        tokens=batch * seq,
-        logits=4 * batch * seq * model.config.get_text_config().vocab_size,
+        tokens=rows * length,
+        logits=4 * rows * length * model.config.get_text_config().vocab_size,
         packed=nbytes(parts.packed),
         constants=nbytes(parts.constants),
         dense=nbytes(parts.dense),

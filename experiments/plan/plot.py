@@ -33,7 +33,7 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
     if "rank" in identity(cfg):
         ranks = sorted({r for r in (*RANKS, cfg.rank) if r <= needs.widest})
         panels.append(("rank", ranks, lambda rank: budget(replace(cfg, rank=rank), dtype, batch, seq)))
-    lengths = sorted({n for n in (*LENGTHS, seq) if n <= needs.longest})
+    lengths = sorted({n for n in (*LENGTHS, seq) if n <= min(needs.longest, cfg.trainer.tokens or n)})
     panels.append(("tokens of a sequence", lengths, lambda length: budget(cfg, dtype, batch, length)))
     panels.append(
         ("parameters", list(SIZES), lambda name: budget(replace(cfg, model=named_model(name)), dtype, batch, seq))

@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from experiments.plan import flops
 from experiments.training.gradients import checkpoint_blocks
 from experiments.training.loss import LabelLoss
+from experiments.training.offload import Offload
 from kernels import use_backend
 from kernels.cross_entropy import by_chunks, precise
 from modules import AdamW
@@ -63,6 +64,7 @@ class Step:
         loss: the most that the loss allocated beside what was there before it.
         weight: the largest dense weight that was made of a packed one; 0 without any.
         flops: of the step, those that checkpointing repeats included.
+        host: in pinned host memory, where activations are kept there.
     """
 
     peak: int
@@ -71,6 +73,24 @@ class Step:
     loss: int
     weight: int
     flops: int
+    host: int = 0
+
+
+class _OnHost:
+    """Copies of activations to host memory, which is not the device's, and back."""
+
+    def __init__(self):
+        self.nbytes = 0
+
+    def to_host(self, tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+        self.nbytes += tensor.nbytes
+        return tensor.shape, tensor.dtype
+
+    def to_device(self, host: tuple[torch.Size, torch.dtype]) -> Tensor:
+        return torch.empty(host[0], dtype=host[1], device="meta")
+
+    def arrived(self, copy: Tensor) -> Tensor:
+        return copy
 
 
 class Allocations(TorchDispatchMode):
@@ -231,6 +251,8 @@ def simulate(
     checkpointing: bool = False,
     accumulating: bool = False,
     on_cpu: bool = False,
+    packed: bool = False,
+    offloading: bool = False,
 ) -> Step:
     """A training step of a model on the meta device, after the first.
 
@@ -242,17 +264,20 @@ def simulate(
         checkpointing: of each block.
         accumulating: a second forward pass follows the first, with its gradients there.
         on_cpu: as on a CPU.
+        packed: each sequence is a pack of samples. On a GPU its attention needs no mask (training/packing.py).
+        offloading: what checkpointing keeps is kept in host memory.
 
     Raises:
         UserError: checkpointing of a model that cannot.
     """
     model = label_loss.model.train()
+    host = _OnHost()
     if checkpointing:
-        checkpoint_blocks(model)
+        checkpoint_blocks(model, offload=Offload(host) if offloading else None)
     else:
         model.activation_checkpointing_disable()
     ids = torch.zeros(batch, seq, dtype=torch.int64, device="meta")
-    tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    tokens = {"input_ids": ids, "position_ids" if packed else "attention_mask": torch.ones_like(ids)}
     tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     memory, casts = Allocations(on_cpu), _Casts(autocast)
@@ -265,7 +290,8 @@ def simulate(
         state = [
             tensor for of_one in optimizer.state.values() for tensor in of_one.values() if isinstance(tensor, Tensor)
         ]
-        for tensor in (*model.parameters(), *model.buffers(), *state):
+        masks = [torch.empty(1, 1, seq, seq, dtype=torch.bool, device="meta")] if packed and on_cpu else []
+        for tensor in (*model.parameters(), *model.buffers(), *state, *masks):
             memory.add(tensor)
         memory.peaks, memory.flops, before_loss = dict.fromkeys(PHASES, 0), 0, 0
 
@@ -279,6 +305,7 @@ def simulate(
             memory.phase, before, casts.keeps = "forward", memory.live, True
             loss = label_loss(tokens) / ids.numel()
             casts.end()
+            host_bytes, host.nbytes = host.nbytes, 0
             activations = memory.live - before if activations is None else activations
             loss.item()
             memory.phase = "backward"
@@ -292,4 +319,4 @@ def simulate(
     phase = max(PHASES, key=memory.peaks.get)
     flops_a_pass = memory.flops // (2 if accumulating else 1)
     loss_bytes = memory.peaks["loss"] - before_loss
-    return Step(memory.peaks[phase], phase, activations, loss_bytes, memory.weight, flops_a_pass)
+    return Step(memory.peaks[phase], phase, activations, loss_bytes, memory.weight, flops_a_pass, host_bytes)

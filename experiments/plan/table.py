@@ -12,7 +12,10 @@ from experiments.runs.identity import identity
 def heading(cfg: Config, dtype: torch.dtype) -> str:
     rank = f", rank {cfg.rank}" if "rank" in identity(cfg) else ""
     dtype_name = str(dtype).removeprefix("torch.")
-    return f"{cfg.model.name}, {cfg.method.name}{rank}: {cfg.batch} × {cfg.seq} tokens in {dtype_name}"
+    tokens = f"{cfg.batch} × {cfg.seq}"
+    if cfg.data.packing:
+        tokens = f"packs of {cfg.trainer.tokens or cfg.batch * cfg.seq}"
+    return f"{cfg.model.name}, {cfg.method.name}{rank}: {tokens} tokens in {dtype_name}"
 
 
 def table(cfg: Config, needs: Budget) -> str:
@@ -58,7 +61,10 @@ def _parts(cfg: Config, needs: Budget) -> list[str]:
     plain, checkpointed = needs.step(False), needs.step(True) if needs.checkpoints else None
     lines.append(_row("activations", plain.activations, "kept for backward"))
     if checkpointed:
-        lines.append(_row("  with checkpointing", checkpointed.activations, "trainer.gradient_checkpointing=true"))
+        note = "trainer.gradient_checkpointing=true"
+        if checkpointed.host:
+            note += f" offload_activations=true; {checkpointed.host / 1e9:.3f} GB on the host"
+        lines.append(_row("  with checkpointing", checkpointed.activations, note))
     lines.append(
         _row("loss, on top", plain.loss, f"in chunks; whole, the fp32 logits alone are {needs.logits / 1e9:.3f} GB")
     )

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from experiments.config import Config
+from experiments.config import Config, tokens_a_pass
+from experiments.data import packing
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.generation import answer
@@ -112,8 +113,10 @@ class _Run:
         self.model, self.tokenizer = prepare_model(start, self.engine.loads_on, dtype, base)
         self.storage = result_numbers.storage(self.model)
         self.engine.place(self.model)
-        self.data = load_data(cfg.data, self.tokenizer)
+        self.data = load_data(cfg.data, self.tokenizer, trains=True)
         print(self.data.note)
+        if cfg.data.packing:
+            print(packing.note(self.data.train, tokens_a_pass(cfg), cfg.seed))
         self.measures = Measures(cfg, self.data, self.tokenizer)
         self.samples = [example for example in self.data.heldout if example.prompt_ids][: cfg.trainer.samples]
         self.trainer = Trainer(self.model, cfg, dtype, self.tokenizer.pad_token_id, self.engine)

@@ -89,7 +89,7 @@ def check(cfg: Config) -> None:
     """
     if size() == 1:
         return
-    if cfg.trainer.batch_size < size():
+    if cfg.trainer.batch_size < size() and not cfg.data.packing:
         raise UserError(
             f"trainer.batch_size={cfg.trainer.batch_size} is too small for {size()} processes: raise it, or start fewer"
         )

@@ -43,10 +43,13 @@ def label_logits(
     """
     targets, labelled = label_positions(batch)
     with _head_sees_only(model, labelled), prompt_lengths(model, label_starts(batch)):
-        output = (forward or model)(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
+        output = (forward or model)(**model_inputs(batch), use_cache=False)
     return output.logits, targets
+
+
+def model_inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch that the model gets."""
+    return {name: value for name, value in batch.items() if name != "labels"}
 
 
 def label_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,8 @@ def cannot_capture(cfg: Config, model: nn.Module) -> str | None:
     """Why the steps of a `StaticStep` cannot be graphs; None if they can."""
     if cfg.optim.paged:
         return "optim.paged=true moves state between host and device in each step"
+    if cfg.trainer.offload_activations:
+        return "trainer.offload_activations=true moves activations between host and device in each step"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     for name, module in model.named_modules():
         if module is not model.get_output_embeddings() and any(getattr(module, kind) for kind in hooks):

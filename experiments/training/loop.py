@@ -5,25 +5,28 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from experiments.config import Config, TrainerConfig
-from experiments.data.buckets import buckets
+from experiments.config import Config, TrainerConfig, tokens_a_pass
+from experiments.data.buckets import Bucket, buckets, pack_bucket
 from experiments.data.chat import Example
+from experiments.data.packing import packs
 from experiments.data.samples import Data, batches
 from experiments.errors import UserError
 from experiments.system import machine, parallel
 from experiments.system.progress import Progress
 from experiments.training.engines import Engine
 from experiments.training.evaluation import Evaluation
-from experiments.training.gradients import accumulate, checkpoint_blocks
+from experiments.training.gradients import accumulate, autocast_of, checkpoint_blocks
 from experiments.training.graphs import Eager, Graphs, cannot_capture, own_dropout
 from experiments.training.loss import LabelLoss
+from experiments.training.offload import offload_of
 from experiments.training.optim import make_optimizer, with_room
+from experiments.training.packing import Packing
 from experiments.training.step import Reading, StaticStep, needs_the_host, on_gpu
 from modules import parameter_groups
 from modules.norms import Norms
@@ -97,7 +100,7 @@ class Trainer:
         between_steps: whether all state is that of one step, so that a checkpoint of it can go on.
 
     Raises:
-        UserError: gradient checkpointing or CUDA graphs where they cannot be; no room for the optimizer's pages.
+        UserError: packing, checkpointing or CUDA graphs where they cannot be; no room for the optimizer's pages.
     """
 
     def __init__(
@@ -108,7 +111,9 @@ class Trainer:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, cfg.lr, cfg.trainer.loraplus_lr_ratio)
         self.label_loss = LabelLoss(model, cfg.trainer.compile)
-        reason = needs_the_host(cfg, self.label_loss, dtype)
+        with autocast_of(model, dtype):  # a kernel may take this dtype alone
+            self.packing = Packing(model, tokens_a_pass(cfg), on_gpu(model)) if cfg.data.packing else None
+        reason = needs_the_host(cfg, self.label_loss, dtype, self.packing)
         self.optimizer = make_optimizer(cfg, groups, capturable=reason is None)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
@@ -116,11 +121,13 @@ class Trainer:
         self.between_steps = True
         self.saved_at, self.late = time.monotonic(), False
         if cfg.trainer.gradient_checkpointing:
-            checkpoint_blocks(model, capturable=reason is None and own_dropout(model) is None)
-        several = cfg.trainer.grad_accum > 1 or cfg.trainer.gradient_checkpointing  # passes over the same weights
+            checkpoint_blocks(model, reason is None and own_dropout(model) is None, offload_of(cfg, model.device))
+        # passes over the same weights
+        several = cfg.trainer.grad_accum > 1 or cfg.trainer.gradient_checkpointing or cfg.trainer.mlp_tokens is not None
         self.norms = Norms(model) if several and not cfg.trainer.compile else None
         graphs = self._graphs(reason or cannot_capture(cfg, model))
-        self.static = None if reason else StaticStep(cfg, self.label_loss, self.optimizer, dtype, graphs, self.norms)
+        about = (cfg, self.label_loss, self.optimizer, dtype, graphs, self.norms, self.packing)
+        self.static = None if reason else StaticStep(*about)
         self.pending: list[_Pending] = []
         self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
         if model.device.type == "cpu":
@@ -157,10 +164,9 @@ class Trainer:
             KeyboardInterrupt: a signal came; the step that it came in is finished.
         """
         settings, trained = self.cfg.trainer, self.trained
-        served = trained.steps * settings.grad_accum
-        stream = batches(data.train, settings.batch_size, self.cfg.seed, start=served)
+        stream = self._stream(data, served=trained.steps * settings.grad_accum)
         if self.static is not None:
-            self.static.buckets = buckets(data.train, settings.batch_size, self.cfg.seed)
+            self.static.buckets = self._buckets(data)
 
         def tell(records: list[dict]) -> None:
             for record in records:
@@ -181,6 +187,17 @@ class Trainer:
                     self.saved_at = time.monotonic()
                 if not self.pending:  # else the next step's numbers come first
                     parallel.stop_if_interrupted()
+
+    def _stream(self, data: Data, served: int) -> Iterator[list[Example]]:
+        """The batches or packs that follow the first `served`."""
+        if self.packing is not None:
+            return packs(data.train, self.packing.tokens, self.cfg.seed, start=served)
+        return batches(data.train, self.cfg.trainer.batch_size, self.cfg.seed, start=served)
+
+    def _buckets(self, data: Data) -> list[Bucket]:
+        if self.packing is not None:
+            return [pack_bucket(data.train, self.packing.tokens, self.cfg.seed)]
+        return buckets(data.train, self.cfg.trainer.batch_size, self.cfg.seed)
 
     def _measure_is_due(self) -> bool:
         settings, trained = self.cfg.trainer, self.trained
@@ -252,7 +269,7 @@ class Trainer:
     def _step_now(self, group: list[list[Example]]) -> Reading:
         """A step whose loss and gradients the host looks at before weights change."""
         step = self.trained.steps + 1
-        context = (self.pad_id, self.dtype, self.scaler, self.engine)
+        context = (self.pad_id, self.dtype, self.scaler, self.engine, self.packing)
         compute = functools.partial(accumulate, self.label_loss, group, *context)
         with contextlib.nullcontext() if self.norms is None else self.norms.kept():
             total = with_room(self.optimizer, self.model.device, compute)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from experiments.data.chat import IGNORED
 from experiments.errors import UserError
 from experiments.system.files import cache_dir
-from experiments.training.evaluation import label_logits, label_positions, label_starts
+from experiments.training.evaluation import label_logits, label_positions, label_starts, model_inputs
 from kernels import linear_cross_entropy
 from modules.adapters.prefix import prompt_lengths
 
@@ -35,7 +35,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 class LabelLoss:
-    """Σ cross-entropy over the labelled tokens of a batch (input_ids, attention_mask, labels: each [B, T]).
+    """Σ cross-entropy over the labelled tokens of a batch: input_ids and labels, each [B, T], and all else that the
+    model gets, such as an attention_mask.
 
     `padded` takes a batch of a fixed shape (data/buckets.py).
 
@@ -71,18 +72,19 @@ class LabelLoss:
         head = self.model.get_output_embeddings()
         try:
             with prompt_lengths(self.model, label_starts(batch)):
-                self.forward(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                self.forward(**model_inputs(batch), use_cache=False)
             return linear_cross_entropy(self.hidden, head.weight, head.bias, targets)
         finally:
             self.labelled = self.hidden = None
 
-    def padded(self, batch: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch as `data/buckets.fill` makes it, computed without a look at its values."""
+    def padded(self, batch: dict) -> Tensor:
+        """The loss of a batch as `data/buckets.fill` makes it, computed without a look at its values. `given`: more
+        arguments of the model."""
         targets, self.labelled = batch["targets"], batch["positions"]
         head = self.model.get_output_embeddings()
         try:
             with prompt_lengths(self.model, batch["starts"]):
-                output = self.forward(input_ids=batch["input_ids"], use_cache=False)
+                output = self.forward(input_ids=batch["input_ids"], use_cache=False, **batch.get("given", {}))
             if not self.plain_head:
                 return F.cross_entropy(output.logits.float(), targets, ignore_index=IGNORED, reduction="sum")
             return linear_cross_entropy(self.hidden, head.weight, head.bias, targets)

@@ -13,14 +13,17 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from experiments.config import Config
-from experiments.data.buckets import Bucket, bucket_of, fill, shape
+from experiments.data.buckets import Bucket, bucket_of, fill, fill_pack, pack_shape, shape
 from experiments.data.chat import IGNORED, Example
 from experiments.system import parallel
+from experiments.training.gradients import autocast_of
 from experiments.training.graphs import Eager, Graphs
 from experiments.training.loss import LabelLoss
+from experiments.training.packing import Packing
 from modules import AdamW
 from modules.fused.attention import can_do_without_mask, without_mask
 from modules.norms import Norms
@@ -32,7 +35,9 @@ def on_gpu(model: PreTrainedModel) -> bool:
     return model.device.type == "cuda"
 
 
-def needs_the_host(cfg: Config, label_loss: LabelLoss, dtype: torch.dtype) -> str | None:
+def needs_the_host(
+    cfg: Config, label_loss: LabelLoss, dtype: torch.dtype, packing: Packing | None = None
+) -> str | None:
     """Why the host must look at values during a step; None if it need not."""
     if not on_gpu(label_loss.model):
         return "the model is not on a CUDA device"
@@ -42,6 +47,8 @@ def needs_the_host(cfg: Config, label_loss: LabelLoss, dtype: torch.dtype) -> st
         return "float16 needs a loss scale, which the host sets"
     if cfg.trainer.compile:
         return "trainer.compile=true makes its own code of the step"
+    if packing is not None:
+        return f"{type(label_loss.model).__name__} looks for the samples of a pack" if packing.needs_the_host else None
     if not can_do_without_mask(label_loss.model) or not _is_causal(label_loss):
         return f"the attention of {type(label_loss.model).__name__} needs a mask"
     return None
@@ -81,6 +88,7 @@ class StaticStep:
         optimizer: capturable.
         graphs: runs the parts.
         norms: of the DoRA layers, where several passes see the same weights.
+        packing: batches are packs, which the model gets so.
 
     Attributes:
         buckets: the shapes of batches. A batch that fits none keeps its own, and runs eagerly.
@@ -95,14 +103,15 @@ class StaticStep:
         dtype: torch.dtype,
         graphs: Graphs | Eager,
         norms: Norms | None,
+        packing: Packing | None = None,
     ):
+        self.packing = packing
         self.label_loss, self.optimizer, self.graphs, self.norms = label_loss, optimizer, graphs, norms
         self.parameters = [p for p in label_loss.model.parameters() if p.requires_grad]
         self.max_norm = cfg.trainer.max_grad_norm or math.inf
         self.device, self.window = label_loss.model.device, _window(label_loss.model)
         self.buckets: list[Bucket] = []
-        casts = dtype != torch.float32 and next(label_loss.model.parameters()).dtype == torch.float32
-        self.autocast = (lambda: torch.autocast(self.device.type, dtype)) if casts else contextlib.nullcontext
+        self.autocast = functools.partial(autocast_of, label_loss.model, dtype)
         self.numbers = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.total = torch.zeros((), dtype=torch.float64, device=self.device)  # of the losses of this step
         optimizer.found_inf = torch.zeros((), device=self.device)
@@ -114,13 +123,19 @@ class StaticStep:
         with contextlib.nullcontext() if self.norms is None else self.norms.used():
             self.graphs.run(("begin", len(self.norms.values) if self.norms else 0), self._begin)
             for batch in group:
-                bucket = bucket_of(batch, self.buckets)
-                own = bucket or shape(batch)
-                tensors = self._to_device(fill(batch, own, pad_id), bucket, labelled)
-                masked = own.length >= self.window
+                own = shape(batch) if self.packing is None else pack_shape(batch)
+                bucket = bucket_of(own, self.buckets)
+                filled = (fill if self.packing is None else fill_pack)(batch, bucket or own, pad_id)
+                tensors = self._to_device(filled, bucket, labelled)
+                masked = self.packing is None and (bucket or own).length >= self.window
                 runs = Eager() if masked or bucket is None else self.graphs
-                with contextlib.nullcontext() if masked else without_mask(self.label_loss.model):
+                with self._attention(masked):
                     runs.run(bucket, functools.partial(self._forward_backward, tensors))
+
+    def _attention(self, masked: bool) -> contextlib.AbstractContextManager:
+        if self.packing is not None:
+            return self.packing.around()
+        return contextlib.nullcontext() if masked else without_mask(self.label_loss.model)
 
     def update(self) -> None:
         """Start to clip the gradients, to update the weights and to set the gradients to zero."""
@@ -129,8 +144,21 @@ class StaticStep:
         self.graphs.run(("update", trained), self._update)
         torch.autograd.graph.increment_version(self.parameters)  # a replay changes them, and no version tells
 
-    def _to_device(self, filled: dict[str, Tensor], bucket: Bucket | None, labelled: int) -> dict[str, Tensor]:
+    def _to_device(self, filled: dict[str, Tensor], bucket: Bucket | None, labelled: int) -> dict:
         """A batch on the device, in the tensors of its bucket if it has one."""
+        batch = self._copied(filled, bucket, labelled)
+        if self.packing is None:
+            return batch
+        given = self.packing.inputs(self.label_loss.model, batch["position_ids"], batch["boundaries"])
+        if bucket is None:
+            return batch | {"given": given}
+        kept = batch.setdefault("given", given)
+        for old, new in zip(tree_leaves(kept), tree_leaves(given), strict=True):
+            if isinstance(old, Tensor) and old is not new:  # masks, which are made anew
+                old.copy_(new)
+        return batch
+
+    def _copied(self, filled: dict[str, Tensor], bucket: Bucket | None, labelled: int) -> dict:
         filled["labelled"] = torch.tensor(float(labelled))
         if self.device.type == "cuda":  # a copy from other memory would have the host wait
             filled = {name: tensor.pin_memory() for name, tensor in filled.items()}
@@ -138,8 +166,8 @@ class StaticStep:
             return {name: tensor.to(self.device, non_blocking=True) for name, tensor in filled.items()}
         if bucket not in self.batches:
             self.batches[bucket] = {name: torch.empty_like(t, device=self.device) for name, t in filled.items()}
-        for name, tensor in self.batches[bucket].items():
-            tensor.copy_(filled[name], non_blocking=True)
+        for name, tensor in filled.items():
+            self.batches[bucket][name].copy_(tensor, non_blocking=True)
         return self.batches[bucket]
 
     def _begin(self) -> None:

@@ -54,6 +54,7 @@ BAD = {
     "no path": (["data=jsonl"], "data=jsonl needs data.path=FILE"),
     "unknown data": (["data=csv"], "data=csv: no such data; there are arithmetic"),
     "unknown data key": (["data.pth=x"], "no such key: data.pth; did you mean data.path?"),
+    "packing": (["data.packing=true"], "data.packing=true is about training, and nothing trains on this data"),
     "limit of no task": (["limit=3"], "limit=… and include_path=… are for tasks=…"),
     "limit": (["tasks=arc_easy", "limit=0"], "limit=0: choose 1 or more"),
     "data of tasks": (["tasks=arc_easy", "data=docstrings"], "data=docstrings: tasks bring their own data"),

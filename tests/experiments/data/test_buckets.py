@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from experiments.data.buckets import MOST, Bucket, bucket_of, buckets, fill, shape
+from experiments.data.buckets import MOST, Bucket, bucket_of, buckets, fill, fill_pack, pack_bucket, pack_shape, shape
 from experiments.data.chat import IGNORED, Example
+from experiments.data.packing import epoch_packs
 from experiments.data.samples import collate, epoch_batches
 
 
@@ -19,11 +20,11 @@ def test_hold_every_batch_of_the_first_epoch(batch_size):
     found = buckets(data, batch_size, seed=0)
     assert 1 <= len(found) <= MOST and found == sorted(found)
     for batch in epoch_batches(data, batch_size, 0, 0):
-        bucket = bucket_of(batch, found)
+        bucket = bucket_of(shape(batch), found)
         assert bucket.holds(shape(batch))
         assert bucket.length % 64 == 0 and bucket.labels <= bucket.rows * bucket.length
         assert not any(other.holds(shape(batch)) and other < bucket for other in found)
-    assert bucket_of([Example([0] * 700, [0] * 700)], found) is None
+    assert bucket_of(Bucket(700, 699, 1), found) is None
 
 
 def test_fill():
@@ -42,3 +43,21 @@ def test_a_batch_in_its_own_shape_is_the_collated_one():
     labels = torch.nn.functional.pad(collated["labels"][:, 1:], (0, 1), value=IGNORED)
     assert torch.equal(filled["targets"], labels[labels != IGNORED])
     assert torch.equal(filled["positions"], (labels != IGNORED).flatten().nonzero().flatten())
+
+
+def test_fill_pack():
+    pack = [Example([5, 6, 7], [IGNORED, 6, 7]), Example([8, 9], [8, 9])]
+    assert pack_shape(pack) == Bucket(length=5, labels=3, rows=2)
+    filled = fill_pack(pack, Bucket(length=8, labels=4, rows=3), pad_id=1)
+    assert filled["input_ids"].tolist() == [[5, 6, 7, 8, 9, 1, 1, 1]]
+    assert filled["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert filled["targets"].tolist() == [6, 7, 9, IGNORED]
+    assert filled["positions"].tolist() == [0, 1, 3, 0]
+    assert filled["boundaries"].tolist() == [0, 3, 5, 8, 8]  # the fourth sample has no tokens
+
+
+def test_one_bucket_holds_the_packs_of_an_epoch():
+    data = examples(100)
+    bucket = pack_bucket(data, 640, seed=0)
+    assert bucket.length == 704  # there is padding behind every pack
+    assert all(bucket.holds(pack_shape(pack)) for pack in epoch_packs(data, 640, 0, 0))

@@ -16,6 +16,7 @@ from experiments.models.load import prepare_model, tiny_model
 from experiments.plan import __main__ as plan
 from experiments.plan import claims
 from experiments.plan.budget import budget, planned_model, shard_bytes, stored
+from experiments.plan.cards import CARDS
 from experiments.plan.measure import allocated, measure
 from experiments.plan.simulate import Step, loss_of, simulate
 from experiments.runs.result_numbers import nbytes
@@ -96,11 +97,23 @@ def test_weights_adapters_and_optimizer_state_are_those_allocated(model, setting
         ["+method=qlora", "trainer.gradient_checkpointing=true", "trainer.grad_accum=2"],
         ["+method=qdora", "dropout=0.1", "optim=adamw8bit"],
         ["+method=lora", "trainer.dtype=bfloat16"],
+        ["+method=qlora", "trainer.mlp_tokens=64", "trainer.gradient_checkpointing=true"],
+        ["+method=qlora", "data.packing=true", "trainer.tokens=384"],
         ["+method=full", "trainer.gradient_checkpointing=true"],
         ["+method=full", "trainer.dtype=bfloat16"],
         ["+method=full", "trainer.dtype=bfloat16", "trainer.gradient_checkpointing=true"],
     ],
-    ids=["qlora", "checkpointed", "qdora", "bf16", "full", "autocast", "autocast-checkpointed"],
+    ids=[
+        "qlora",
+        "checkpointed",
+        "qdora",
+        "bf16",
+        "mlp-in-parts",
+        "packed",
+        "full",
+        "autocast",
+        "autocast-checkpointed",
+    ],
 )
 def test_the_peak_is_within_a_tenth_of_what_is_measured(settings, small_llama):
     dtype = torch.bfloat16 if "trainer.dtype=bfloat16" in settings else torch.float32
@@ -185,6 +198,28 @@ def test_65b_in_48_gb(terminal):
     ):
         assert line in text, text
     assert re.search(r"RTX A6000, 48 GB +2 GPUs, sharded +1 GPU\n", text), text
+
+
+def test_8b_with_qlora_at_32k_tokens_on_one_card_of_80_gb():
+    given = ["model=qwen3-8b", "+method=qlora", "rank=16", "trainer.gradient_checkpointing=true"]
+    plain, both = (
+        budget(config(*given, *more), torch.bfloat16, 1, 32768)
+        for more in ([], ["trainer.mlp_tokens=4096", "trainer.offload_activations=true"])
+    )
+    hidden = 32768 * 4096 * 2  # bytes of the input of a block
+    assert both.step(True).host == 36 * hidden
+    assert plain.step(True).activations - both.step(True).activations == pytest.approx(36 * hidden, rel=0.03)
+    usable = CARDS["h100"].usable_bytes
+    assert plain.peak(False) > usable > plain.peak(True) > both.peak(True)
+    assert (round(plain.peak(True) / 1e9, 1), round(both.peak(True) / 1e9, 1)) == (22.7, 10.4)
+
+
+def test_a_pack_is_planned_as_one_row():
+    given = ["+method=qlora", "model=tiny", "rank=4"]
+    packed = budget(config(*given, "data.packing=true", "trainer.tokens=4096"), torch.bfloat16, 1, 64)
+    assert packed.tokens == 4096 > packed.longest  # positions begin anew
+    with pytest.raises(UserError, match=r"seq=64 fits no pack of trainer\.tokens=32: raise it"):
+        budget(config(*given, "data.packing=true", "trainer.tokens=32"), torch.bfloat16, 1, 64)
 
 
 def test_claims(monkeypatch):

@@ -150,7 +150,7 @@ def test_a_conversation_keeps_the_infix_at_the_first_prompt(trained, monkeypatch
         (["+method=lora", "prefix_tokens=4"], "prefix_tokens=4 is not a setting of adapter 'lora'"),
         (["+method=full", "infix_tokens=4"], "infix_tokens is about adapters, and method=full has none"),
         (["+method=prefix_embed", "prefix_tokens=0"], "set prefix_tokens or infix_tokens to 1 or more"),
-        (["+method=prefix_layer", "prefix_tokens=2000"], "are more than the 2048 positions of tiny"),
+        (["+method=prefix_layer", "prefix_tokens=2000"], "is more than the 2048 positions of tiny"),
         (["+method=houlsby", "rank=0"], "rank=0: choose 1 or more"),
         (["+method=bitfit", "trainer.loraplus_lr_ratio=16"], "is about LoRA's A and B, and method=bitfit has none"),
     ],

@@ -5,7 +5,9 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments.errors import UserError
-from experiments.training.packing import packing_of
+from experiments.training.packing import ON_GPU, packing_of
+from modules.fused import attention
+from tests.experiments.training.varlen import varlen_reference
 from tests.survey import small
 
 
@@ -37,10 +39,40 @@ def test_models_that_mix_them_are_refused_by_name(model_type):
     assert model.training
 
 
+@pytest.mark.parametrize(
+    "model_type, way",
+    [
+        ("llama", "_positions_and_boundaries"),
+        ("mistral", "_positions_and_boundaries"),  # a sliding window shorter than the probe
+        ("gemma3_text", "_positions_and_boundaries"),
+        ("gemma2", "_positions_and_masks"),  # a softcap
+        ("gpt_oss", "_positions_and_masks"),  # sinks
+        ("llama4_text", "_positions_and_masks"),  # chunks of attention
+        ("opt", "_positions_and_boundaries"),
+        ("falcon", "_positions_and_masks"),  # its code asks for the name of the implementation
+    ],
+)
+def test_what_a_gpu_keeps_samples_apart_by(model_type, way, monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attn", varlen_reference)
+    assert packing_of(small.build(model_type), ON_GPU).__name__ == way
+
+
+def test_the_longest_window_is_told_of(monkeypatch):
+    """A window longer than the probe shows in nothing but the arguments of attention."""
+    monkeypatch.setattr(attention, "varlen_attn", varlen_reference)
+    model = small.build("llama")
+    model.config.sliding_window = 4096  # of which its layers know nothing
+    assert packing_of(model, ON_GPU).__name__ == "_positions_and_masks"
+
+
+def test_without_the_kernel_there_are_masks():
+    assert packing_of(small.build("llama"), ON_GPU).__name__ == "_positions_and_masks"
+
+
 def row(model: PreTrainedModel, samples: list[torch.Tensor]) -> torch.Tensor:
     ids = torch.cat(samples)[None]
     places = torch.cat([torch.arange(len(sample)) for sample in samples])[None]
-    return model(input_ids=ids, use_cache=False, **packing_of(model)(model, places)).logits[0]
+    return model(input_ids=ids, use_cache=False, **packing_of(model)(model, places, None)).logits[0]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "qwen3_moe", "opt", "gpt_oss", "gptj", "phi3"])
