@@ -17,6 +17,7 @@ from experiments.models import mapped
 from experiments.models.gguf import gguf_as_directory, wheel_directory
 from experiments.system.quiet import quiet
 from modules.files.bitsandbytes import load_bnb4, quantization_of
+from modules.files.checked import verify_directory
 
 # Files of old transformers hold masks and frequencies that are computed now.
 COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$"
@@ -61,6 +62,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     packed = is_packed(path)
     with quiet():
         try:
+            verify_directory(path)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
             return load_bnb4(path, dtype) if packed else _load_dense(path, dtype), tokenizer
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:

@@ -21,6 +21,7 @@ from experiments.errors import UserError
 from experiments.system import parallel
 from experiments.system.files import cache_dir
 from experiments.system.quiet import quiet
+from modules.files.checked import seal_directory
 
 
 def wheel_directory(package: str) -> Path:
@@ -69,6 +70,7 @@ def _dequantize_gguf(path: Path, directory: Path) -> None:
         try:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            seal_directory(partial)
             with contextlib.suppress(OSError):  # another process was faster: its directory serves as well
                 os.rename(partial, directory)
         finally:

@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.config import Config, resolve
 from experiments.errors import UserError
 from experiments.system.files import write_atomically
+from modules.files.checked import Damaged, verify_file
 
 CONFIG = "config.yaml"
 
@@ -33,6 +34,7 @@ def read_config(directory: Path, changes: list[str] = ()) -> Config:
     """
     path = directory / CONFIG
     try:
+        verify_file(path)
         values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         for change in OverridesParser.create().parse_overrides(list(changes)):
             if change.is_add() or change.is_delete() or change.is_sweep_override():
@@ -42,5 +44,7 @@ def read_config(directory: Path, changes: list[str] = ()) -> Config:
     except FileNotFoundError as error:
         what = "no config.yaml there, so this is not a run's directory" if directory.is_dir() else "no such directory"
         raise UserError(f"{directory}: {what}") from error
+    except Damaged as error:
+        raise UserError(str(error)) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error

@@ -11,6 +11,7 @@ from experiments.runs import checkpoints
 from experiments.runs.model_files import ADAPTER, BASE, MODEL
 from experiments.system import parallel
 from experiments.system.files import METRICS, RESULT, SPECTRUM, claim, writable_dir
+from modules.files.checked import SUMS
 
 LOCK = ".lock"
 INSTEAD = "choose another output_dir, or start anew with overwrite=true, which deletes it"
@@ -64,7 +65,7 @@ def _earlier_run(path: Path) -> str | None:
 
 def clear(path: Path) -> None:
     """Delete what an earlier run wrote to `path`, and nothing else."""
-    for name in (RESULT, METRICS, SPECTRUM, "loss.png", "samples.md", ADAPTER, MODEL, BASE, checkpoints.FOLDER):
+    for name in (RESULT, METRICS, SPECTRUM, "loss.png", "samples.md", SUMS, ADAPTER, MODEL, BASE, checkpoints.FOLDER):
         if (path / name).is_dir():
             shutil.rmtree(path / name)
         else:

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs.config_file import write_config
+from experiments.runs.config_file import CONFIG, write_config
 from experiments.runs.spectrum import COLUMNS
 from experiments.system.files import METRICS, RESULT, SPECTRUM, as_csv, write_atomically
 from experiments.system.palette import BLUE, ORANGE
+from modules.files.checked import SUMS, seal_files
 
 
 class OutputFiles:
@@ -21,11 +22,12 @@ class OutputFiles:
 
     def begin(self, cfg: Config) -> None:
         """Start anew: write config.yaml."""
+        (self.path / SUMS).unlink(missing_ok=True)  # of an earlier end
         write_config(cfg, self.path)
 
     def rewind(self, cfg: Config, step: int) -> None:
         """Go on after `step`: keep the records up to there. Later records of a killed run come again."""
-        write_config(cfg, self.path)
+        self.begin(cfg)
         lines = self.metrics.read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, start=1):
             try:
@@ -43,6 +45,7 @@ class OutputFiles:
 
     def write_result(self, result: dict) -> None:
         write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
+        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM))
 
     def write_spectra(self, rows: list[dict]) -> None:
         """Write spectrum.csv, a line an adapted linear (experiments/runs/spectrum.py); nothing without an adapter."""

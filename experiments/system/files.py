@@ -45,7 +45,18 @@ def write_atomically(path: Path, text: str) -> None:
     """Write `text` under a temporary name, then rename: whoever reads `path` never sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
+    _sync(partial)
     os.replace(partial, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have a file or a directory on the disk: after a loss of power a new name must not stand for old bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[dict]) -> str:
@@ -71,9 +82,12 @@ def directory_atomically(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for entry in [*partial.rglob("*"), partial]:
+            _sync(entry)
         if path.exists():
             delete_directory(path)
         os.rename(partial, path)
+        _sync(path.parent)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -21,6 +21,7 @@ from kernels.codebook import BITSANDBYTES_TYPES
 from modules.adapters.model_code import left_out
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import wrapped_linears
+from modules.files.checked import Damaged, seal_directory, verify_file
 from modules.files.conversion import are_joined, bring_into_memory
 from modules.files.packed_weight import is_packed, packed_tensors, read_packed
 from modules.files.tensors import TensorFiles, describe
@@ -37,7 +38,10 @@ def quantization_of(directory: str | Path) -> dict | None:
     """
     path = Path(directory) / "config.json"
     try:
+        verify_file(path)
         config = json.loads(path.read_text(encoding="utf-8"))
+    except Damaged:
+        raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     return config.get("quantization_config")
@@ -136,6 +140,7 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
         partial.mkdir(parents=True)
         joined = are_joined(model, [f"{name}.weight" for name in packed])
         model.save_pretrained(partial, state_dict=tensors, save_original_format=not joined)
+        seal_directory(partial)
         os.rename(partial, directory)
     finally:
         del model.config.quantization_config

@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
@@ -38,6 +36,7 @@ from modules.files.baselines import (
     read_our_config,
     read_prompt_tuning,
 )
+from modules.files.checked import Damaged, load_tensors, save_tensors, seal_files, verify_file
 from modules.files.peft_config import read_config, targets_in_file, write_config
 from modules.linear import DoRALinear, LoRALinear
 
@@ -92,11 +91,12 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{WEIGHTS_FILE}.partial"
-    save_file(state, partial, metadata={"format": "pt"})
+    save_tensors(state, partial)
     os.replace(partial, directory / WEIGHTS_FILE)
     partial = directory / f".{file}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(partial, directory / file)
+    seal_files(directory, [file])
 
 
 def _config_file(
@@ -210,12 +210,12 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(f"{directory} holds no adapter: {name} is missing{instead}")
     name = config_file
     try:
+        verify_file(directory / name)
         raw = dict(json.loads((directory / name).read_text()))
         name = WEIGHTS_FILE
-        return raw, load_file(directory / name)
-    except SafetensorError as error:
-        reason = f"{name} is damaged or not a safetensors file: {error}"
-        raise ValueError(f"{directory} holds no readable adapter: {reason}") from error
+        return raw, load_tensors(directory / name)
+    except Damaged:
+        raise
     except (ValueError, TypeError) as error:
         raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
 

@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from modules.files.checked import verify
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -43,10 +45,8 @@ class TensorFiles:
             raise ValueError(f"{directory}: no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
 
     def _open(self, path: Path) -> None:
-        try:
-            file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        verify(path)
+        file = safe_open(path, framework="pt")
         names = file.keys()
         self._where |= {name: (path, partial(file.get_tensor, name)) for name in names}
 
