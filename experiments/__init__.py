@@ -4,10 +4,23 @@ Each may import from those to its left, and commands do not import commands (tes
 errors, config, system, data, training, blocks, models, runs, commands.
 """
 
+# ruff: noqa: E402  Ctrl-C ends a command in one line from here on, and the imports below take time
+import os
+import signal
+import sys
+
+
+def _interrupted(*_) -> None:
+    os.write(2, b"interrupted\n")
+    os._exit(130)  # an exception would pass through imports, of which some take it for another
+
+
+# argv is so while Python looks for the module of `python -m experiments.…`; under nohup the signal is ignored
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _interrupted)  # until the command has its own handler
+
 import importlib.metadata
 import importlib.util
-import os
-import sys
 
 # torch reads it at its first allocation: large CPU tensors in huge pages, 512 times fewer page faults
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -40,7 +53,7 @@ def _refuse_a_clash_of_names() -> None:
 
 
 _refuse_another_python()
-from experiments.system.arguments import before_imports  # noqa: E402, which needs what the line above looks for
+from experiments.system.arguments import before_imports  # which needs what the line above looks for
 
 before_imports()
 _refuse_a_clash_of_names()

@@ -45,15 +45,35 @@ class MethodConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources of training data.
+
+    Attributes:
+        path: as `data.path`.
+        weight: an epoch's samples are shared out among the sources in proportion to their weights; a source with more
+            samples than its share has other ones in the next epoch, one with fewer has some several times. Unless any
+            source has one, an epoch has each sample once.
+    """
+
+    path: str | None = None
+    weight: float | None = None
+
+
+@dataclass
 class DataConfig:
     name: str = MISSING  # of the file in conf/data
     source: str = MISSING  # docstrings | arithmetic | jsonl | text
-    path: str | None = None  # file (jsonl, text)
-    heldout_path: str | None = None  # file with the held-out samples; by default a share of `path`
+    path: str | None = None  # file, pattern of files, folder of files or folder that `datasets` saved (jsonl, text)
+    sources: list[SourceConfig] | None = None  # several of these in place of `path`: [{path: a.jsonl, weight: 2}, …]
+    heldout_path: str | None = None  # the held-out samples, as `path`; by default a share of the training data
     heldout_fraction: float = 0.1  # that share
     max_length: int = 256  # tokens
     too_long: str = "error"  # error | drop | truncate: samples longer than max_length
-    train_on: str = "all"  # all | last: the assistant turns of a conversation to learn from
+    bad: str = "error"  # error | skip: rows that are no sample; skipped ones are counted, and the first named
+    # all | last | everything: learn from all assistant turns of a conversation, from the last, or from every token
+    train_on: str = "all"
+    chat_template: str | None = None  # a Jinja file, or chatml | llama-3 | mistral | gemma; by default the tokenizer's
+    chat_template_kwargs: dict[str, Any] | None = None  # what it takes beside messages: {enable_thinking: false}
     max_train: int | None = None  # use so many training samples at most
     max_heldout: int | None = None  # use so many held-out samples at most
     levels: list[int] | None = None  # of difficulty (arithmetic)
@@ -67,7 +87,12 @@ class TrainerConfig:
     batch_size: int = MISSING  # samples a forward pass, of all processes together
     grad_accum: int = 1  # forward passes an optimizer step
     parallel: str = "auto"  # auto (ddp) | ddp | fsdp: how processes of torchrun share a run (engines.py)
-    compile: bool = False  # torch.compile the training step: minutes, once for a model and a shape of batches
+    # torch.compile the training step: minutes, once for a model and a shape of batches. For models whose own code takes
+    # most of a step: measure whether it gains. Without cuda_graphs
+    compile: bool = False
+    # auto | true | false: start the kernels of a step on one GPU with a few calls. Losses are the same bit for bit.
+    # auto: where that can be; what cannot be captured runs eagerly and is named
+    cuda_graphs: str = "auto"
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     warmup: float = 0.1  # share of the steps in which lr rises from 0
     schedule: str = "cosine"  # cosine | linear | constant
@@ -100,7 +125,7 @@ class OptimConfig:
 
 @dataclass
 class TrackingConfig:
-    name: str = MISSING  # none | wandb
+    name: str = MISSING  # none | wandb | tensorboard
     project: str = "qdora"  # of Weights & Biases, like these two
     group: str | None = None  # by default the folder of a sweep
     tags: list[str] = field(default_factory=list)  # of the run there
@@ -146,7 +171,7 @@ RENAMED_METHODS = {"adapter": "houlsby"}
 
 # Keys that do not change the numbers of a run: where it writes, who watches it, how processes share it.
 BOOKKEEPING = ("output_dir", "overwrite", "resume", "tracking.", "trainer.checkpoint_every", "trainer.keep_checkpoints")
-BOOKKEEPING += ("trainer.parallel",)
+BOOKKEEPING += ("trainer.parallel", "trainer.cuda_graphs")
 
 
 def flat(cfg: Config) -> dict[str, Any]:
@@ -231,6 +256,8 @@ def resolve(cfg: DictConfig) -> Config:
     _check_numbers(config)
     if config.lora_alpha is None:
         config.lora_alpha = 2.0 * config.rank
+    if config.model.path and config.model.source in ("wheel", "tiny", "preset"):
+        raise UserError(f"model={config.model.name} reads no model.path: add model=hf for {config.model.path}")
     _check_quant(config.quant)
     if config.method.adapter == "none" and config.quant.name != "none":
         raise UserError(f"method={config.method.name} trains every weight, which quant={config.quant.name} freezes")
@@ -241,6 +268,9 @@ def resolve(cfg: DictConfig) -> Config:
             raise UserError(f"trainer.{name} compares evaluations: set trainer.eval_every too")
     if trainer.parallel not in ("auto", "ddp", "fsdp"):
         raise UserError(f"trainer.parallel={trainer.parallel}: choose auto, ddp or fsdp")
+    trainer.cuda_graphs = trainer.cuda_graphs.lower()  # YAML's true becomes "True"
+    if trainer.cuda_graphs not in ("auto", "true", "false"):
+        raise UserError(f"trainer.cuda_graphs={trainer.cuda_graphs}: choose auto, true or false")
     if trainer.loraplus_lr_ratio != 1 and config.method.adapter in ("none", *BASELINES):
         raise UserError(f"trainer.loraplus_lr_ratio is about LoRA's A and B, and method={config.method.name} has none")
     if trainer.schedule not in ("cosine", "linear", "constant"):

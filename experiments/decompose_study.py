@@ -29,7 +29,8 @@ from experiments.models.load import load_model
 from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.system import machine
 from experiments.system.cli import hydra_command
-from experiments.system.files import as_csv, writable_dir, write_atomically
+from experiments.system.directory import results_directory
+from experiments.system.files import as_csv, write_atomically
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from kernels.codebook import BLOCKSIZES, CODEBOOKS
@@ -38,6 +39,7 @@ from modules.adapters.decompose import METHODS, decompose
 from modules.adapters.quantized_init import quantized_init
 
 WEIGHTS, CHANGES = "W", "ΔW"
+FILES = ("decompose.csv", "starts.csv", "decompose.png")
 STARTS = {  # by their names as init=: the arguments of quantized_init
     "default": None,
     "loftq": ("loftq", 1),
@@ -56,6 +58,7 @@ class DecomposeConfig:
     blocksize: int = 64  # of the packed base, with double quantization
     quant_type: str = "nf4"  # of the packed base: nf4 | fp4 | int4
     output_dir: str = ""  # where to write
+    overwrite: bool = False  # replace the results of an earlier run in output_dir
 
 
 ConfigStore.instance().store(name="decompose_study_schema", node=DecomposeConfig)
@@ -193,16 +196,16 @@ def main(cfg: DictConfig) -> None:
     config: DecomposeConfig = OmegaConf.to_object(cfg)
     check(config)
     machine.set_up_cpu(TrainerConfig())
-    found = matrices(config)
-    directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
-    decomposed = {kind: measure_decompositions(tensors, config.ranks) for kind, tensors in found.items()}
-    starts = measure_starts(found[WEIGHTS], config)
-    print(tables(config, decomposed, starts))
-    rows = [{"matrix": kind, **row} for kind, rows in decomposed.items() for row in rows]
-    write_atomically(directory / "decompose.csv", as_csv(list(rows[0]), rows))
-    write_atomically(directory / "starts.csv", as_csv(list(starts[0]), starts))
-    plot(config, decomposed, starts).savefig(directory / "decompose.png", dpi=120)
-    files = (directory / name for name in ("decompose.csv", "starts.csv", "decompose.png"))
+    with results_directory(config, FILES):
+        found = matrices(config)
+        decomposed = {kind: measure_decompositions(tensors, config.ranks) for kind, tensors in found.items()}
+        starts = measure_starts(found[WEIGHTS], config)
+        print(tables(config, decomposed, starts))
+        rows = [{"matrix": kind, **row} for kind, rows in decomposed.items() for row in rows]
+        files = [Path(config.output_dir) / name for name in FILES]
+        write_atomically(files[0], as_csv(list(rows[0]), rows))
+        write_atomically(files[1], as_csv(list(starts[0]), starts))
+        plot(config, decomposed, starts).savefig(files[2], dpi=120)
     print("\nWritten:", *files, sep="\n  ")
 
 

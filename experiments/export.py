@@ -14,11 +14,12 @@ output_dir=DIR    where to; must not exist; by default a folder named after `to`
 trainer.…         device and dtype, as in a run; merged weights are written in that dtype
 """
 
+import contextlib
 import gc
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import MODULES_TO_PATCH_FOR_QUANTIZATION
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import QuantizationMethod
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import QuantConfig
@@ -37,7 +42,7 @@ from experiments.runs.finished import FinishedRun, load_run, make_dense
 from experiments.runs.model_files import ADAPTER, over_own_base, run_of
 from experiments.system import machine
 from experiments.system.cli import command, read_options
-from experiments.system.files import directory_atomically
+from experiments.system.files import claim, directory_atomically
 from experiments.system.progress import bar
 from experiments.system.quiet import quiet
 from kernels.codebook import BITSANDBYTES_TYPES
@@ -151,6 +156,7 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     quant = run.cfg.quant if run.cfg.quant.name != "none" else QuantConfig(name="nf4")
     if quant.type not in BITSANDBYTES_TYPES:
         raise UserError(f"bitsandbytes has no {quant.type}, in which the base of {source} is packed: take to=merged")
+    _check_plain(model)
     if adapters(model) and (layers := merge(model, unload=True).values()):
         error, update = (sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("error", "update"))
         print(f"packing loses {error:.1%} of a merged matrix on average, where the adapter had changed {update:.1%}")
@@ -163,6 +169,29 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     with quiet():
         save_bnb4(model, directory)
     return lambda: by_definition(AutoModelForCausalLM.from_pretrained(directory)), packed
+
+
+def _check_plain(model: PreTrainedModel) -> None:
+    """Raise UserError if the model has linears that transformers does not pack: of a class of its own, as Falcon's, or
+    kept in fp32, as some of DeepSeek-V4's; or experts that it keeps otherwise in packed models, as Llama 4's."""
+    with torch.device("meta"), quiet():
+        plain = AutoModelForCausalLM.from_config(model.config)
+    in_fp32 = [*(plain._keep_in_fp32_modules or ()), *(plain._keep_in_fp32_modules_strict or ())]
+    for name in decoder_linears(plain):
+        kind = type(plain.get_submodule(name))
+        if kind not in (nn.Linear, Conv1D):
+            raise UserError(
+                f"to=bnb4: {name} is a {kind.__name__}, and transformers packs plain linears alone: take to=merged"
+            )
+        if not should_convert_module(name, in_fp32):
+            raise UserError(f"to=bnb4: transformers keeps {name} in fp32 and does not pack it: take to=merged")
+    for name, module in plain.named_modules():
+        packed = MODULES_TO_PATCH_FOR_QUANTIZATION.get(type(module).__name__, {"quantization_methods": []})
+        if QuantizationMethod.BITS_AND_BYTES in packed["quantization_methods"]:
+            raise UserError(
+                f"to=bnb4: in a packed model transformers takes {name} for linears of each expert, and here they are "
+                "one tensor: take to=merged"
+            )
 
 
 EXPORTS = {"merged": _merged, "peft": _peft, "bnb4": _bnb4}
@@ -178,13 +207,14 @@ def _relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def _read(read: Reader, to: str) -> nn.Module:
-    """The export, as its library loads it. UserError: it cannot."""
+def _read_back(read: Reader, to: str, device: torch.device, ids: Tensor) -> tuple[nn.Module, Tensor]:
+    """The export, as its library loads it, and its logits. UserError: it cannot."""
     try:
-        return read()
-    except (ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError) as error:
+        written = read().to(device)
+        return written, _logits(written, ids)
+    except (ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError, TypeError) as error:
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(f"to={to}: its library cannot read this architecture ({told}): nothing is kept") from error
+        raise UserError(f"to={to}: its library could not read what was written ({told}): nothing is kept") from error
 
 
 @torch.inference_mode()
@@ -193,6 +223,15 @@ def _is_rounding(written: nn.Module, ids: Tensor, found: Tensor, expected: Tenso
     factor of two: where rounding alone has a router choose other experts, both are far from them."""
     exact = _logits(written.float(), ids)
     return _relative(expected, exact) <= 2 * _relative(found, exact)
+
+
+@contextlib.contextmanager
+def _claimed(target: Path) -> Iterator[None]:
+    """Inside, nobody else exports to `target`."""
+    with claim(target.with_name(f".{target.name}.lock")) as claimed:
+        if not claimed or target.exists():  # it was not there when the command began
+            raise UserError(f"another export to {target} began at the same time: set output_dir to another folder")
+        yield
 
 
 def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
@@ -210,14 +249,13 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
     device, dtype = run.model.device, run.dtype
     ids = torch.tensor([tokenize(run.tokenizer, Path(__file__).read_text(encoding="utf-8"))["input_ids"]])
     ids = ids[:, :CHECK_TOKENS]
-    with directory_atomically(target) as directory:
+    with _claimed(target), directory_atomically(target) as directory:
         read, expected = EXPORTS[to](run, source, directory, ids)
         run.tokenizer.save_pretrained(directory)
         del run  # two models need not be in memory
         gc.collect()
         with quiet():
-            written = _read(read, to).to(device)
-            found = _logits(written, ids)
+            written, found = _read_back(read, to, device, ids)
         error, most = _relative(found, expected), (found - expected).abs().max().item()
         print(f"read back: logits of {ids.shape[1]} tokens differ by {error:.2g} of their size, at most by {most:.2g}")
         if not error <= LARGEST_ERROR[dtype] and not _is_rounding(written, ids, found, expected):

@@ -27,7 +27,8 @@ from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.runs.model_files import ADAPTER
 from experiments.system import machine
 from experiments.system.cli import hydra_command
-from experiments.system.files import directory_atomically, writable_dir, write_atomically
+from experiments.system.directory import results_directory
+from experiments.system.files import directory_atomically, write_atomically
 from experiments.system.progress import bar
 from experiments.training.evaluation import Evaluation, evaluate
 from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_linears, save_adapter
@@ -48,9 +49,11 @@ class ExtractConfig:
     data: DataConfig = field(default_factory=DataConfig)  # whose held-out part is measured on
     batch_size: int = 16  # samples at once
     output_dir: str = MISSING  # where to write
+    overwrite: bool = False  # replace the results of an earlier run in output_dir
 
 
 ConfigStore.instance().store(name="extract_schema", node=ExtractConfig)
+REPORT = "extract.json"
 
 
 @torch.no_grad()
@@ -95,7 +98,7 @@ def extract(cfg: ExtractConfig) -> dict:
         names = attach(base, cfg.adapter, cfg.rank, lora_alpha, cfg.target_modules)
     except ValueError as error:
         raise UserError(str(error)) from error
-    directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
+    directory = Path(cfg.output_dir)
 
     def measure(model: PreTrainedModel, title: str) -> Evaluation:
         return evaluate(model.to(device), heldout, cfg.batch_size, tokenizer.pad_token_id, bar(title))
@@ -127,7 +130,7 @@ def extract(cfg: ExtractConfig) -> dict:
     }
     with directory_atomically(directory / ADAPTER) as folder:
         save_adapter(base, folder, model_config(cfg.base).path or cfg.base)
-    write_atomically(directory / "extract.json", json.dumps(result, indent=2) + "\n")
+    write_atomically(directory / REPORT, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -160,7 +163,8 @@ def main(cfg: DictConfig) -> None:
         if OmegaConf.is_missing(cfg, key):
             raise UserError(f"no {key}: add {key}=DIR")
     config: ExtractConfig = OmegaConf.to_object(cfg)
-    result = extract(config)
+    with results_directory(config, (ADAPTER, REPORT)):
+        result = extract(config)
     print(f"{table(result)}\n\nWritten:", config.output_dir, sep="\n  ")
 
 

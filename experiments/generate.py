@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from experiments.config import Config
 from experiments.data.chat import Message
-from experiments.data.samples import TASKS
+from experiments.data.rows import read_text
+from experiments.data.sources import TASKS
 from experiments.data.template import chat_template
 from experiments.data.tokens import begin_and_end, tokenize
-from experiments.data.user_files import read_text
 from experiments.errors import UserError
 from experiments.models.generation import Generated, Kept, Sampling, decode, generate, own_settings, without_reasoning
 from experiments.runs.finished import FinishedRun, load_run

@@ -35,13 +35,15 @@ from experiments.errors import UserError
 from experiments.models.load import load_model
 from experiments.system import machine
 from experiments.system.cli import hydra_command
-from experiments.system.files import as_csv, writable_dir, write_atomically
+from experiments.system.directory import clear, results_directory
+from experiments.system.files import as_csv, write_atomically
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
 from kernels.codebook import BLOCKSIZES
 from modules import NF4Linear, decoder_linears
 
+FILES = ("study.csv", "errors.png", "loss.png")
 COLUMNS = ("weights", "quant_type", "blocksize", "double", "bits", "rms_relative", "max_relative", "sqnr_db", "loss")
 DEGREES_OF_FREEDOM = 3  # of Student's t: the fewest whole number with a variance
 ON_A_GRID = (
@@ -63,6 +65,7 @@ class StudyConfig:
     batch_size: int = 16  # samples at once
     seed: int = 0  # of the random weights
     output_dir: str = ""  # where to write
+    overwrite: bool = False  # replace the results of an earlier run in output_dir
 
 
 ConfigStore.instance().store(name="quant_study_schema", node=StudyConfig)
@@ -167,7 +170,6 @@ def study(cfg: StudyConfig) -> Study:
     Raises:
         UserError: the configuration or a file that it names is wrong; the message says how to repair it.
     """
-    check(cfg)
     device, dtype = machine.set_up(TrainerConfig())
     model, tokenizer = load_model(cfg.model, torch.float32, cfg.seed)
     linears = decoder_linears(model)
@@ -260,15 +262,17 @@ def plot_loss(found: Study) -> Figure:
 @hydra_command("quant_study", StudyConfig)
 def main(cfg: DictConfig) -> None:
     config: StudyConfig = OmegaConf.to_object(cfg)
-    found = study(config)
-    directory = writable_dir(Path(config.output_dir), "set output_dir to a folder")
-    print(table(found))
-    if config.model.source in ("wheel", "gguf"):
-        print(f"\n{ON_A_GRID.format(name=config.model.name)}")
-    write_atomically(directory / "study.csv", as_csv(COLUMNS, found.rows))
-    pictures = {"errors.png": plot_errors(found)} | ({"loss.png": plot_loss(found)} if config.loss else {})
-    for name, figure in pictures.items():
-        figure.savefig(directory / name, dpi=120)
+    check(config)
+    with results_directory(config, FILES):
+        found, directory = study(config), Path(config.output_dir)
+        print(table(found))
+        if config.model.source in ("wheel", "gguf"):
+            print(f"\n{ON_A_GRID.format(name=config.model.name)}")
+        clear(directory, FILES)
+        write_atomically(directory / "study.csv", as_csv(COLUMNS, found.rows))
+        pictures = {"errors.png": plot_errors(found)} | ({"loss.png": plot_loss(found)} if config.loss else {})
+        for name, figure in pictures.items():
+            figure.savefig(directory / name, dpi=120)
     print("\nWritten:", *(directory / name for name in ("study.csv", *pictures)), sep="\n  ")
 
 

@@ -25,11 +25,11 @@ from omegaconf import DictConfig
 
 from experiments.config import Config
 from experiments.runs import result_numbers, sweep
-from experiments.runs.directory import new_directory
 from experiments.runs.one_run import run
-from experiments.runs.start import configured, is_given
+from experiments.runs.start import configured
 from experiments.system import parallel
-from experiments.system.cli import hydra_command
+from experiments.system.cli import hydra_command, is_given
+from experiments.system.directory import new_directory
 
 
 @hydra_command("config", Config)

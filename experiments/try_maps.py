@@ -33,11 +33,14 @@ from experiments.models.architecture import architecture_for_heads
 from experiments.models.load import load_model
 from experiments.system import machine
 from experiments.system.cli import hydra_command
-from experiments.system.files import writable_dir, write_atomically
+from experiments.system.directory import clear, results_directory
+from experiments.system.files import write_atomically
 from experiments.system.progress import bar
 from kernels.codebook import BLOCKSIZES
 from modules import decoder_linears
 from modules.linear import weight_shape
+
+FILES = ("map_*.yaml", "trials.csv", "trials.png")
 
 
 @dataclass
@@ -143,7 +146,8 @@ def try_maps(cfg: TrialConfig) -> str:
     trials = plan(cfg, profile)
     run_trials(cfg, profile.shapes, trials)
     text = table(profile, trials)
-    directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
+    directory = Path(cfg.output_dir)
+    clear(directory, FILES)
     for trial in trials:
         if trial.kind == "tuned":
             file = f"map_{trial.title.removeprefix('tuned').strip(', ').replace(' ', '_')}.yaml"
@@ -156,7 +160,8 @@ def try_maps(cfg: TrialConfig) -> str:
 @hydra_command("try_maps", TrialConfig)
 def main(cfg: DictConfig) -> None:
     config: TrialConfig = OmegaConf.to_object(cfg)
-    text = try_maps(config)
+    with results_directory(config, FILES):
+        text = try_maps(config)
     print(f"{text}\n\nWritten:", *sorted(Path(config.output_dir).iterdir()), sep="\n  ")
 
 

@@ -35,10 +35,12 @@ from experiments.models.architecture import architecture_for_heads
 from experiments.models.load import load_model
 from experiments.system import machine
 from experiments.system.cli import hydra_command
-from experiments.system.files import writable_dir
+from experiments.system.directory import results_directory
 from experiments.system.progress import bar
 from modules import decoder_linears
 from modules.linear import weight_shape
+
+MAP, PROFILE = "map.yaml", "profile.csv"  # in output_dir
 
 ConfigStore.instance().store(name="tune_blocks_schema", node=TuneConfig)
 
@@ -80,10 +82,10 @@ def tune(cfg: TuneConfig) -> str:
     problem = problem_of(cfg, profile, budget_of(cfg, profile.shapes), architecture)
     best = solve(problem)
     text = table(cfg, profile, problem, best)
-    directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
+    directory = Path(cfg.output_dir)
     if not cfg.profile:
-        write_profile(directory / "profile.csv", profile)
-    write_map(directory / "map.yaml", QuantMap(cfg.quant.double, profile.shapes, best), text)
+        write_profile(directory / PROFILE, profile)
+    write_map(directory / MAP, QuantMap(cfg.quant.double, profile.shapes, best), text)
     return text
 
 
@@ -127,7 +129,8 @@ def table(cfg: TuneConfig, profile: Profile, problem: Problem, best: Mapping[str
 @hydra_command("tune_blocks", TuneConfig)
 def main(cfg: DictConfig) -> None:
     config: TuneConfig = OmegaConf.to_object(cfg)
-    text = tune(config)
+    with results_directory(config, (MAP,) if config.profile else (MAP, PROFILE)):
+        text = tune(config)
     print(f"{text}\n\nWritten:", *sorted(Path(config.output_dir).iterdir()), sep="\n  ")
 
 

@@ -1,5 +1,10 @@
 """The ops. Each takes and returns tensors; importing this package never touches a GPU."""
 
+# ruff: noqa: E402  the imports below load torch
+from kernels.commands import before_imports
+
+before_imports()
+
 import logging
 
 from kernels.absmax import dequantize_absmax, quantize_absmax
@@ -13,7 +18,7 @@ from kernels.lora import lora_linear
 from kernels.nf4 import dequantize_4bit, quantize_4bit
 from kernels.nf4_linear import nf4_linear
 from kernels.op import has_kernel, use_backend
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary
 from kernels.swiglu import swiglu
 from kernels.weight import QuantState, Weight
@@ -24,6 +29,7 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 quantize_nf4, dequantize_nf4 = quantize_4bit, dequantize_4bit
 
 __all__ = [
+    "add_rms_norm",
     "QuantState",
     "Weight",
     "quantize_4bit",

@@ -6,8 +6,12 @@
 
 Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW orders it. Each element is read once and written once:
 28 bytes. Nothing is materialised. An element's result does not depend on where a tensor is cut between blocks of 256.
+
+In a CUDA graph lr and t change from replay to replay: there they are tensors on the device. `found_inf` on the device
+skips the step, as torch's fused optimizers do.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -35,6 +39,33 @@ def coefficients(lr: float, beta1: float, beta2: float, eps: float, weight_decay
     return Coefficients(beta1, 1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, step_size, denominator_scale)
 
 
+@functools.lru_cache(maxsize=64)
+def _constants(beta1: float, beta2: float, eps: float, device: torch.device) -> Tensor:
+    return torch.tensor([beta1, 1 - beta1, beta2, 1 - beta2, eps], dtype=torch.float64, device="cpu").to(device)
+
+
+def device_coefficients(
+    lr: Tensor, beta1: float, beta2: float, eps: float, weight_decay: float, step: Tensor
+) -> Tensor:
+    """The `Coefficients` fp32 [8] of lr [] and step [] on their device, without a look at them."""
+    by = coefficients(lr.double(), beta1, beta2, eps, weight_decay, step.double())
+    moving = torch.stack([by.decay, by.step_size, by.denominator_scale])
+    return torch.cat([_constants(beta1, beta2, eps, step.device), moving]).float()
+
+
+def split_tensors(lr: float | Tensor, step: int | Tensor) -> tuple[float, int, Tensor | None, Tensor | None]:
+    """(lr, step, device_lr, device_step) as the ops take them: numbers, or two tensors.
+
+    Raises:
+        ValueError: one of them is a tensor, and the other is not.
+    """
+    if isinstance(lr, Tensor) != isinstance(step, Tensor):
+        raise ValueError(
+            f"lr and step must be two numbers or two tensors, not {type(lr).__name__} and {type(step).__name__}"
+        )
+    return (0.0, 1, lr, step) if isinstance(step, Tensor) else (lr, step, None, None)
+
+
 @define_op(mutates=("params", "exp_avgs", "exp_avg_sqs"))
 def _adamw(
     params: list[Tensor],
@@ -47,6 +78,9 @@ def _adamw(
     eps: float,
     weight_decay: float,
     step: int,
+    device_lr: Tensor | None = None,
+    device_step: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     return None
 
@@ -84,11 +118,12 @@ def adamw(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    step: int,
+    step: int | Tensor,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step of AdamW on every tensor of `params`, in place.
 
@@ -97,6 +132,7 @@ def adamw(
             number of elements. All but grads are updated.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
         step: this step's number, from 1.
+        found_inf: fp32 [] on the device; nothing changes unless it is 0. lr [] fp64 and step [] fp32 are tensors then.
 
     Raises:
         ValueError: tensors that do not fit.
@@ -104,4 +140,5 @@ def adamw(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     check_tensors(params, ((name, tensors, torch.float32) for name, tensors in lists.items()))
     if params:
-        _adamw(*map(list, lists.values()), lr, *betas, eps, weight_decay, step)
+        lr, step, *tensors = split_tensors(lr, step)
+        _adamw(*map(list, lists.values()), lr, *betas, eps, weight_decay, step, *tensors, found_inf)

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kernels.adamw import check_tensors
+from kernels.adamw import check_tensors, split_tensors
 from kernels.op import define_op
 
 BLOCKSIZE = 256  # bitsandbytes has no other for optimizer state
@@ -41,6 +41,9 @@ def _adamw8bit(
     eps: float,
     weight_decay: float,
     step: int,
+    device_lr: Tensor | None = None,
+    device_step: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     return None
 
@@ -58,11 +61,12 @@ def adamw8bit(
     exp_avg_absmax: Sequence[Tensor],
     exp_avg_sq_absmax: Sequence[Tensor],
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
-    step: int,
+    step: int | Tensor,
+    found_inf: Tensor | None = None,
 ) -> None:
     """One step of 8-bit AdamW on every tensor of `params`, in place.
 
@@ -72,6 +76,7 @@ def adamw8bit(
         exp_avg_absmax, exp_avg_sq_absmax: fp32 [ceil(elements / 256)]. Zeros before the first step.
         lr, betas, eps, weight_decay: as torch.optim.AdamW's.
         step: this step's number, from 1.
+        found_inf: as `adamw`'s.
 
     All but grads are updated.
 
@@ -84,4 +89,5 @@ def adamw8bit(
     names = ("exp_avg_absmax", "exp_avg_sq_absmax")
     check_tensors(params, ((name, tensors, torch.float32) for name, tensors in zip(names, absmax)), state_blocks)
     if params:
-        _adamw8bit(*map(list, values + absmax), lr, *betas, eps, weight_decay, step)
+        lr, step, *tensors = split_tensors(lr, step)
+        _adamw8bit(*map(list, values + absmax), lr, *betas, eps, weight_decay, step, *tensors, found_inf)

@@ -120,9 +120,13 @@ def unflatten(tensors: list[Tensor], text: str) -> Weight:
         return Weight(tensors[0])
     quant_type, blocksize, dtype, shape = _parsed(text)
     codes, absmax, *nested = tensors
-    weight = object.__new__(Weight)  # without checks: it passed them before it was flattened
-    state = QuantState(absmax, shape, dtype, blocksize, *nested, quant_type=quant_type)
-    weight.__dict__.update(values=codes, quant_state=state)
+    return checked_before(codes, QuantState(absmax, shape, dtype, blocksize, *nested, quant_type=quant_type))
+
+
+def checked_before(codes: Tensor, quant_state: QuantState) -> Weight:
+    """Weight(codes, quant_state) without its checks, which take as long as a small linear's product on a CPU."""
+    weight = object.__new__(Weight)
+    weight.__dict__.update(values=codes, quant_state=quant_state)
     return weight
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 import kernels
 from kernels import QuantState, Weight
+from kernels.weight import check_packed, checked_before
+from modules import seeds
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -36,7 +38,7 @@ def weight_shape(linear: nn.Module) -> tuple[int, int]:
 def weight_of(linear: nn.Module) -> Weight:
     """The weight [out, in] of an nn.Linear, NF4Linear or Conv1D, as ops take it."""
     if isinstance(linear, NF4Linear):
-        return Weight(linear.weight, linear.quant_state)
+        return checked_before(linear.weight, linear.quant_state)
     return Weight(linear.weight.t() if is_conv1d(linear) else linear.weight)
 
 
@@ -88,10 +90,14 @@ class NF4Linear(nn.Module):
         packed, quant_state: uint8 codes and their state, as `kernels.quantize_4bit` returns them.
         bias: [out] or None. It is not packed.
         conv1d: the weight comes from a Conv1D. `dequantize` then returns a Conv1D.
+
+    Raises:
+        ValueError: codes and a quant_state that do not belong together.
     """
 
     def __init__(self, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None, conv1d: bool = False):
         super().__init__()
+        check_packed(packed, quant_state)
         self.out_features, self.in_features = quant_state.shape
         self.dtype, self.blocksize = quant_state.dtype, quant_state.blocksize
         self.quant_type, self.conv1d = quant_state.quant_type, conv1d
@@ -206,7 +212,10 @@ class LoRALinear(nn.Module):
     def _alone(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
-        return kernels.lora_linear(x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout)
+        seed = seeds.draw(x.device) if dropout else None
+        return kernels.lora_linear(
+            x, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout, seed=seed
+        )
 
     @torch.no_grad()
     def start_at(self, lora_A: Tensor, lora_B: Tensor, part_of_weight: bool = False) -> None:
@@ -253,7 +262,8 @@ class DoRALinear(LoRALinear):
     The magnitude m starts as ‖W‖, so the layer starts as its base. The arguments are LoRALinear's.
 
     In evaluation mode the norm is computed once for each version of A and B. In training mode every forward computes
-    it, because an optimizer that writes through `.data`, or FSDP's gathering, changes A but not its version.
+    it, because an optimizer that writes through `.data`, or FSDP's gathering, changes A but not its version. Whoever
+    knows that nothing changes for a while says so with `modules.norms.Norms`.
     """
 
     def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
@@ -262,6 +272,7 @@ class DoRALinear(LoRALinear):
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
         self._cached_norm: tuple[tuple, Tensor] | None = None  # versions of its inputs, and the norm
+        self.kept_norms: dict[DoRALinear, Tensor] | None = None  # of a Norms in use: training computes a norm once
         self.copies_result = False  # the model changes the result in place, and the op keeps it for backward
 
     def train(self, mode: bool = True) -> "DoRALinear":
@@ -273,16 +284,31 @@ class DoRALinear(LoRALinear):
         self.norm_sq = kernels.weight_norm_sq(weight_of(base))
 
     def _norm(self, weight: Weight) -> Tensor | None:
-        """‖W + sBA‖ of each row, fp32 [out], in evaluation mode; None if the forward must compute it."""
-        if self.training or torch.compiler.is_compiling():
+        """‖W + sBA‖ of each row, fp32 [out]; None if the forward must compute it."""
+        if torch.compiler.is_compiling():
             return None
+        if self.training:
+            return self._kept_norm(weight)
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
             self._cached_norm = key, kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
         return self._cached_norm[1]
 
+    def _kept_norm(self, weight: Weight) -> Tensor | None:
+        """The norm of the Norms in use; None without one."""
+        if self.kept_norms is None:
+            return None
+        if self in self.kept_norms:
+            return self.kept_norms[self]
+        norm = kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
+        # Memory of a CUDA graph is the graph's own: a norm that is computed inside does not outlive it.
+        if not (norm.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.kept_norms[self] = norm
+        return norm
+
     def _alone(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
         y = kernels.dora_linear(
             x,
@@ -292,7 +318,8 @@ class DoRALinear(LoRALinear):
             self.magnitude,
             self.scaling,
             self.output_bias,
-            dropout=self.dropout if self.training else 0.0,
+            dropout=dropout,
+            seed=seeds.draw(x.device) if dropout else None,
             norm=self._norm(weight),
         )
         return y.clone() if self.copies_result and y.requires_grad else y

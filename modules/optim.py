@@ -1,7 +1,7 @@
 """AdamW with fp32 or 8-bit state, in memory or in pages. One kernel launch updates all tensors with the same settings.
 
 state_dict()["state"] has for each parameter, by its index, the same tensors as torch.optim.AdamW:
-    step                                 fp32 [] (an int in `state`)
+    step                                 fp32 [] (an int in `state`, unless capturable)
     exp_avg, exp_avg_sq                  fp32, the parameter's shape
 or with 8-bit state
     step                                 as above
@@ -64,9 +64,12 @@ class AdamW(torch.optim.Optimizer):
             the local part is updated and has the state.
         lr, betas, eps, weight_decay: see torch.optim.AdamW.
         paging: keep the state in pages. The results are the same bit for bit.
+        capturable: keep lr and the steps' count on the device, so that a CUDA graph can have `step` in it. Before a
+            replay `set_lr` passes a schedule's lr on. A replay changes parameters that had a gradient in the capture.
 
     Attributes:
         pages: the PageStore; None without paging.
+        found_inf: fp32 [] on the device, of a capturable one: `step` changes nothing unless it is 0.
 
     Raises:
         ValueError: a parameter has the wrong dtype, layout or device, a number is out of range, or the budget is
@@ -82,8 +85,11 @@ class AdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         paging: Paging | None = None,
+        capturable: bool = False,
     ):
         self.pages: PageStore | None = None
+        self.capturable, self.found_inf = capturable, None
+        self._lrs: list[Tensor] = []  # fp64 [] of each group
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if paging is not None:
             self._plan, sizes = self.fill_pages(paging.page_bytes)
@@ -100,6 +106,8 @@ class AdamW(torch.optim.Optimizer):
         if not all(0 <= beta < 1 for beta in group["betas"]):
             raise ValueError(f"betas={group['betas']}: must be at least 0 and below 1")
         device = self._params()[0].device
+        if self.capturable:
+            self._lrs.append(torch.full((), group["lr"], dtype=torch.float64, device=device))
         for param in group["params"]:
             if param.dtype != torch.float32 or not param.is_contiguous() or param.device != device:
                 raise ValueError(
@@ -152,16 +160,39 @@ class AdamW(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         updated = [param for param in self._params() if param.grad is not None]
-        for param in updated:
-            if param not in self.state:
-                self.state[param] = self._new_state(param)
-            self.state[param]["step"] += 1
+        new = [param for param in updated if param not in self.state]
+        first = torch.zeros((), device=new[0].device) if new and self.capturable else 0
+        for param in new:
+            self.state[param] = self._new_state(param, first)
+        if self.capturable:
+            self._count(updated)
+            if not (updated and updated[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+                self.set_lr()
+        else:
+            for param in updated:
+                self.state[param]["step"] += 1
         for pieces in self._batches():
             self._update(pieces)
         return loss
 
-    def _new_state(self, param: Tensor) -> dict[str, Any]:
-        state = {"step": 0}
+    def set_lr(self) -> None:
+        """Pass the groups' lr on to the device. The host does not wait."""
+        for tensor, group in zip(self._lrs, self.param_groups):
+            tensor.fill_(group["lr"])
+
+    def _count(self, updated: list[Tensor]) -> None:
+        """Count a step of these parameters on the device. Parameters that were updated together share a count."""
+        counts = {id(self.state[param]["step"]): self.state[param]["step"] for param in updated}
+        among = set(updated)
+        others = {id(state["step"]) for param, state in self.state.items() if param not in among}
+        for i, count in counts.items():
+            counts[i] = count.clone() if i in others else count
+            counts[i] += 1 if self.found_inf is None else self.found_inf == 0
+        for param in updated:
+            self.state[param]["step"] = counts.get(id(self.state[param]["step"]), self.state[param]["step"])
+
+    def _new_state(self, param: Tensor, step: int | Tensor) -> dict[str, Any]:
+        state = {"step": step}
         return state if self.pages is not None else state | self._empty_state(param)
 
     def _empty_state(self, param: Tensor) -> dict[str, Tensor]:
@@ -182,23 +213,27 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, pieces: list[Piece]) -> None:
         """Update `pieces` with one launch for all that have the same group, step and kind of state."""
+        steps = {}
         groups = {param: i for i, group in enumerate(self.param_groups) for param in group["params"]}
         launches = defaultdict(list)
         for piece in pieces:
             step = self.state[piece.param]["step"]
-            launches[groups[piece.param], step, tuple(piece.state)].append(piece)
-        for (i, step, names), members in launches.items():
+            key = id(step) if self.capturable else step
+            steps[key] = step
+            launches[groups[piece.param], key, tuple(piece.state)].append(piece)
+        for (i, key, names), members in launches.items():
             group = self.param_groups[i]
             update = kernels.adamw8bit if "exp_avg_absmax" in names else kernels.adamw
             update(
                 [piece.of(_local(piece.param)) for piece in members],
                 [piece.of(_local(piece.param.grad).contiguous()) for piece in members],
                 *([piece.state[name] for piece in members] for name in names),
-                lr=group["lr"],
+                lr=self._lrs[i] if self.capturable else group["lr"],
                 betas=tuple(group["betas"]),
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
-                step=step,
+                step=steps[key],
+                found_inf=self.found_inf if self.capturable else None,
             )
 
     def evict(self) -> int:
@@ -210,8 +245,10 @@ class AdamW(torch.optim.Optimizer):
     def state_dict(self) -> dict:
         """The same as torch.optim.Optimizer's, except that step is a tensor too. Paged state is copied."""
         saved = super().state_dict()
+        counts = {id(state["step"]): float(state["step"]) for state in saved["state"].values()}  # each is read once
         saved["state"] = {
-            i: state | {"step": torch.tensor(float(state["step"]), device="cpu")} for i, state in saved["state"].items()
+            i: state | {"step": torch.tensor(counts[id(state["step"])], device="cpu")}
+            for i, state in saved["state"].items()
         }
         if self.pages is not None:
             self.pages.flush()
@@ -246,9 +283,12 @@ class AdamW(torch.optim.Optimizer):
             if found != wanted:
                 raise ValueError(f"parameter {i}: the saved state has {_listed(found)}; needed is {_listed(wanted)}")
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        steps: dict[int, int | Tensor] = {i: int(state["step"]) for i, state in saved.items()}
+        if self.capturable:
+            counts = {n: torch.full((), float(n), device=params[0].device) for n in set(steps.values())}
+            steps = {i: counts[n] for i, n in steps.items()}
         for i, state in saved.items():
-            self.state[params[i]] = self._new_state(params[i])
-            self.state[params[i]]["step"] = int(state["step"])
+            self.state[params[i]] = self._new_state(params[i], steps[i])
             for name, tensor in _without_step(self.state[params[i]]).items():
                 tensor.copy_(state[name])
         if self.pages is not None:

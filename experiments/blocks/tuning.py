@@ -37,6 +37,7 @@ class TuneConfig:
     dtype: str = "auto"  # that the model computes in, and is packed from
     seed: int = 0  # of the choice of samples
     output_dir: str = ""  # where to write
+    overwrite: bool = False  # replace the results of an earlier run in output_dir
 
 
 def check(cfg: TuneConfig) -> None:

@@ -11,11 +11,11 @@ token (gpt-oss). There each turn becomes a sample of its own, which ends with it
 
 from dataclasses import dataclass, replace
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 
 from experiments.data.template import Message, OtherwiseInContext, chat_template
 from experiments.data.tokens import tokenize
-from experiments.errors import UserError
 
 IGNORED = -100  # the label that torch's and transformers' losses skip
 
@@ -80,30 +80,38 @@ def split(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, train_
 
     Args:
         train_on: all: learn from each assistant turn, in one sample if the template renders turns alike wherever they
-            are, else each in its own; last: learn from the last one.
+            are, else each in its own; last: learn from the last one; everything: from every token, in one sample.
 
     Raises:
-        UserError: the template is not fit for it.
+        ValueError: the template is not fit for it.
     """
     *_, last = answers = conversation.answers
+    if train_on == "everything":
+        return [conversation]
     if train_on == "last" or answers == [len(conversation.messages) - 1]:
         return [conversation.until(last)]
     try:
         chat_template(tokenizer).turns(conversation.messages, answers, conversation.tools)
     except OtherwiseInContext:
         return [conversation.until(i) for i in answers]
-    except ValueError as error:
-        raise UserError(f"{conversation.where}: {error}") from error
     return [conversation]
 
 
+class TooLong(ValueError):
+    """A sample has more tokens than it may have."""
+
+
 def encode(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int, too_long: str
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    too_long: str,
+    train_on: str = "all",
 ) -> Example | None:
-    """Tokenise a conversation and label its assistant turns.
+    """Tokenise a conversation and label what is learned from.
 
     Args:
-        conversation: the messages to tokenise, one that `split` gave.
+        conversation: the messages to tokenise, one that `split` gave for `train_on`.
         max_length: tokens the conversation may have.
         too_long: error | drop | truncate: for a longer one.
 
@@ -111,41 +119,53 @@ def encode(
         The example; None if it is dropped as too long.
 
     Raises:
-        UserError: it is too long, or has no label left after truncation, or the chat template is not fit for it.
+        TooLong: it is too long.
+        ValueError: it has no label left after truncation, or the chat template is not fit for it.
     """
     template, answers = chat_template(tokenizer), conversation.answers
-    try:
-        text, turns = template.turns(conversation.messages, answers, conversation.tools)
-        marked = template.marked(conversation.messages, conversation.tools)
-        encoded = tokenize(tokenizer, text, return_offsets_mapping=True)
-    except ValueError as error:
-        raise UserError(f"{conversation.where}: {error}") from error
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    text, turns = template.turns(conversation.messages, answers, conversation.tools, alike=train_on != "everything")
+    marked = template.marked(conversation.messages, conversation.tools)
+    encoded = tokenize(tokenizer, text, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], numpy.array(encoded["offset_mapping"])
     if len(ids) > max_length:
         if too_long == "drop":
             return None
         if too_long == "error":
-            raise UserError(
-                f"{conversation.where}: {len(ids)} tokens, but data.max_length is {max_length}: "
+            raise TooLong(
+                f"{len(ids)} tokens, but data.max_length is {max_length}: "
                 "raise data.max_length, or set data.too_long=drop or data.too_long=truncate"
             )
         ids, offsets = ids[:max_length], offsets[:max_length]
 
-    labels = [IGNORED] * len(ids)
+    learned = numpy.zeros(len(ids), bool)
     prompt_ids, reference = None, None
     roles = [message["role"] for message in conversation.messages]
-    for i, turn in zip(answers, turns):
-        written = [place for place, offset in enumerate(offsets) if turn.holds(offset)]
+    for i, turn in zip(answers[-len(turns) :], turns):
+        written = turn.held(offsets)
         spans = [turn] if marked is None else marked[roles[:i].count("assistant")]
-        inside = [place for place, offset in enumerate(offsets) if any(span.holds(offset) for span in spans)]
-        for place in inside:
-            labels[place] = ids[place]
-        if inside and written:  # truncation may have cut later turns off
-            prompt_ids = ids[: max(inside[0], written[0])]
+        inside = numpy.any([span.held(offsets) for span in spans], axis=0) if spans else numpy.zeros(len(ids), bool)
+        learned |= inside
+        if inside.any() and written.any():  # truncation may have cut later turns off
+            prompt_ids = ids[: max(inside.argmax(), written.argmax())]
             reference = conversation.messages[i]["content"]
-    if prompt_ids is None:
-        raise UserError(
-            f"{conversation.where}: none of the first {max_length} tokens is the assistant's: "
+    if prompt_ids is None and train_on != "everything":
+        if len(encoded["input_ids"]) == len(ids):
+            raise ValueError("the chat template marks no token as the assistant's, so there is nothing to learn from")
+        raise ValueError(
+            f"none of the first {max_length} tokens is the assistant's: "
             "raise data.max_length, or set data.too_long=drop"
         )
+    if train_on == "everything":
+        learned = _all_but(conversation, tokenizer, offsets)
+    labels = numpy.where(learned, ids, IGNORED).tolist()
     return Example(ids, labels, prompt_ids, reference, conversation.level)
+
+
+def _all_but(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, offsets: numpy.ndarray) -> numpy.ndarray:
+    """Which tokens are not of an assistant turn that is context only."""
+    assistant = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    context = [i for i in assistant if i not in conversation.answers]
+    if not context:
+        return numpy.ones(len(offsets), bool)
+    _, turns = chat_template(tokenizer).turns(conversation.messages, context, conversation.tools)
+    return ~numpy.any([turn.held(offsets) for turn in turns], axis=0)

@@ -3,7 +3,8 @@
 A message has a role and a content: text, or a list of {"type": "text", "text": …}. An assistant's may also have
 
     reasoning_content (or reasoning, thinking)      text before the answer, for templates that have a place for it
-    tool_calls                                      as OpenAI's; a call alone needs no content
+    tool_calls                                      as OpenAI's; a call alone needs no content. function_call, OpenAI's
+                                                    older key and sharegpt's role, is a call as well
     weight 0, train false or training false         the turn is context and not learned from
 
 and a tool's name and tool_call_id. A null is as if the key were not there.
@@ -15,8 +16,9 @@ from typing import Any
 from experiments.data.template import Message
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES |= {"function": "tool"}  # OpenAI's older name
 SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-SHAREGPT_ROLES |= {"tool": "tool", "observation": "tool"}
+SHAREGPT_ROLES |= {"tool": "tool", "observation": "tool", "function_call": "assistant"}  # whose value is the call
 REASONING = ("reasoning_content", "reasoning", "thinking")
 SWITCHES = ("weight", "train", "training")  # of a turn that is not learned from
 
@@ -38,6 +40,7 @@ def read_turns(turns: Any, name: str, ignored: set[str]) -> Turns:
         if role not in roles:
             raise ValueError(f"{at}: {role_key} is {role!r}, expected one of {', '.join(roles)}")
         given = {key: value for key, value in turn.items() if value is not None or key == text_key}
+        given = _with_calls(given, role == "function_call", text_key, at)
         message, used = _message(roles[role], text_key, given, at)
         if message["role"] != "system" or message["content"]:  # files write "" for no system message
             read.append((message, _learned(given, at)))
@@ -67,6 +70,19 @@ def _message(role: str, text_key: str, turn: dict, at: str) -> tuple[Message, se
             message |= {key: turn[key] for key in ("name", "tool_call_id") if key in turn}
             used |= {"name", "tool_call_id"}
     return message, used
+
+
+def _with_calls(turn: dict, is_call: bool, text_key: str, at: str) -> dict:
+    """The turn with tool_calls in place of sharegpt's function_call turn, or of OpenAI's older function_call."""
+    if is_call:
+        calls = turn.get(text_key)
+        calls = _parsed(calls, f"{at}: {text_key}") if isinstance(calls, str) else calls
+        return {**turn, text_key: "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    if isinstance(turn.get("function_call"), dict):
+        return {key: value for key, value in turn.items() if key != "function_call"} | {
+            "tool_calls": [turn["function_call"]]
+        }
+    return turn
 
 
 def _call(call: Any, at: str) -> dict:
@@ -140,4 +156,4 @@ def kind(value: Any) -> str:
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names[type(value)]
+    return names.get(type(value), f"a {type(value).__name__}")  # other types are Arrow's

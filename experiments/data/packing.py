@@ -8,20 +8,22 @@ as it is without packing (samples.py).
 import itertools
 import random
 from bisect import insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from experiments.data.chat import IGNORED, Example
+from experiments.data.samples import served_places
+from experiments.data.store import Batches, lengths_of
 from experiments.errors import UserError
 
 OPEN_PACKS = 64  # that a sample may still join: more means less padding
 
 
-def check_lengths(examples: list[Example], tokens: int) -> None:
+def check_lengths(examples: Sequence[Example], tokens: int) -> None:
     """Raise UserError if a sample fits no pack."""
-    longest = max(len(example.input_ids) for example in examples)
+    longest = max(lengths_of(examples))
     if longest > tokens:
         raise UserError(
             f"data.packing: a sample has {longest} tokens and a pack trainer.tokens={tokens}: "
@@ -29,18 +31,20 @@ def check_lengths(examples: list[Example], tokens: int) -> None:
         )
 
 
-def epoch_packs(examples: list[Example], tokens: int, seed: int, epoch: int) -> list[list[Example]]:
-    """One epoch's packs: every example once, at most `tokens` tokens a pack, in random order.
+def epoch_packs(examples: Sequence[Example], tokens: int, seed: int, epoch: int) -> Batches:
+    """One epoch's packs, at most `tokens` tokens a pack, in random order. Every example is there once; of sources with
+    shares (store.py) as many as theirs.
 
     Examples come in random order, and each joins the fullest open pack that has room for it. (Johnson 1974, best fit,
     with a limit on the open packs.)
     """
     rng = random.Random(f"{seed}, {epoch}")
-    packs: list[list[Example]] = []
+    packs: list[list[int]] = []  # the places of their examples
     room: list[tuple[int, int]] = []  # (tokens left, the pack's number) of the open packs, the fullest first
-    for example in rng.sample(examples, len(examples)):
-        length = len(example.input_ids)
-        fullest = next((place for place, (left, _) in enumerate(room) if left >= length), None)
+    served, lengths = served_places(examples, seed, epoch), lengths_of(examples)
+    for place in rng.sample(served, len(served)):
+        length = lengths[place]
+        fullest = next((i for i, (left, _) in enumerate(room) if left >= length), None)
         if fullest is None:
             left, number = tokens, len(packs)
             packs.append([])
@@ -48,13 +52,13 @@ def epoch_packs(examples: list[Example], tokens: int, seed: int, epoch: int) -> 
                 del room[0]
         else:
             left, number = room.pop(fullest)
-        packs[number].append(example)
+        packs[number].append(place)
         insort(room, (left - length, number))
     rng.shuffle(packs)
-    return packs
+    return Batches(examples, packs)
 
 
-def packs(examples: list[Example], tokens: int, seed: int, start: int = 0) -> Iterator[list[Example]]:
+def packs(examples: Sequence[Example], tokens: int, seed: int, start: int = 0) -> Iterator[list[Example]]:
     """Training packs without end, epoch after epoch (see `epoch_packs`), but for the first `start`."""
     for epoch in itertools.count():
         found = epoch_packs(examples, tokens, seed, epoch)

@@ -1,8 +1,8 @@
 """Samples for training and evaluation, and the batches they are served in.
 
 `load_data` turns a data config into token ids with labels. Four sources: docstrings (the default, see
-docstrings.py), arithmetic (arithmetic.py), jsonl and text (the user's files, see user_files.py). A hash chooses the
-held-out samples, so they are the same in every run and on every machine, whatever the order of the lines.
+docstrings.py), arithmetic (arithmetic.py), jsonl and text (the user's files, see rows.py and user_files.py). A hash
+chooses the held-out samples, so they are the same in every run and on every machine, whatever the order of the lines.
 
 `batches` serves training samples for ever. The order of an epoch is a pure function of the seed and the epoch's
 number: a run can continue from (epoch, batch) without replaying the batches before.
@@ -11,31 +11,29 @@ number: a run can continue from (epoch, batch) without replaying the batches bef
 import functools
 import hashlib
 import itertools
-import json
 import math
 import random
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from experiments.config import DataConfig
-from experiments.data import arithmetic
-from experiments.data.chat import IGNORED, Conversation, Example, encode, split
-from experiments.data.docstrings import docstring_pairs
+from experiments.data import cache
+from experiments.data.chat import IGNORED, Example
+from experiments.data.chats import chat_samples
+from experiments.data.named_templates import set_template
+from experiments.data.settings import check
+from experiments.data.sources import sources_of
+from experiments.data.store import Batches, Examples, Writer, lengths_of
 from experiments.data.template import chat_template
 from experiments.data.text import text_blocks
-from experiments.data.user_files import read_conversations
-from experiments.errors import UserError
+from experiments.system import machine
 
-TASKS = {  # the system message of data that has one
-    "docstrings": "Say in one sentence what the Python function does.",
-    "arithmetic": arithmetic.TASK,
-}
-SOURCES = ("docstrings", "arithmetic", "jsonl", "text")
+LARGE = 2**20  # bytes of files from which on tokens are kept in the cache, and several processes make them
 WINDOW_BATCHES = 32  # batches among which samples are sorted by length: more means less padding and less mixing
 
 
@@ -49,8 +47,8 @@ class Data:
         note: one line for the terminal: how many, from where, how many were left out.
     """
 
-    train: list[Example]
-    heldout: list[Example]
+    train: Examples
+    heldout: Examples
     note: str
 
     @functools.cached_property
@@ -58,17 +56,18 @@ class Data:
         """Sixteen hex digits that the same samples in the same order share."""
         digest = hashlib.sha256()
         for part in (self.train, self.heldout):
-            for example in part:
-                digest.update(array("q", [len(example.input_ids), *example.input_ids, *example.labels]).tobytes())
+            for ids, labels in map(part.tokens, range(len(part))):
+                digest.update(numpy.concatenate([[len(ids)], ids, labels], dtype="int64").tobytes())
         return digest.hexdigest()[:16]
 
 
 def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Read, split and tokenise the configured data.
+    """Read, split and tokenise the configured data. Tokens of large files are in the cache afterwards.
 
     Args:
         cfg: the data config.
-        tokenizer: of the model that is trained; chat data needs a fast one with a chat template.
+        tokenizer: of the model that is trained; chat data needs a fast one with a chat template. It gets the template
+            that `cfg` names.
 
     Returns:
         Training and held-out examples, each in an order that depends on their content only.
@@ -76,174 +75,64 @@ def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
     Raises:
         UserError: a file, a line, a setting or the tokenizer is not fit; the message says which, and how to repair it.
     """
-    _check(cfg)
-    if cfg.source == "text":
-        return _load_text(cfg, tokenizer)
+    check(cfg)
+    set_template(cfg, tokenizer)
+    if cfg.source != "text":
+        chat_template(tokenizer)  # there must be one
+    sources = sources_of(cfg)
+    large = sum(source.bytes for source in sources) >= LARGE
+    processes = machine.usable_cores() if large else 1
 
-    chat_template(tokenizer)  # there must be one
-    ignored: set[str] = set()
-    if cfg.source == "docstrings":
-        conversations = _docstring_conversations()
-    elif cfg.source == "arithmetic":
-        conversations = _arithmetic_conversations(cfg.levels or arithmetic.LEVELS)
-    else:
-        conversations, ignored = read_conversations(cfg.path)
-    if cfg.heldout_path:
-        train = conversations
-        heldout, ignored_in_heldout = read_conversations(cfg.heldout_path)
-        ignored |= ignored_in_heldout
-    else:
-        train, heldout = _split(conversations, cfg)
+    def make(writer: Writer) -> cache.Made:
+        of_kind = text_blocks if cfg.source == "text" else chat_samples
+        return of_kind(sources, cfg, tokenizer, writer, processes)
 
-    train_examples, train_note, train_dropped = _encode_part("training", train, cfg.max_train, cfg, tokenizer)
-    heldout_examples, heldout_note, heldout_dropped = _encode_part("held-out", heldout, cfg.max_heldout, cfg, tokenizer)
-    note = f"{cfg.name}: {train_note}, {heldout_note}"
-    if dropped := train_dropped + heldout_dropped:
-        note += f"; {dropped} longer than {cfg.max_length} tokens dropped"
-    if ignored:
-        note += f"; ignored keys: {', '.join(sorted(ignored))}"
-    return Data(train_examples, heldout_examples, note)
+    if not large:
+        return Data(*cache.examples_of(make(Writer())))
+    files = [(file, source.weight, source.heldout) for source in sources for file in source.files]
+    return Data(*cache.cached(cfg, tokenizer, files, make))
 
 
-def _check(cfg: DataConfig) -> None:
-    """Raise UserError for values that the schema's types cannot exclude."""
-    if cfg.source not in SOURCES:
-        raise UserError(f"data.source={cfg.source} is not one of {', '.join(SOURCES)}")
-    if cfg.too_long not in ("error", "drop", "truncate"):
-        raise UserError(f"data.too_long={cfg.too_long} is not one of error, drop, truncate")
-    if cfg.train_on not in ("all", "last"):
-        raise UserError(f"data.train_on={cfg.train_on} is not one of all, last")
-    if not 0 < cfg.heldout_fraction < 1:
-        raise UserError(f"data.heldout_fraction={cfg.heldout_fraction} is not between 0 and 1")
-    for name, least in ("max_length", 2), ("max_train", 1), ("max_heldout", 1):
-        value = getattr(cfg, name)
-        if value is not None and value < least:
-            raise UserError(f"data.{name}={value} is less than {least}")
-    if cfg.levels is not None:
-        if cfg.source != "arithmetic":
-            raise UserError(f"data={cfg.name} has no levels: leave data.levels out, or use data=arithmetic")
-        if not cfg.levels or not set(cfg.levels) <= set(arithmetic.LEVELS):
-            there = ", ".join(map(str, arithmetic.LEVELS))
-            raise UserError(f"data.levels={cfg.levels}: choose some of {there}")
-    if cfg.answer_tokens < 0:
-        raise UserError(f"data.answer_tokens={cfg.answer_tokens} is less than 0")
-    if cfg.answer_tokens and cfg.source == "text":
-        raise UserError("data.answer_tokens: plain text has no prompts to answer: leave it out")
-    generated = cfg.source in ("docstrings", "arithmetic")
-    if generated and (cfg.path or cfg.heldout_path):
-        raise UserError(
-            f"data={cfg.name} reads no file: for {cfg.path or cfg.heldout_path} use data=jsonl or data=text"
-        )
-    if not generated and not cfg.path:
-        raise UserError(f"data={cfg.name} needs data.path=FILE")
-
-
-def _docstring_conversations() -> list[Conversation]:
-    return [
-        Conversation(
-            [
-                {"role": "system", "content": TASKS["docstrings"]},
-                {"role": "user", "content": pair.source},
-                {"role": "assistant", "content": pair.summary},
-            ],
-            where=f"{pair.module}:{pair.function}",
-            group=pair.module,  # neighbours in a module are alike: train and held-out share none
-        )
-        for pair in docstring_pairs()
-    ]
-
-
-def _arithmetic_conversations(levels: Iterable[int]) -> list[Conversation]:
-    return [
-        Conversation(
-            [
-                {"role": "system", "content": TASKS["arithmetic"]},
-                {"role": "user", "content": problem.question},
-                {"role": "assistant", "content": str(problem.answer)},
-            ],
-            where=f"arithmetic, level {problem.level}: {problem.question}",
-            group=problem.calculation,  # train and held-out share none
-            level=problem.level,
-        )
-        for level in sorted(set(levels))
-        for problem in arithmetic.problems(level)
-    ]
-
-
-def _position(key: str) -> float:
-    """A number in [0, 1) that depends on the key only."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
-
-
-def _split(conversations: list[Conversation], cfg: DataConfig) -> tuple[list[Conversation], list[Conversation]]:
-    """Training and held-out conversations: about heldout_fraction of the groups is held out, and at least one."""
-    positions = {conversation.group: _position(conversation.group) for conversation in conversations}
-    cut = max(cfg.heldout_fraction, min(positions.values()))
-    train = [conversation for conversation in conversations if positions[conversation.group] > cut]
-    heldout = [conversation for conversation in conversations if positions[conversation.group] <= cut]
-    if not train:
-        raise UserError(
-            f"{cfg.path or cfg.name}: {len(positions)} different samples are too few to hold out "
-            f"{cfg.heldout_fraction:.0%} of them and train on the rest: add samples or set data.heldout_path=FILE"
-        )
-    return train, heldout
-
-
-def _encode_part(
-    part: str, conversations: list[Conversation], limit: int | None, cfg: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], str, int]:
-    """The first `limit` examples by position (so a few are a fair sample), words for the note, and how many dropped."""
-    examples: list[Example] = []
-    groups: set[str] = set()
-    dropped = used = 0
-    for conversation in sorted(conversations, key=lambda c: _position(json.dumps(c.messages))):
-        if len(examples) == limit:
-            break
-        used += 1
-        found = [
-            encode(one, tokenizer, cfg.max_length, cfg.too_long) for one in split(conversation, tokenizer, cfg.train_on)
-        ]
-        dropped += found.count(None)
-        found = [example for example in found if example is not None]
-        examples += found if limit is None else found[: limit - len(examples)]
-        if found:
-            groups.add(conversation.group)
-    if not examples:
-        raise UserError(f"{cfg.name}: every {part} sample is longer than data.max_length={cfg.max_length}: raise it")
-    note = f"{len(examples)} of {len(conversations)} {part} samples"
-    if len(examples) + dropped > used:
-        note = f"{len(examples)} {part} samples, one a turn, of {used} conversations"
-    if cfg.source == "docstrings":
-        note += f" ({len(groups)} modules)"
-    return examples, note, dropped
-
-
-def _load_text(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Data:
-    train, heldout = text_blocks(cfg, tokenizer)
-    note = f"{cfg.name}: {len(train)} training and {len(heldout)} held-out blocks of at most {cfg.max_length} tokens"
-    return Data(train, heldout, note)
-
-
-def epoch_batches(examples: list[Example], batch_size: int, seed: int, epoch: int) -> list[list[Example]]:
-    """One epoch's batches: every example once, those of similar length together, the batches in random order.
+def epoch_batches(examples: Sequence[Example], batch_size: int, seed: int, epoch: int) -> Batches:
+    """One epoch's batches: examples of similar length together, the batches in random order.
 
     Args:
-        examples: the examples to serve.
+        examples: the examples to serve, every one once; of sources with shares (store.py) as many as theirs.
         batch_size: examples a batch; one batch of an epoch is smaller where they do not divide evenly.
         seed: of the run.
         epoch: number of the epoch. The same arguments give the same batches.
     """
     rng = random.Random(f"{seed}, {epoch}")
-    order = rng.sample(examples, len(examples))
+    served = served_places(examples, seed, epoch)
+    order = rng.sample(served, len(served))
     window = WINDOW_BATCHES * batch_size
+    lengths = lengths_of(examples)
     batches = []
     for start in range(0, len(order), window):
-        batches += _by_length(order[start : start + window], batch_size)
+        batches += _by_length(order[start : start + window], lengths, batch_size)
     rng.shuffle(batches)
-    return batches
+    return Batches(examples, batches)
 
 
-def batches(examples: list[Example], batch_size: int, seed: int, start: int = 0) -> Iterator[list[Example]]:
+def served_places(examples: Sequence[Example], seed: int, epoch: int) -> Sequence[int]:
+    """The places of the examples that an epoch has. A source with shares is gone through again and again, each time in
+    another order, and an epoch goes on where the last one ended: no sample is served twice as often as another."""
+    shares = getattr(examples, "shares", None)
+    if shares is None:
+        return range(len(examples))
+    served, first = [], 0
+    for number, (count, share) in enumerate(shares):
+        again, skipped = divmod(epoch * share, count) if count else (0, 0)
+        rounds = (
+            random.Random(f"{seed}, source {number}, {time}").sample(range(first, first + count), count)
+            for time in itertools.count(again)
+        )
+        served += itertools.islice(itertools.chain.from_iterable(rounds), skipped, skipped + share)
+        first += count
+    return served
+
+
+def batches(examples: Sequence[Example], batch_size: int, seed: int, start: int = 0) -> Iterator[list[Example]]:
     """Training batches without end, epoch after epoch (see `epoch_batches`), but for the first `start`."""
     if not examples:
         raise ValueError("no examples to make batches of")
@@ -253,14 +142,14 @@ def batches(examples: list[Example], batch_size: int, seed: int, start: int = 0)
         served = 0
 
 
-def eval_batches(examples: list[Example], batch_size: int) -> list[list[Example]]:
+def eval_batches(examples: Sequence[Example], batch_size: int) -> Batches:
     """Every example once, sorted by length, the longest first: a lack of memory shows at once."""
-    return _by_length(examples, batch_size)[::-1]
+    return Batches(examples, _by_length(range(len(examples)), lengths_of(examples), batch_size)[::-1])
 
 
-def _by_length(examples: list[Example], batch_size: int) -> list[list[Example]]:
-    """The examples from short to long, in batches."""
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+def _by_length(places: Sequence[int], lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """The places of examples from short to long, in batches."""
+    ordered = sorted(places, key=lengths.__getitem__)
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 

@@ -10,12 +10,15 @@ A template is a program that says neither where a turn begins nor how it ends. B
 A template that marks what the assistant writes ({% generation %}) is asked for these spans instead.
 """
 
+import contextlib
 import functools
+import json
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -35,10 +38,11 @@ class Turn:
     start: int
     end: int
 
-    def holds(self, offset: tuple[int, int]) -> bool:
-        """True if the token begins inside: an end token may swallow the blanks behind it. A token of spaces may have
-        an empty offset, at its end."""
-        return self.start <= offset[0] and self.start < offset[1] and (offset[0] < self.end or offset[1] <= self.end)
+    def held(self, offsets: ndarray) -> ndarray:
+        """Which tokens, of offsets [n, 2], begin inside: an end token may swallow the blanks behind it. A token of
+        spaces may have an empty offset, at its end."""
+        begins, ends = offsets.T
+        return (self.start <= begins) & (self.start < ends) & ((begins < self.end) | (ends <= self.end))
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,24 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
         raise UserError(f"{tokenizer.name_or_path}: chat data needs a fast tokenizer (one with a tokenizer.json)")
     if not tokenizer.chat_template:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no chat template: use a chat model or data=text")
-    return _chat_template(tokenizer, str(tokenizer.chat_template))
+    options = getattr(tokenizer, "chat_template_kwargs", {})
+    return _chat_template(tokenizer, str(tokenizer.chat_template), json.dumps(options, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=8)
-def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str) -> "ChatTemplate":
-    return ChatTemplate(tokenizer)
+def _chat_template(tokenizer: PreTrainedTokenizerBase, source: str, options: str) -> "ChatTemplate":
+    return ChatTemplate(tokenizer, json.loads(options))
 
 
 class ChatTemplate:
-    """Renders messages. Methods raise ValueError, with the reason, for messages that the template is not fit for."""
+    """Renders messages. Methods raise ValueError, with the reason, for messages that the template is not fit for.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    Args:
+        options: what the template takes beside messages and tools, such as {"enable_thinking": False}.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any] | None = None):
+        self.tokenizer, self.options = tokenizer, options or {}
         self.added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
     def render(self, messages: list[Message], tools: list | None = None, prompt: bool = False) -> str:
@@ -108,15 +117,21 @@ class ChatTemplate:
             content_end = len(text) - len(ending.tail)
             end = content_end + len(ending.closing)
             text = text if ending.own else text[:content_end] + ending.closing
-        self._check_nothing_is_left_out(messages, text, text[start:end])
+        self._check_nothing_is_left_out(messages, tools, text, text[start:end])
         return text, Turn(start, end)
 
-    def turns(self, messages: list[Message], trained: list[int], tools: list | None = None) -> tuple[str, list[Turn]]:
+    def turns(
+        self, messages: list[Message], trained: list[int], tools: list | None = None, alike: bool = True
+    ) -> tuple[str, list[Turn]]:
         """The text of messages, and in it the turns at the positions `trained`.
+
+        Args:
+            alike: every turn has to be rendered as it is when nothing follows; if not, only the last one has to.
 
         Raises:
             OtherwiseInContext: one of them is rendered differently because of the messages that follow.
         """
+        trained = trained if alike else trained[-1:]
         lasts = [self.last_turn(messages[: i + 1], tools) for i in trained]
         text = lasts[-1][0] if trained[-1] == len(messages) - 1 else self.render(messages, tools)
         for i, (until, turn) in zip(trained, lasts):
@@ -129,7 +144,8 @@ class ChatTemplate:
         source = self.tokenizer.get_chat_template(None, tools)
         if not MARKER.search(source):
             return None
-        options = {"chat_template": source, "return_assistant_tokens_mask": True, **self.tokenizer.special_tokens_map}
+        options = {"chat_template": source, "return_assistant_tokens_mask": True}
+        options = self.tokenizer.special_tokens_map | self.options | options
         [text], [spans] = render_jinja_template([self._content(messages)], tools, **options)
         prompts = [self.render(messages[:i], tools, True) for i, m in enumerate(messages) if m["role"] == "assistant"]
         starts = [_shared(prompt, text) for prompt in prompts]
@@ -146,23 +162,31 @@ class ChatTemplate:
     @functools.cached_property
     def opens(self) -> int | None:
         """The last added token before an answer's own text: </think>, or <|message|> after a channel's name."""
-        text = self.render([_user(), _assistant(ANSWER) | {"reasoning_content": REASON}])
-        head = text[self._start([_user()], None, text) : text.rindex(ANSWER)]
+        text = self.render([*self._first, _assistant(ANSWER) | {"reasoning_content": REASON}])
+        head = text[self._start(self._first, None, text) : text.rindex(ANSWER)]
         added = [token for token in tokenize(self.tokenizer, head)["input_ids"] if token in self.added]
         return added[-1] if added else None
 
     @functools.cached_property
-    def _takes_parts(self) -> bool:
-        """Whether the template reads content as a list of parts and not as text, as image-text models' do."""
-        try:
-            return ANSWER not in self._apply([_user(), _assistant(ANSWER)])
-        except ValueError:
-            return True
+    def _tried(self) -> tuple[list[Message], bool]:
+        """The messages before an answer in conversations that the template is tried on: it may ask for a system's
+        first. And whether it reads content as a list of parts and not as text, as image-text models' do."""
+        for parts in (False, True):
+            for first in ([_user()], [{"role": "system", "content": QUESTION}, _user()]):
+                messages = [*first, _assistant(ANSWER)]
+                with contextlib.suppress(ValueError):
+                    if ANSWER in self._apply(_as_parts(messages) if parts else messages):
+                        return first, parts
+        return [_user()], False
+
+    @property
+    def _first(self) -> list[Message]:
+        return self._tried[0]
 
     @functools.cached_property
     def _ending(self) -> _Ending:
-        tail = self.render([_user(), _assistant(ANSWER)]).rpartition(ANSWER)[2]
-        rest = self.render([_user(), _assistant(ANSWER), _user()]).rpartition(ANSWER)[2]
+        tail = self.render([*self._first, _assistant(ANSWER)]).rpartition(ANSWER)[2]
+        rest = self.render([*self._first, _assistant(ANSWER), _user()]).rpartition(ANSWER)[2]
         if end := self._end_token(tail[: _shared(tail, rest)]) or self._end_token(tail):
             return _Ending(tail, tail[: end[1]], end[0], own=True)
         if (end := self._end_token(rest)) and not rest[: end[1]].removesuffix(self._name(end[0])).strip():
@@ -172,16 +196,14 @@ class ChatTemplate:
     def _apply(self, messages: list[Message], tools: list | None = None, prompt: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
+                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
             )
         except REFUSALS as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}") from error
 
     def _content(self, messages: list[Message]) -> list[Message]:
-        if not self._takes_parts:
-            return messages
-        return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return _as_parts(messages) if self._tried[1] else messages
 
     def _closed_call(self, messages: list[Message], tools: list | None, text: str) -> tuple[str, int]:
         """The text of messages of which the last calls tools, closed by an end token, and where that ends."""
@@ -226,12 +248,16 @@ class ChatTemplate:
             )
         return shared(text)
 
-    def _check_nothing_is_left_out(self, messages: list[Message], text: str, turn: str) -> None:
-        """Raise ValueError if the template drops a part of the last message, or of a system or user message."""
+    def _check_nothing_is_left_out(self, messages: list[Message], tools: list | None, text: str, turn: str) -> None:
+        """Raise ValueError if the template drops a part of the last message, or of what it answers."""
         whole, own = _squeezed(text), _squeezed(turn)
         for i, message in enumerate(messages, start=1):
-            if message["role"] in ("system", "user") and _squeezed(message["content"]) not in whole:
+            content = message["content"]
+            as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as Llama 3.1 has results of tools
+            if message["role"] != "assistant" and not any(_squeezed(c) in whole for c in (content, as_json)):
                 raise ValueError(f"the tokenizer's chat template leaves out message {i}, the {message['role']}'s")
+        if tools and self.render(messages) == self.render(messages, tools):
+            raise ValueError("the tokenizer's chat template leaves out the tools: use one that describes them")
         i, message = len(messages), messages[-1]
         for key in ("content", "reasoning_content"):
             if _squeezed(message.get(key, "")) not in own:
@@ -248,6 +274,10 @@ def _user() -> Message:
 
 def _assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
+
+
+def _as_parts(messages: list[Message]) -> list[Message]:
+    return [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
 
 
 def _shared(one: str, other: str) -> int:

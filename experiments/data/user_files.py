@@ -1,136 +1,37 @@
-"""The user's files: conversations in four formats, and plain text.
-
-A file of conversations has one JSON object a line (JSON Lines), or is one JSON array of them. An object has one of
-these formats; all become the same messages:
+"""The user's conversations, in four formats that all become the same messages.
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
     {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", "value": "…"}]}      (sharegpt)
     {"instruction": "…", "input": "…", "output": "…"}                                        (alpaca; input optional)
     {"prompt": "…", "completion": "…"}                                                       (or two lists of messages)
 
-messages.py says what a message may have. Beside them, `system` is a leading system message, `tools` describes
-functions, and alpaca's `history` is earlier turns. A null is as if the key were not there. Nothing is repaired or
-skipped: any other object is an error that names the file and the line. Other keys are left out, and the caller is told
+A row of a file (rows.py) has one of them; a file may mix them. messages.py says what a message may have. Beside them,
+`system` is a leading system message, `tools` describes functions, and alpaca's `history` is earlier turns. A null is as
+if the key were not there, and where a list is expected, text may hold it as JSON (CSV has nothing else). Nothing is
+repaired: any other row is an error, unless data.bad=skip leaves it out. Other keys are left out, and the caller is told
 which.
 """
 
-import codecs
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from experiments.data.chat import Conversation
 from experiments.data.messages import Turns, kind, read_list, read_text_of, read_turns
+from experiments.data.rows import Row
 from experiments.data.template import Message
-from experiments.errors import UserError
 
-FORMATS = "messages, conversations (sharegpt), instruction + output (alpaca) or prompt + completion"
-ENCODINGS = {  # by the marks that files begin with; the longer ones first
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",
-    codecs.BOM_UTF32_BE: "utf-32-be",
-    codecs.BOM_UTF16_LE: "utf-16-le",
-    codecs.BOM_UTF16_BE: "utf-16-be",
+FORMATS = {  # the keys that each must have
+    "messages": ("messages",),
+    "conversations (sharegpt)": ("conversations",),
+    "instruction + output (alpaca)": ("instruction", "output"),
+    "prompt + completion": ("prompt", "completion"),
 }
 
 
-def read_text(path: str) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
-
-    Raises:
-        UserError: no such file, an empty one, or bytes that are not text.
-    """
-    try:
-        data = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read this file: {error.strerror}") from error
-    mark = next((mark for mark in ENCODINGS if data.startswith(mark)), b"")
-    encoding, data = ENCODINGS.get(mark, "utf-8"), data.removeprefix(mark)
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].decode(encoding, errors="replace").count("\n") + 1
-        at = len(mark) + error.start
-        raise UserError(f"{path}:{line}: not {encoding.upper()} at byte {at}: save the file as UTF-8") from error
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise UserError(
-            f"{path}:{line}: a zero byte, so this is not text in {encoding.upper()}: save the file as UTF-8"
-        )
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    return text
-
-
-def read_conversations(path: str) -> tuple[list[Conversation], set[str]]:
-    """Read a file of conversations. Those with the same messages form a group; empty lines are skipped.
-
-    Returns:
-        The conversations in the file's order, and the keys that no format uses.
-
-    Raises:
-        UserError: the file cannot be read, or an object is not a conversation; the message begins `FILE:LINE:`.
-    """
-    conversations: list[Conversation] = []
-    ignored: set[str] = set()
-    for line, row in _rows(path):
-        where = f"{path}:{line}"
-        try:
-            conversations.append(_conversation(row, where, ignored))
-        except ValueError as error:
-            raise UserError(f"{where}: {error}") from error
-    if not conversations:
-        raise UserError(f"{path}: no conversation in this file")
-    return conversations, ignored
-
-
-def _rows(path: str) -> Iterator[tuple[int, Any]]:
-    """The JSON values of a file, each with the line on which it begins."""
-    text, line = read_text(path), 1
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
-    try:
-        if text.lstrip().startswith("["):
-            yield from _elements(text, decoder)
-            return
-        for line, written in enumerate(text.split("\n"), start=1):  # JSON text may hold other line separators
-            if written.strip():
-                yield line, decoder.decode(written)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}") from error
-    except ValueError as error:
-        raise UserError(f"{path}:{line}: not JSON: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{path}:{line}: lists or objects in one another, deeper than JSON is read") from error
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a value in JSON: write null")
-
-
-def _elements(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[int, Any]]:
-    """The elements of one JSON array, each with its line."""
-    at, line = text.index("[") + 1, 1
-    counted = 0
-    while True:
-        at = _behind_blanks(text, at)
-        if text[at : at + 1] == "]":
-            break
-        line, counted = line + text.count("\n", counted, at), at
-        value, at = decoder.raw_decode(text, at)
-        yield line, value
-        at = _behind_blanks(text, at)
-        if text[at : at + 1] not in (",", "]"):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        at += text[at] == ","
-    if text[at + 1 :].strip():
-        raise json.JSONDecodeError("Extra data", text, _behind_blanks(text, at + 1))
-
-
-def _behind_blanks(text: str, at: int) -> int:
-    while text[at : at + 1].isspace():
-        at += 1
-    return at
+def conversation_of(row: Row, ignored: set[str]) -> Conversation:
+    """The conversation of a row in any of the formats; adds unused keys to `ignored`. Those with the same messages form
+    a group. Raises ValueError with the reason if it is none."""
+    return _conversation(row.read(), row.where, ignored)
 
 
 def _conversation(row: Any, where: str, ignored: set[str]) -> Conversation:
@@ -153,7 +54,7 @@ def _conversation(row: Any, where: str, ignored: set[str]) -> Conversation:
     return Conversation(
         messages,
         where,
-        group=json.dumps(messages),
+        group=json.dumps(messages, default=str),
         trained=None if len(trained) == len(answers) else trained,
         tools=read_list(row, "tools") or None,
     )
@@ -163,7 +64,8 @@ def _turns(row: dict, ignored: set[str]) -> tuple[Turns, set[str]]:
     """The turns of an object, and the keys they are made of."""
     for name in ("messages", "conversations"):
         if name in row:
-            return read_turns(row[name], name, ignored), {name}
+            listed = read_list(row, name) if _is_listed(row[name]) else row[name]
+            return read_turns(listed, name, ignored), {name}
     if {"instruction", "output"} <= row.keys():
         question = read_text_of(row, "instruction")
         if row.get("input", "") != "":  # alpaca files write "" for no input
@@ -176,7 +78,21 @@ def _turns(row: dict, ignored: set[str]) -> tuple[Turns, set[str]]:
             prompt, completion = (read_turns(row[name], name, ignored) for name in ("prompt", "completion"))
             return [(message, False) for message, _ in prompt] + completion, used
         return _single_turn(read_text_of(row, "prompt"), read_text_of(row, "completion")), used
-    raise ValueError(f"unknown format with keys {', '.join(map(repr, row)) or 'none'}: expected {FORMATS}")
+    raise ValueError(_unknown(row))
+
+
+def _is_listed(value: Any) -> bool:
+    """Whether text holds a list."""
+    return isinstance(value, str) and value.lstrip().startswith("[")
+
+
+def _unknown(row: dict) -> str:
+    *others, last = FORMATS
+    message = f"unknown format with keys {', '.join(map(repr, row)) or 'none'}: expected {', '.join(others)} or {last}"
+    for needed in FORMATS.values():
+        if missing := [key for key in needed if key not in row and not row.keys().isdisjoint(needed)]:
+            return f"{message}; {missing[0]} is missing"
+    return f"{message}; for plain text use data=text" if "text" in row else message
 
 
 def _history(row: dict) -> Turns:

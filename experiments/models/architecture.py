@@ -21,7 +21,7 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
     try:
         if cfg.source == "preset":
             return AutoConfig.for_model(**cfg.architecture)
-        path = model_directory(cfg)
+        path = model_directory(cfg, weights=False)
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
         config = AutoConfig.from_pretrained(path, local_files_only=True)

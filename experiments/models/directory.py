@@ -4,17 +4,22 @@ transformers fills weights that a directory lacks with random ones, and says so 
 room for. Here missing tensors, other shapes and tensors that nobody reads are refused by name.
 """
 
+import json
 import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from experiments.config import ModelConfig
 from experiments.errors import UserError
 from experiments.models import mapped
 from experiments.models.gguf import gguf_as_directory, wheel_directory
+from experiments.models.hub import hub_directory, is_name
+from experiments.models.whole import check_whole, first_three
 from experiments.system.quiet import quiet
 from modules.files.bitsandbytes import load_bnb4, quantization_of
 from modules.files.checked import verify_directory
@@ -22,16 +27,35 @@ from modules.files.checked import verify_directory
 # Files of old transformers hold masks and frequencies that are computed now.
 COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$"
 
+# By model type, and why.
+_DRAFTS = "it drafts from the states of another model, not from tokens"
+_CODEBOOKS = "it predicts a token of each of several codebooks at a time, not text"
+UNTRAINABLE = {
+    "blt": "transformers cannot generate with it, because its configuration has no num_hidden_layers",
+    "gemma4_assistant": _DRAFTS,
+    "gemma4_unified_assistant": _DRAFTS,
+    "musicgen": _CODEBOOKS,
+    "musicgen_melody": _CODEBOOKS,
+    "reformer": "Reformer takes whole chunks of tokens alone in training, and batches here have any length",
+}
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")  # one of them is in each tokenizer's directory
 
 
-def model_directory(cfg: ModelConfig) -> Path:
-    """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in the cache."""
+def model_directory(cfg: ModelConfig, weights: bool = True) -> Path:
+    """Where the model (wheel, gguf or hf) is as a Hugging Face directory: the user's, or one in a cache.
+
+    Args:
+        weights: False: its config.json is enough.
+    """
     if cfg.source == "wheel":
         return wheel_directory(cfg.package)
     if cfg.source == "hf":
+        if cfg.path and not Path(cfg.path).expanduser().exists() and is_name(cfg.path):
+            return hub_directory(cfg.path, weights)
         return _required_path(cfg, "DIR")
     path = _required_path(cfg, "FILE")
+    if path.is_dir():
+        raise UserError(f"model.path={path} is a directory: name the GGUF file in it, or take model=hf")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UserError(f"model.path={path} is not a GGUF file")
@@ -43,7 +67,8 @@ def _required_path(cfg: ModelConfig, what: str) -> Path:
         raise UserError(f"model={cfg.name} needs model.path={what}")
     path = Path(cfg.path).expanduser()
     if not path.exists():
-        raise UserError(f"model.path={path}: no such {what.lower()}")
+        hub = "; of a model on the Hugging Face Hub give ORGANISATION/NAME" if what == "DIR" else ""
+        raise UserError(f"model.path={path}: no such {'directory' if what == 'DIR' else 'file'}{hub}")
     return path
 
 
@@ -53,21 +78,62 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     Raises:
         UserError: there is nothing to load, or it is not all of the model and nothing else.
     """
+    if (path / "adapter_config.json").is_file():  # transformers would load another base, and put the adapter on it
+        raise UserError(
+            f"model.path={path} holds an adapter (adapter_config.json): name the model that it is for, alone"
+        )
     if not (path / "config.json").is_file():
         raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
+    packed = is_packed(path)
+    _check_kind(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
     if not any(list(path.glob(pattern)) for pattern in TOKENIZERS):  # transformers would make an empty one
         raise UserError(f"model.path={path}: no tokenizer in this directory: copy tokenizer.json and the like there")
-    packed = is_packed(path)
     with quiet():
         try:
             verify_directory(path)
             tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # its code meets damaged files with any error
+            _check_config(path)
+            raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
+        try:
             return load_bnb4(path, dtype) if packed else _load_dense(path, dtype), tokenizer
+        except UserError:
+            raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             told = " ".join(str(error).split())
             raise UserError(told if told.startswith(str(path)) else f"{path}: {told}") from error
+        except Exception as error:
+            _check_config(path)
+            if packed:  # our own code
+                raise
+            raise UserError(f"{path}: its weights cannot be read: {_one_line(error)}") from error
+
+
+def _check_config(path: Path) -> None:
+    """Raise UserError if transformers makes no model of config.json: its code meets wrong values with any error."""
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True))
+    except Exception as error:
+        raise UserError(f"transformers makes no model of {path / 'config.json'}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _check_kind(path: Path) -> None:
+    """Raise UserError if the model that config.json names is not one that can be trained here."""
+    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if reason := UNTRAINABLE.get(kind):
+        raise UserError(f"model.path={path}: {kind} cannot be trained here: {reason}")
+    if kind in CONFIG_MAPPING_NAMES and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(
+            f"model.path={path}: transformers has no causal language model (AutoModelForCausalLM) for {kind}, and "
+            "others are not trained here"
+        )
 
 
 def is_packed(path: Path) -> bool:
@@ -79,6 +145,12 @@ def is_packed(path: Path) -> bool:
 
 
 def _load_dense(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    for name, kind in mapped.stored_dtypes(path).items():
+        if name.endswith(".weight") and kind[0] in "IU":
+            raise UserError(
+                f"{path}: {name} is stored as integers ({kind}), and config.json does not say how they are packed "
+                "(quantization_config)"
+            )
     stored = mapped.stored_dtype(path) or dtype
     model = _whole(path, stored)
     if stored == dtype:
@@ -99,23 +171,10 @@ def _whole(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         ignore_mismatched_sizes=True,  # or they end in a traceback
         output_loading_info=True,
     )
-    kind = type(model).__name__
-    if missing := sorted(report["missing_keys"]):
-        raise UserError(
-            f"{path} lacks weights of {kind}: {_first_three(missing)}. Training would begin with random ones; "
-            "get the whole model, or the directory of the architecture that config.json names"
-        )
-    if other := sorted(report["mismatched_keys"]):
-        name, found, wanted = other[0]
-        more = f"; so have {len(other) - 1} more" if other[1:] else ""
-        raise UserError(f"{path}: {name} has the shape {list(found)}, and config.json means {list(wanted)}{more}")
+    check_whole(path, model, report)
     if unread := sorted(name for name in report["unexpected_keys"] if not re.search(COMPUTED, name)):
         raise UserError(
-            f"{path} holds tensors that {kind} does not read: {_first_three(unread)}. Name the right architecture in "
-            "config.json, or take them out of the files"
+            f"{path} holds tensors that {type(model).__name__} does not read: {first_three(unread)}. Name the right "
+            "architecture in config.json, or take them out of the files"
         )
     return model
-
-
-def _first_three(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f", … {len(names)} in all" if names[3:] else "")

@@ -9,15 +9,27 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from gguf import GGUFReader, ReaderTensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from experiments.errors import UserError
+from experiments.models.whole import check_whole, first_three
 from experiments.system import parallel
 from experiments.system.files import cache_dir
 from experiments.system.quiet import quiet
@@ -58,14 +70,7 @@ def gguf_as_directory(path: Path) -> Path:
 def _dequantize_gguf(path: Path, directory: Path) -> None:
     print(f"Reading {path.name} (once: the dequantized weights are kept in {directory.parent})", flush=True)
     with quiet():
-        where = {"gguf_file": path.name, "local_files_only": True}
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
-        # dequantize=True: transformers would otherwise keep the packed weights of some formats
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, **where
-        )
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        model, tokenizer = _read(path)
         partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{path.stem}-"))
         try:
             model.save_pretrained(partial)
@@ -75,3 +80,62 @@ def _dequantize_gguf(path: Path, directory: Path) -> None:
                 os.rename(partial, directory)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in fp32 and its tokenizer. UserError: the file is damaged, or transformers does not read all of it."""
+    where = {"gguf_file": path.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        # dequantize=True: transformers would otherwise keep the packed weights of some formats
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # check_whole says which
+            output_loading_info=True,
+            **where,
+        )
+        tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    except Exception as error:  # a damaged file ends in any error
+        told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{path} cannot be read as a language model: {told}") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    check_whole(path, model, report)
+    if "rope_freqs.weight" in tensors:
+        _scale_rotary(path, model.config, tensors["rope_freqs.weight"].data)
+    _check_all_is_read(path, model, tensors)
+    return model, tokenizer
+
+
+def _scale_rotary(path: Path, config: PreTrainedConfig, divisors: np.ndarray) -> None:
+    """Let `config` divide the rotary frequencies as the file says, which transformers does not read.
+
+    llama.cpp writes the divisors [head_dim/2] of Llama 3.1 and its successors, not the settings that they come from.
+    Of these only the largest divisor varies between models.
+    """
+    if (divisors == 1).all():
+        return
+    plain = config.rope_parameters
+    scaled = plain | {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0}
+    scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    config.rope_parameters = scaled
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    exponents = torch.arange(0, 2 * len(divisors), 2) / (2 * len(divisors))
+    expected = plain["rope_theta"] ** -exponents / torch.from_numpy(divisors.copy())
+    if frequencies.shape != expected.shape or not torch.allclose(frequencies, expected, rtol=1e-3, atol=0):
+        raise UserError(f"{path}: rope_freqs.weight is not Llama 3's, and no other is understood: take model=hf")
+
+
+def _check_all_is_read(path: Path, model: PreTrainedModel, tensors: dict[str, ReaderTensor]) -> None:
+    """Raise UserError if the file holds more weights than the model: transformers leaves out others without a word."""
+    beyond = re.compile(rf"blk\.(?!({'|'.join(map(str, range(model.config.get_text_config().num_hidden_layers)))})\.)")
+    ours = {name: t for name, t in tensors.items() if name != "rope_freqs.weight" and not beyond.match(name)}
+    held = sum(int(tensor.n_elements) for tensor in ours.values())
+    read = sum(parameter.numel() for parameter in model.parameters())  # of tied ones once, as in the file
+    if held > read:
+        odd = [name for name in ours if name.endswith(".bias") or not re.match(r"(blk|output|token_embd)[._]", name)]
+        names = f", maybe {first_three(odd)}" if odd else ""
+        kind = type(model).__name__
+        raise UserError(f"{path} holds {held - read:,} values that {kind} does not read{names}: take model=hf")

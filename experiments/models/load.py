@@ -177,7 +177,8 @@ def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     if cfg.method.adapter == "bitfit" and not biased_modules(model):
         linears = len(decoder_linears(model))
         print(f"{cfg.model.name} has no biases to train: each of its {linears} linears gets one, which starts at zero")
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = math.inf if positions < 0 else positions  # XLNet has relative ones
     if cfg.data.max_length + cfg.prefix_tokens + cfg.infix_tokens > positions:
         raise UserError(
             f"prefix_tokens={cfg.prefix_tokens} and infix_tokens={cfg.infix_tokens} beside data.max_length="

@@ -18,13 +18,19 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MADV_DONTNEED = 4
 
 
-def stored_dtype(directory: Path) -> torch.dtype | None:
-    """The float dtype of all tensors in the directory's safetensors files; None if they differ."""
-    found = set()
+def stored_dtypes(directory: Path) -> dict[str, str]:
+    """Of each tensor in the directory's safetensors files its dtype, in their words: F32, BF16, I8 …"""
+    found = {}
     for path in directory.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            found |= {file.get_slice(name).get_dtype() for name in names}
+            found |= {name: file.get_slice(name).get_dtype() for name in names}
+    return found
+
+
+def stored_dtype(directory: Path) -> torch.dtype | None:
+    """The float dtype of all tensors in the directory's safetensors files; None if they differ."""
+    found = {*stored_dtypes(directory).values()}
     return _DTYPES.get(found.pop()) if len(found) == 1 else None
 
 

@@ -20,11 +20,12 @@ from experiments.errors import UserError
 from experiments.plan.budget import budget
 from experiments.plan.cards import card
 from experiments.plan.measure import comparison, measure
-from experiments.plan.plot import plot
+from experiments.plan.plot import file_name, plot
 from experiments.plan.table import heading, table
 from experiments.runs.start import configured
 from experiments.system import machine
 from experiments.system.cli import hydra_command
+from experiments.system.directory import results_directory
 
 
 @dataclass
@@ -64,7 +65,10 @@ def plan(cfg: PlanConfig) -> str:
     dtype = torch.bfloat16 if cfg.trainer.dtype == "auto" else machine.DTYPES[cfg.trainer.dtype]
     needs = budget(cfg, dtype, cfg.batch, cfg.seq, cfg.gpus)
     text = f"{heading(cfg, dtype)}\n\n{table(cfg, needs)}"
-    return f"{text}\n\nWritten: {plot(cfg, dtype, cfg.batch, cfg.seq, needs)}" if cfg.plot else text
+    if not cfg.plot:
+        return text
+    with results_directory(cfg, (file_name(cfg),)):
+        return f"{text}\n\nWritten: {plot(cfg, dtype, cfg.batch, cfg.seq, needs)}"
 
 
 def _beside_a_run(cfg: PlanConfig) -> str:

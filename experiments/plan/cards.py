@@ -1,4 +1,4 @@
-"""Common GPUs: their memory, and the speed of their matrix units in bf16.
+"""Common GPUs: their memory, and the speed of their matrix units in bf16, or fp16 where they have no bf16.
 
 Memory is the driver's figure (nvidia-smi, rocm-smi), in MiB; TFLOP/s are the data sheets', dense, with fp32 sums.
 """
@@ -14,6 +14,7 @@ class Card(NamedTuple):
     name: str
     mib: int
     tflops: float
+    bf16: bool = True  # its matrix units take it; others take fp16, of as many bytes
 
     @property
     def usable_bytes(self) -> int:
@@ -21,7 +22,7 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "t4": Card("T4, 16 GB", 15360, 65.0),  # in fp16: it has no bf16
+    "t4": Card("T4, 16 GB", 15360, 65.0, bf16=False),
     "rtx4080": Card("RTX 4080, 16 GB", 16376, 97.5),
     "rtx3090": Card("RTX 3090, 24 GB", 24576, 71.0),
     "rtx4090": Card("RTX 4090, 24 GB", 24564, 165.2),

@@ -70,7 +70,8 @@ def measure(cfg: Config, device: torch.device, dtype: torch.dtype, batch: int, s
     seconds = []
     for _ in range(TIMED_STEPS):
         start = time.perf_counter()
-        trainer.step(group)  # its loss is read, so a GPU has done all but the optimizer
+        trainer.step(group)
+        trainer.settle()  # a GPU is done then
         seconds.append(time.perf_counter() - start)
     return Measured(
         packed=allocated(parts.packed),

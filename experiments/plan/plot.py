@@ -14,7 +14,6 @@ from experiments.plan.budget import Budget, budget
 from experiments.plan.cards import CARDS
 from experiments.plan.table import heading
 from experiments.runs.identity import identity
-from experiments.system.files import writable_dir
 from experiments.system.palette import BLUE, ORANGE
 from experiments.system.progress import bar
 
@@ -24,9 +23,12 @@ SIZES = ("gemma-3-1b", "llama-7b", "llama-13b", "llama-33b", "llama-65b", "gpt3-
 LINES = ("rtx4090", "a6000", "h100", "h200")  # whose memory is drawn
 
 
+def file_name(cfg: Config) -> str:
+    return f"{cfg.model.name}-{cfg.method.name}.png"
+
+
 def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -> Path:
     """Draw and write the picture to cfg.output_dir; return where it is. `needs` is the budget of `cfg` itself."""
-    directory = writable_dir(Path(cfg.output_dir), "set output_dir to a folder")
     panels: list[tuple[str, list, Callable[..., Budget]]] = []
     if "rank" in identity(cfg):
         ranks = sorted({r for r in (*RANKS, cfg.rank) if r <= needs.widest})
@@ -68,8 +70,8 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
-    path = directory / f"{cfg.model.name}-{cfg.method.name}.png"
-    partial = directory / f".{path.name}.partial"
+    path = Path(cfg.output_dir) / file_name(cfg)
+    partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=130, format="png")
     partial.replace(path)
     return path

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from experiments.plan import flops
-from experiments.training.loop import checkpoint_blocks
+from experiments.training.gradients import checkpoint_blocks
 from experiments.training.loss import LabelLoss
 from kernels import use_backend
 from kernels.cross_entropy import by_chunks, precise

@@ -4,7 +4,7 @@ import torch
 
 from experiments.config import Config
 from experiments.plan.budget import PAGED_MB, Budget
-from experiments.plan.cards import CARDS, RESERVE, card
+from experiments.plan.cards import CARDS, RESERVE, Card, card
 from experiments.plan.simulate import Step
 from experiments.runs.identity import identity
 
@@ -101,8 +101,13 @@ def _cards(cfg: Config, needs: Budget) -> list[str]:
     lines = [f"{f'fits, {RESERVE / 1e9:.1f} GB left free':<24}{titles}"]
     for one in CARDS.values():
         cells = (f"{_fewest(cfg, needs, one.usable_bytes, kind):>26}" for kind in _kinds(needs))
-        lines.append(f"{one.name:<24}{''.join(cells)}")
+        lines.append(f"{one.name:<24}{''.join(cells)}{_in_fp16(cfg, one)}")
     return lines
+
+
+def _in_fp16(cfg: Config, one: Card) -> str:
+    """What to set where the card lacks the dtype that is planned; a run would take fp32, twice the bytes."""
+    return "" if one.bf16 or cfg.trainer.dtype not in ("auto", "bfloat16") else "   with trainer.dtype=float16"
 
 
 def _fewest(cfg: Config, needs: Budget, room: int, checkpointing: bool) -> str:
@@ -127,8 +132,9 @@ def _hours(cfg: Config, needs: Budget) -> list[str]:
         hours = cfg.tokens / speed / 3600
         return f"{name:<24}{flops:>14.3e}{speed:>14,.0f}{hours:>14,.1f}{hours / cfg.gpus:>14,.1f}"
 
+    speed = f"{one.tflops:g} TFLOP/s{_in_fp16(cfg, one)}"
     lines = [
-        f"{cfg.tokens:,.0f} tokens on {one.name}, at {cfg.utilisation:.0%} of {one.tflops:g} TFLOP/s",
+        f"{cfg.tokens:,.0f} tokens on {one.name}, at {cfg.utilisation:.0%} of {speed}",
         f"{'':<24}{'FLOPs a token':>14}{'tokens/s':>14}{'hours':>14}{f'on {cfg.gpus} GPUs':>14}",
         row("plain", needs.step(False)),
     ]

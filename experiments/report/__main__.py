@@ -11,13 +11,12 @@ Reads every result.json under DIR (outputs/ unless given) and writes to DIR/repo
 With --to the report is on COPY, a folder of the results without weights: small enough to be committed or sent.
 """
 
-import argparse
 import io
 import sys
 from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.report import page
+from experiments.report import arguments, page
 from experiments.report.plots import pictures
 from experiments.runs.groups import copy_runs, group, read_runs
 from experiments.system.cli import command
@@ -35,8 +34,6 @@ def report(folder: Path, copy: Path | None = None) -> tuple[Path, int, list[str]
     Raises:
         UserError: there is no result that can be read, or `copy` has other things in it.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
     runs, problems = read_runs(folder)
     if not runs:
         hint = "; ".join(problems) or f"no {RESULT} in it or below; a run of `python -m experiments.run` writes one"
@@ -66,11 +63,8 @@ def _png(figure) -> bytes:
 
 @command
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="experiments.report", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", metavar="DIR", nargs="?", type=Path, default=Path("outputs"))
-    parser.add_argument("--to", metavar="COPY", type=Path, help="folder for the results without weights")
-    arguments = parser.parse_args()
-    directory, count, problems = report(arguments.folder, arguments.to)
+    options = arguments.report(sys.argv[1:])
+    directory, count, problems = report(options.folder, options.to)
     for problem in problems:
         print(f"note: {problem}", file=sys.stderr)
     print(f"{count} runs compared; open {directory / 'report.html'}")

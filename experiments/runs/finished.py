@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.config import Config, ModelConfig
+from experiments.data.named_templates import set_template
 from experiments.errors import UserError
 from experiments.models.load import load_base, load_model
 from experiments.runs.config_file import read_config
@@ -41,6 +42,7 @@ def load_run(directory: Path, changes: list[str] = (), dense: bool = False) -> F
     cfg = read_config(directory, changes)
     device, dtype = machine.set_up(cfg.trainer)
     model, tokenizer = _load(cfg, directory, dtype)
+    set_template(cfg.data, tokenizer)
     if dense:
         make_dense(model)
     if device.type == "cpu":

@@ -26,6 +26,7 @@ from experiments.runs.output_files import OutputFiles
 from experiments.runs.start import checkpoint_of
 from experiments.runs.tracking import tracker
 from experiments.system import machine, parallel
+from experiments.system.directory import clear, own_directory
 from experiments.system.energy import EnergyMeter
 from experiments.system.progress import bar
 from experiments.training.engines import engine_of
@@ -50,7 +51,8 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
     parallel.check(cfg)
     checkpoint = checkpoint_of(cfg) if cfg.resume else None
     path = Path(cfg.output_dir) if checkpoint is None else checkpoint.parent.parent
-    with directory.own_directory(path, goes_on=checkpoint is not None, overwrite=cfg.overwrite):
+    may_write = checkpoint is not None or cfg.overwrite
+    with own_directory(path, lambda: None if may_write else directory.earlier_run(path)):
         one = _Run(cfg, OutputFiles(path), checkpoint, base, watch)
         one.begin()
         with one.tracked():
@@ -125,7 +127,7 @@ class _Run:
         """Start the run's files anew, or restore the checkpoint and cut the files back to its step."""
         if self.checkpoint is None:
             if parallel.is_main():
-                directory.clear(self.files.path)  # not before: until here a mistake leaves an earlier run as it was
+                clear(self.files.path, directory.FILES)  # not before: a mistake has left them as they were
                 self.files.begin(self.cfg)
             if changes_base(self.cfg.init):
                 with self.engine.whole(self.model, everything=True):
@@ -145,7 +147,7 @@ class _Run:
         try:
             with (
                 parallel.interrupts_wait() if parallel.size() > 1 else contextlib.nullcontext(),
-                tracker(self.cfg, self.files.path, self.before_stop.tracker_id) as self.tracking,
+                tracker(self.cfg, self.files.path, self.before_stop.tracker_id, self.trained.steps) as self.tracking,
             ):
                 yield
         except BaseException as error:
@@ -265,7 +267,11 @@ class _Run:
         """The model's texts for the sample prompts."""
         prompts = [sample.prompt_ids for sample in self.samples]
         tokens = self.cfg.trainer.sample_tokens
-        return answer(self.model, self.tokenizer, prompts, tokens, reasoning=True) if prompts else []
+        if not prompts:
+            return []
+        if parallel.is_main():
+            print(f"writing samples: {len(prompts)} answers of up to {tokens} tokens")
+        return answer(self.model, self.tokenizer, prompts, tokens, reasoning=True)
 
     def _samples(self) -> list[dict[str, str]]:
         """The sample prompts with reference and answers."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.models.directory import is_packed
+from experiments.models.directory import is_packed, model_directory
 from experiments.models.load import load_base
 from experiments.system import machine
 from experiments.system.files import cache_dir
@@ -57,7 +57,11 @@ def _pack(cfg: Config, directory: Path) -> None:
     """Write `packed` into `directory`. Write nothing where the base is packed already, is wrong, or cannot be read
     back: the job itself will say so, or pack for itself."""
     with contextlib.suppress(UserError, OSError, ValueError):
-        if cfg.model.source == "hf" and cfg.model.path is not None and is_packed(Path(cfg.model.path).expanduser()):
+        if (
+            cfg.model.source == "hf"
+            and cfg.model.path is not None
+            and is_packed(model_directory(cfg.model, weights=False))
+        ):
             return
         _, dtype = machine.set_up(cfg.trainer)
         model, tokenizer = load_base(cfg, dtype)

@@ -10,17 +10,13 @@ from experiments.config import Config, flat, resolve
 from experiments.errors import UserError
 from experiments.runs import checkpoints
 from experiments.runs.config_file import read_config
+from experiments.system.cli import is_given
 from experiments.system.files import RESULT
 
 # Keys that may change when a run is resumed: those of its end, those of its memory, and the dtype, which the restored
 # state is compared with anyway.
 MAY_CHANGE = {"trainer.steps", "trainer.early_stopping_patience", "trainer.dtype"}
 MAY_CHANGE |= {"trainer.gradient_checkpointing", "optim.paged", "optim.budget_mb", "optim.host_mb"}
-
-
-def is_given(key: str) -> bool:
-    """Whether the command line sets the key."""
-    return any(override.startswith(f"{key}=") for override in HydraConfig.get().overrides.task)
 
 
 def configured(cfg: DictConfig) -> Config:

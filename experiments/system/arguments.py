@@ -6,9 +6,9 @@ again by the command itself, whoever calls it.
 
 import ast
 import difflib
+import importlib
 import os
 import re
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from experiments.errors import UserError
 from experiments.system import completion
+from experiments.system.files import PROJECT_ROOT
 from experiments.system.keys import Keys, keys_of, source_of
 
 HELP = {"-h", "--help"}
@@ -29,24 +30,20 @@ NUMBERS: dict[str, tuple[Callable[[str], object], str]] = {
 
 
 def before_imports() -> None:
-    """While `python -m experiments.…` begins: answer, or let Ctrl-C end it in one line until the command does so."""
+    """While `python -m experiments.…` begins: answer."""
     asked = [name for name in sys.orig_argv if name.startswith("experiments.")]
     if sys.argv[0] != "-m" or not asked or (file := source_of(asked[0])) is None:  # "-m" until the module is found
         return
-    signal.signal(signal.SIGINT, _interrupted)
     try:
         answer(file, sys.argv[1:])
     except UserError as error:  # torchrun starts several of these
         sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
-def _interrupted(*_) -> None:
-    os.write(2, b"interrupted\n")
-    os._exit(130)  # an exception would pass through imports, of which some take it for another
-
-
 def answer(file: Path, arguments: Sequence[str]) -> None:
     """End the process after `--help` and the Tab key; check the arguments of a command that declares its keys.
+
+    A command with options of its own, such as --to, has them in arguments.py beside it, in a function of its name.
 
     Args:
         file: the command's source.
@@ -54,9 +51,13 @@ def answer(file: Path, arguments: Sequence[str]) -> None:
     Raises:
         UserError: see `check_keys`.
     """
-    keys, source = keys_of(file), ast.parse(file.read_text(encoding="utf-8"))
-    if HELP & set(arguments) and not any(isinstance(node, ast.Import) and _parses(node) for node in source.body):
-        print(ast.get_docstring(source))
+    if (options := file.with_name("arguments.py")).is_file() and options.parent.name != "system":
+        name = ".".join(options.relative_to(PROJECT_ROOT).with_suffix("").parts)
+        getattr(importlib.import_module(name), file.parent.name if file.stem == "__main__" else file.stem)(arguments)
+        return
+    keys = keys_of(file)
+    if HELP & set(arguments):
+        print(ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))))
         if keys is not None and keys.hydra:
             print(f"\n{describe(keys)}")
         sys.exit(0)
@@ -65,10 +66,6 @@ def answer(file: Path, arguments: Sequence[str]) -> None:
     if {"-sc", "--shell-completion"} & set(arguments):
         sys.exit(completion.answer(keys, arguments[-1]))
     check_keys(keys, arguments)
-
-
-def _parses(node: ast.Import) -> bool:
-    return node.names[0].name == "argparse"  # it answers --help itself
 
 
 def check_keys(keys: Keys, arguments: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +30,11 @@ def composed(*overrides: str, config_name: str = "config") -> DictConfig:
     """The configuration that a Hydra command gets from the arguments `overrides`."""
     with hydra.initialize_config_dir(CONF, version_base="1.3"):
         return hydra.compose(config_name, overrides=list(overrides))
+
+
+def is_given(key: str) -> bool:
+    """Whether the command line of a `hydra_command` sets the key."""
+    return any(override.startswith(f"{key}=") for override in HydraConfig.get().overrides.task)
 
 
 def hydra_command(config_name: str, schema: type) -> Callable[[Callable[[DictConfig], Any]], Callable[[], None]]:

@@ -169,20 +169,28 @@ def interrupts_wait() -> Iterator[None]:
         _noted, _agreed = 0, False
 
 
+def interrupted() -> bool:
+    """Whether a signal has come that one of the processes has kept waiting, the same in all."""
+    return bool(_noted if size() == 1 else _agreed)
+
+
 def stop_if_interrupted() -> None:
     """Raise Interrupted, in every process, after a signal that one of them has kept waiting."""
-    if _noted if size() == 1 else _agreed:
+    if interrupted():
         raise signals.Interrupted(_noted or signal.SIGINT, everywhere=True)
 
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Process 0 goes through the block before the others, which then find its files in the cache."""
+    """Process 0 goes through the block before the others, which then find its files in the cache. An error of its own
+    they have too."""
     if not is_main():
         wait()
-    yield
-    if is_main():
-        wait()
+    try:
+        yield
+    finally:
+        if is_main():
+            wait()
 
 
 def stops_together(error: BaseException) -> bool:

@@ -34,6 +34,42 @@ def _plain(title: str, items: Iterable) -> Iterator:
             print(f"{title} {done}/{total}  {left:.0f} s left", file=sys.stderr, flush=True)
 
 
+class Count:
+    """Counts many small things up to `total`, if that is known. In a terminal a bar, in a log file a line now and then.
+
+    Use as a context manager; `advance(n)` after n of them.
+    """
+
+    def __init__(self, title: str, unit: str, total: int | None = None):
+        self.title, self.unit, self.total, self.done = title, unit, total, 0
+        self.start = self.said = time.perf_counter()
+        shown = {"desc": title, "unit": f" {unit}", "leave": False, "dynamic_ncols": True}
+        self.bar = tqdm(total=total, **shown) if _terminal() else None
+
+    def __enter__(self) -> "Count":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def advance(self, n: int) -> None:
+        self.done += n
+        if self.bar is not None:
+            self.bar.update(n)
+            return
+        now = time.perf_counter()
+        if now - self.said >= PLAIN_SECONDS and parallel.is_main():
+            self.said = now
+            of = left = ""
+            if self.total:
+                of = f" of {self.total:,}"
+                left = f"  {(now - self.start) / self.done * (self.total - self.done):.0f} s left"
+            print(f"{self.title} {self.done:,}{of} {self.unit}{left}", file=sys.stderr, flush=True)
+
+
 def _terminal() -> bool:
     return sys.stderr.isatty() and parallel.is_main()
 

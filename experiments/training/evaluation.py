@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from experiments.data.chat import IGNORED, Example
 from experiments.data.samples import collate, eval_batches
+from experiments.errors import UserError
 from experiments.system import parallel
 from modules.adapters.prefix import prompt_lengths
 
@@ -63,8 +64,16 @@ def label_starts(batch: dict[str, Tensor]) -> Tensor:
 @contextlib.contextmanager
 def _head_sees_only(model: PreTrainedModel, positions: Tensor) -> Iterator[None]:
     """Inside, the output embeddings get hidden states [n, hidden] of `positions` [B, T] instead of [B, T, hidden]."""
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][positions], *args[1:]))
+
+    def select(_, args: tuple) -> tuple:
+        if args[0].shape[:2] != positions.shape:
+            raise UserError(
+                f"{type(model).__name__} computes logits of states {list(args[0].shape)} for tokens "
+                f"{list(positions.shape)}: only models that predict one token at each place can be trained"
+            )
+        return args[0][positions], *args[1:]
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
         yield
     finally:

@@ -12,16 +12,21 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments.config import Config, TrainerConfig
-from experiments.data.chat import IGNORED, Example
-from experiments.data.samples import Data, batches, collate
+from experiments.data.buckets import buckets
+from experiments.data.chat import Example
+from experiments.data.samples import Data, batches
 from experiments.errors import UserError
 from experiments.system import machine, parallel
 from experiments.system.progress import Progress
 from experiments.training.engines import Engine
-from experiments.training.evaluation import Evaluation, to_device
+from experiments.training.evaluation import Evaluation
+from experiments.training.gradients import accumulate, checkpoint_blocks
+from experiments.training.graphs import Eager, Graphs, cannot_capture, own_dropout
 from experiments.training.loss import LabelLoss
 from experiments.training.optim import make_optimizer, with_room
+from experiments.training.step import Reading, StaticStep, needs_the_host, on_gpu
 from modules import parameter_groups
+from modules.norms import Norms
 
 CHECKPOINT_SECONDS = 300  # between the checkpoints that nobody asked for
 
@@ -92,7 +97,7 @@ class Trainer:
         between_steps: whether all state is that of one step, so that a checkpoint of it can go on.
 
     Raises:
-        UserError: gradient checkpointing of a model that cannot; no room for the optimizer's pages.
+        UserError: gradient checkpointing or CUDA graphs where they cannot be; no room for the optimizer's pages.
     """
 
     def __init__(
@@ -102,18 +107,33 @@ class Trainer:
         self.engine = engine or Engine(model.device)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         groups = parameter_groups(model, cfg.lr, cfg.trainer.loraplus_lr_ratio)
-        self.optimizer = make_optimizer(cfg, groups)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
         self.label_loss = LabelLoss(model, cfg.trainer.compile)
+        reason = needs_the_host(cfg, self.label_loss, dtype)
+        self.optimizer = make_optimizer(cfg, groups, capturable=reason is None)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, cfg.trainer))
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=dtype == torch.float16)
         self.trained = Trained()
         self.between_steps = True
         self.saved_at, self.late = time.monotonic(), False
         if cfg.trainer.gradient_checkpointing:
-            checkpoint_blocks(model)
+            checkpoint_blocks(model, capturable=reason is None and own_dropout(model) is None)
+        several = cfg.trainer.grad_accum > 1 or cfg.trainer.gradient_checkpointing  # passes over the same weights
+        self.norms = Norms(model) if several and not cfg.trainer.compile else None
+        graphs = self._graphs(reason or cannot_capture(cfg, model))
+        self.static = None if reason else StaticStep(cfg, self.label_loss, self.optimizer, dtype, graphs, self.norms)
+        self.pending: list[_Pending] = []
         self.label_loss.forward = self.engine.forward_of(self.label_loss.forward)
         if model.device.type == "cpu":
             machine.keep_freed_memory()
+
+    def _graphs(self, reason: str | None) -> Graphs | Eager:
+        """CUDA graphs as the configuration says; `reason`: why there can be none."""
+        asked = self.cfg.trainer.cuda_graphs
+        if asked == "true" and reason is not None:
+            raise UserError(f"trainer.cuda_graphs=true cannot be: {reason}; leave it out")
+        if asked == "auto" and reason is not None and on_gpu(self.model):
+            print(f"steps run eagerly, not in CUDA graphs: {reason}")
+        return Eager() if reason is not None or asked == "false" else Graphs(self.model.device)
 
     def fit(
         self,
@@ -126,7 +146,7 @@ class Trainer:
         """Train until `trained.finished`, from where `trained` says.
 
         Args:
-            log: takes one record a step: step, loss, lr, grad_norm, tokens, seconds.
+            log: takes one record a step: step, loss, lr, grad_norm, tokens, seconds. On a GPU a step late.
             measure: evaluates the model; called every `eval_every` steps and after the last.
             save: writes a checkpoint, evaluation included; called every `checkpoint_every` steps and after the last, or
                 by time (`checkpoints_by_time`).
@@ -139,24 +159,36 @@ class Trainer:
         settings, trained = self.cfg.trainer, self.trained
         served = trained.steps * settings.grad_accum
         stream = batches(data.train, settings.batch_size, self.cfg.seed, start=served)
+        if self.static is not None:
+            self.static.buckets = buckets(data.train, settings.batch_size, self.cfg.seed)
+
+        def tell(records: list[dict]) -> None:
+            for record in records:
+                if record["step"] == settings.steps or record["step"] % settings.log_every == 0:
+                    log(record)
+                progress.advance(loss=record["loss"], tokens_per_s=record["tokens"] / record["seconds"])
+
         self.model.train()
         with Progress(settings.steps, "training", trained.steps) as progress:
             self._measure_if_due(measure, save_best)  # a checkpoint may be from before the evaluation of its step
             while not trained.finished(settings):
-                record = self.step(list(itertools.islice(stream, settings.grad_accum)))
-                if trained.steps == settings.steps or trained.steps % settings.log_every == 0:
-                    log(record)
-                progress.advance(loss=record["loss"], tokens_per_s=trained.tokens / trained.seconds)
+                tell(self.step(list(itertools.islice(stream, settings.grad_accum))))
+                if parallel.interrupted() or self._measure_is_due() or self._checkpoint_is_due():
+                    tell(self.settle())
                 self._measure_if_due(measure, save_best)
                 if self._checkpoint_is_due():
                     save()
                     self.saved_at = time.monotonic()
-                parallel.stop_if_interrupted()
+                if not self.pending:  # else the next step's numbers come first
+                    parallel.stop_if_interrupted()
 
-    def _measure_if_due(self, measure: Callable[[], Evaluation], save_best: Callable[[], None]) -> None:
+    def _measure_is_due(self) -> bool:
         settings, trained = self.cfg.trainer, self.trained
         due = trained.steps == settings.steps or (settings.eval_every and trained.steps % settings.eval_every == 0)
-        if due and trained.evaluated < trained.steps and trained.judge(self._finite(measure())) and settings.keep_best:
+        return bool(due) and trained.evaluated < trained.steps
+
+    def _measure_if_due(self, measure: Callable[[], Evaluation], save_best: Callable[[], None]) -> None:
+        if self._measure_is_due() and self.trained.judge(self._finite(measure())) and self.cfg.trainer.keep_best:
             save_best()
 
     def _checkpoint_is_due(self) -> bool:
@@ -165,18 +197,69 @@ class Trainer:
             return self.late or (finished and self.cfg.trainer.keep_best)
         return bool(every) and (finished or self.trained.steps % every == 0)
 
-    def step(self, group: list[list[Example]]) -> dict[str, float]:
-        """One optimizer step on the mean loss of a group of batches; returns its record."""
+    def step(self, group: list[list[Example]]) -> list[dict[str, float]]:
+        """One optimizer step on the mean loss of a group of batches.
+
+        Returns:
+            The records of the steps whose numbers are there: of this one, or on a GPU of the one before it, whose
+            numbers are read while this one is computed (`settle` waits for the rest).
+        """
         start = time.perf_counter()
-        step = self.trained.steps + 1
         self.between_steps = False
+        lr, before = self.schedule.get_last_lr()[0], self.trained.tokens
+        numbers = self._step_now(group) if self.static is None else self._step_later(group)
+        self.schedule.step()
+        self.trained.steps += 1
+        self.trained.tokens += sum(len(example.input_ids) for batch in group for example in batch)
+        self.trained.seconds += (seconds := time.perf_counter() - start)
+        self.between_steps = True
+        if self.cfg.trainer.compile and self.trained.steps == 1:
+            print(f"compiled with the first step: {seconds:.0f} s; the code is kept for the next run")
+        self.pending.append(_Pending(self.trained.steps, numbers, lr, before, self.trained.tokens))
+        return self.settle(but=0 if self.static is None else 1)
+
+    def settle(self, but: int = 0) -> list[dict[str, float]]:
+        """Wait for the numbers of all steps but the newest `but`; returns the records of those not told yet.
+
+        Raises:
+            UserError: a loss or gradient is not a number. The weights are those before that step.
+        """
+        records = []
+        while len(self.pending) > but:
+            start, pending = time.perf_counter(), self.pending.pop(0)
+            loss, grad_norm = pending.numbers.get()
+            if self.static is not None and not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                self.trained.steps, self.trained.tokens = pending.step - 1, pending.tokens_before
+                self.pending.clear()
+                self.between_steps = False
+                raise self._not_finite(loss, grad_norm, pending.step)
+            self.trained.seconds += time.perf_counter() - start
+            record = {"step": pending.step, "loss": loss, "lr": pending.lr, "grad_norm": grad_norm}
+            records.append(record | {"tokens": pending.tokens, "seconds": self.trained.seconds})
+        return records
+
+    def _checkpoint_is_late(self) -> bool:
+        return parallel.is_main() and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS
+
+    def _step_later(self, group: list[list[Example]]) -> Reading:
+        """Start a step on the device, whose numbers come later."""
+        self.late = self._checkpoint_is_late()
+        compute = functools.partial(self.static.add_gradients, group, self.pad_id)
+        with_room(self.optimizer, self.model.device, compute)
+        self.static.update()
+        return Reading(self.static.numbers)
+
+    def _step_now(self, group: list[list[Example]]) -> Reading:
+        """A step whose loss and gradients the host looks at before weights change."""
+        step = self.trained.steps + 1
         context = (self.pad_id, self.dtype, self.scaler, self.engine)
-        compute = functools.partial(_accumulate, self.label_loss, group, *context)
-        late = parallel.is_main() and time.monotonic() - self.saved_at > CHECKPOINT_SECONDS  # clocks differ
-        loss, late = parallel.total(with_room(self.optimizer, self.model.device, compute), float(late))
+        compute = functools.partial(accumulate, self.label_loss, group, *context)
+        with contextlib.nullcontext() if self.norms is None else self.norms.kept():
+            total = with_room(self.optimizer, self.model.device, compute)
+        loss, late = parallel.total(total, float(self._checkpoint_is_late()))  # the processes' clocks differ
         self.late = late > 0
         if not math.isfinite(loss):
-            raise self._stopped(f"the training loss became {loss} at step {step}", step - 1)
+            raise self._not_finite(loss, 0.0, step)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.cfg.trainer.max_grad_norm or math.inf)
         if hasattr(grad_norm, "full_tensor"):  # of sharded gradients
@@ -184,20 +267,16 @@ class Trainer:
         grad_norm = float(grad_norm)
         if not math.isfinite(grad_norm) and self.scaler.get_scale() <= 1:  # at a larger scale it skips the step, halves
             self.optimizer.zero_grad(set_to_none=True)
-            raise self._stopped(f"the gradients became {grad_norm} at step {step}, under a loss of {loss:g}", step - 1)
-        lr = self.schedule.get_last_lr()[0]
+            raise self._not_finite(loss, grad_norm, step)
         self.engine.update(self.optimizer, lambda: self.scaler.step(self.optimizer))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        self.trained.steps = step
-        self.trained.tokens += sum(len(example.input_ids) for batch in group for example in batch)
-        self.trained.seconds += (seconds := time.perf_counter() - start)
-        self.between_steps = True
-        if self.cfg.trainer.compile and step == 1:
-            print(f"compiled with the first step: {seconds:.0f} s; the code is kept for the next run")
-        record = {"step": step, "loss": loss, "lr": lr, "grad_norm": grad_norm}
-        return record | {"tokens": self.trained.tokens, "seconds": self.trained.seconds}
+        return Reading(torch.tensor([loss, grad_norm], dtype=torch.float64, device="cpu"))
+
+    def _not_finite(self, loss: float, grad_norm: float, step: int) -> UserError:
+        if not math.isfinite(loss):
+            return self._stopped(f"the training loss became {loss} at step {step}", step - 1)
+        return self._stopped(f"the gradients became {grad_norm} at step {step}, under a loss of {loss:g}", step - 1)
 
     def _finite(self, evaluation: Evaluation) -> Evaluation:
         step = self.trained.steps
@@ -209,47 +288,16 @@ class Trainer:
         return UserError(f"{reason}: stopped with the weights of step {step}; try a lower lr than {self.cfg.lr:g}")
 
 
-def checkpoint_blocks(model: PreTrainedModel) -> None:
-    """Have each block compute its activations again in backward, with the random numbers of the first time.
+@dataclass
+class _Pending:
+    """A step whose numbers are not read yet."""
 
-    Raises:
-        UserError: the model is not made for it.
-    """
-    if not model.supports_gradient_checkpointing:
-        raise UserError(f"{type(model).__name__} cannot do trainer.gradient_checkpointing=true: leave it out")
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": True})
-    model.disable_input_require_grads()  # only the reentrant kind needs gradients of the embeddings' output
+    step: int
+    numbers: Reading
+    lr: float
+    tokens_before: int
+    tokens: int
 
 
 def heldout_record(evaluation: Evaluation) -> dict[str, float]:
     return {"heldout_loss": evaluation.loss, "heldout_token_accuracy": evaluation.token_accuracy}
-
-
-def _accumulate(
-    label_loss: LabelLoss,
-    group: list[list[Example]],
-    pad_id: int,
-    dtype: torch.dtype,
-    scaler: torch.amp.GradScaler,
-    engine: Engine,
-) -> float:
-    """Add the gradients of the mean loss over all labelled tokens of the batches. Each process computes its share.
-
-    Returns:
-        The share of the loss that this process computed.
-    """
-    labelled = sum(label != IGNORED for batch in group for example in batch for label in example.labels[1:])
-    model = label_loss.model
-    # Base weights are in `dtype` already if they are frozen; if they train they are fp32, and autocast converts.
-    casts = dtype != torch.float32 and next(model.parameters()).dtype == torch.float32
-    autocast = torch.autocast(model.device.type, dtype) if casts else contextlib.nullcontext()
-    total = 0.0
-    for i, batch in enumerate(group, start=1):
-        own = parallel.share(batch) or [batch[0].unlabelled()]
-        with engine.accumulate(label_loss.forward, last=i == len(group)):
-            with autocast:
-                loss = label_loss(to_device(collate(own, pad_id), model.device)) / labelled
-            total += loss.item()
-            if math.isfinite(total) or parallel.size() > 1:  # the others wait for this one's gradients
-                scaler.scale(loss * parallel.size()).backward()
-    return total

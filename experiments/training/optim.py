@@ -14,9 +14,12 @@ OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit}
 T = TypeVar("T")
 
 
-def make_optimizer(cfg: Config, groups: list[dict]) -> AdamW:
+def make_optimizer(cfg: Config, groups: list[dict], capturable: bool = False) -> AdamW:
     """`cfg.optim` over the parameters of `groups`. Pages that fit neither budget go to a file in `cfg.output_dir`,
     which has no name there and vanishes with the process.
+
+    Args:
+        capturable: lr and the count of steps are on the device.
 
     Raises:
         UserError: no room for that file.
@@ -26,7 +29,8 @@ def make_optimizer(cfg: Config, groups: list[dict]) -> AdamW:
         host_bytes = None if cfg.optim.host_mb is None else cfg.optim.host_mb * 2**20
         paging = Paging(cfg.optim.budget_mb * 2**20, cfg.output_dir, host_bytes)
     try:
-        return OPTIMIZERS[cfg.optim.name](groups, cfg.lr, weight_decay=cfg.trainer.weight_decay, paging=paging)
+        more = {"weight_decay": cfg.trainer.weight_decay, "paging": paging, "capturable": capturable}
+        return OPTIMIZERS[cfg.optim.name](groups, cfg.lr, **more)
     except OSError as error:
         raise UserError(
             f"no room for the optimizer's pages in {cfg.output_dir} ({error.strerror}): set output_dir to a folder "

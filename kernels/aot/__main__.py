@@ -1,6 +1,5 @@
 """`python -m kernels.aot`: see the package's docstring."""
 
-import argparse
 import fnmatch
 import importlib
 import os
@@ -10,7 +9,8 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from kernels import aot, triton
+from kernels import commands, triton
+from kernels.aot.arguments import parse
 from kernels.aot.compiler import Row, cache_dir, compile_all
 from kernels.aot.peers import peers
 from kernels.aot.plot import plot
@@ -125,32 +125,25 @@ def _in_order(results: list[tuple[Case, Row]]) -> list[tuple[Case, Row]]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=aot.__doc__.splitlines()[0])
-    parser.add_argument("pattern", nargs="*", help="kernel, or kernel/config with wildcards (default: all)")
-    parser.add_argument("--csv", metavar="FILE", type=Path, help="also write the table to FILE")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw instructions a weight, with --peers")
-    parser.add_argument("--peers", action="store_true", help="add the installed bitsandbytes' kernels")
-    parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
-    parser.add_argument("--jobs", metavar="N", type=int, default=2, help="compile N at a time (default: %(default)s)")
-    options = parser.parse_args(argv)
-    targets = options.targets.split(",")
-    if unknown := [name for name in targets if name not in TARGETS]:
-        parser.error(f"unknown target {', '.join(unknown)}; choose from {', '.join(TARGETS)}")
-    if options.jobs < 1:
-        parser.error(f"--jobs {options.jobs}: at least 1")
+    options = parse(argv)
     try:
         cases = select(all_cases(), options.pattern)
         cache_dir().mkdir(parents=True, exist_ok=True)
     except ValueError as error:
-        parser.error(str(error))
+        return _error(str(error))
     except OSError as error:
-        parser.error(f"cannot write to {cache_dir()}: {error.strerror}; set QDORA_CACHE to a folder")
+        return _error(f"cannot write to {cache_dir()}: {error.strerror}; set QDORA_CACHE to a folder")
     if interpreting():
         print("TRITON_INTERPRET=1 leaves nothing to compile: starting again without it", file=sys.stderr, flush=True)
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         os.execve(sys.executable, [sys.executable, "-m", "kernels.aot", *argv], environment)
-    return run(cases, targets, options.jobs, options.peers, options.csv, options.plot)
+    return run(cases, options.targets, options.jobs, options.peers, options.csv, options.plot)
+
+
+def _error(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    commands.run(main)

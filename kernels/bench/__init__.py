@@ -2,7 +2,7 @@
 
     python -m kernels.bench [op …] [--csv FILE] [--plot DIR] [--quick]
 
-`registry.py` lists the benchmarks, which the files of the ops state (see spec.py). `runner.py` measures: it checks each
+`registry.py` names the benchmarks, which the files of the ops state (see spec.py). `runner.py` measures: it checks each
 result before it times the provider, alternates the repetitions of all providers, and reports the median and its
 spread. Compare ratios within one run, never times of two runs.
 """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kernels import dequantize_4bit, dora_linear, lora_linear, quantize_4bit, weight_norm_sq
 from kernels.bench.checks import as_accurate
 from kernels.bench.nf4 import bnb_state, nf4_bytes
-from kernels.bench.spec import DTYPES, Bench, Inputs, Result, Unavailable, randn
+from kernels.bench.spec import DTYPES, OF_MODELS, RANKS, Bench, Inputs, Result, Unavailable, randn
 
 SCALING = 2.0
 BLOCKSIZE = 64
@@ -171,6 +171,11 @@ def _bench(kernel: str, ours: Callable[[Inputs], Callable[[], Result]], magnitud
         unit="token",
         sizes=(128, 1024),
         quick_sizes=(8,),
+        sizes_on_gpu=(512, 2048, 8192),
+        configs_on_gpu=tuple(
+            {"dtype": "bf16", "base": "nf4", "in_features": columns, "out_features": rows, "rank": rank}
+            for (rows, columns), rank in product(OF_MODELS, RANKS)
+        ),
         configs=tuple({"dtype": dtype, "base": base} | shape for base, dtype in product(("dense", "nf4"), DTYPES)),
         inputs=partial(_inputs, magnitude=magnitude),
         providers={"ours": ours, "torch": _torch, "peft": _peft} | ({} if magnitude else {"unsloth": _unsloth}),

@@ -13,7 +13,7 @@ from kernels.lora import _lora_linear
 
 COPY_BYTES = 2**28  # past every cache
 MATMUL_SIZE = {"cpu": 512, "cuda": 8192}
-PACKAGES = ("torch", "triton", "bitsandbytes", "peft")
+PACKAGES = ("torch", "triton", "bitsandbytes", "peft", "liger-kernel", "unsloth")
 
 
 @dataclass(frozen=True)

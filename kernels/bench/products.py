@@ -9,8 +9,10 @@ import torch
 from kernels import dequantize_4bit, nf4_linear, quantize_4bit
 from kernels.bench.checks import as_accurate
 from kernels.bench.nf4 import bnb_state, nf4_bytes
-from kernels.bench.spec import DTYPES, Bench, Inputs, Result, randn
+from kernels.bench.spec import DTYPES, OF_MODELS, RANKS, Bench, Inputs, Result, randn
 from kernels.triton.gemm import LIBRARY_FROM, gemm
+from kernels.triton.low_rank import project
+from kernels.triton.outer import outer
 
 BLOCKSIZE = 64
 
@@ -48,11 +50,14 @@ def _nf4_cost(tokens: int, dtype: str, in_features: int, out_features: int) -> t
     return n_bytes, 2 * tokens * weights
 
 
-def _gemm_inputs(tokens: int, device: torch.device, dtype: str, features: int, rank: int) -> Inputs:
+def _gemm_inputs(
+    tokens: int, device: torch.device, dtype: str, in_features: int, out_features: int, rank: int
+) -> Inputs:
     def tensor(*shape: int, seed: int) -> torch.Tensor:
         return (randn(*shape, seed=seed) / shape[-1] ** 0.5).to(device, DTYPES[dtype])
 
-    shapes = {"x": (tokens, features), "w": (features, features), "s": (tokens, rank), "lora_B": (features, rank)}
+    shapes = {"x": (tokens, in_features), "w": (out_features, in_features)}
+    shapes |= {"s": (tokens, rank), "lora_B": (out_features, rank), "dy": (tokens, out_features)}
     return {name: tensor(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes.items())}
 
 
@@ -81,9 +86,68 @@ def _check_gemm(inputs: Inputs) -> Callable[[Result], None]:
     return as_accurate(exact, _torch_gemm(inputs), inputs["x"].dtype)
 
 
-def _gemm_cost(tokens: int, dtype: str, features: int, rank: int) -> tuple[int, int]:
-    elements = 2 * tokens * features + features**2 + rank * (tokens + features)
-    return DTYPES[dtype].itemsize * elements, 2 * tokens * features * (features + rank)
+def _gemm_cost(tokens: int, dtype: str, in_features: int, out_features: int, rank: int) -> tuple[int, int]:
+    elements = tokens * (in_features + out_features) + in_features * out_features + rank * (tokens + out_features)
+    return DTYPES[dtype].itemsize * elements, 2 * tokens * out_features * (in_features + rank)
+
+
+def _thin(op: Callable[[Inputs], Result]) -> Callable[[Inputs], Callable[[], Result]]:
+    return lambda inputs: lambda: op(inputs)
+
+
+def _check_thin(op: Callable[[Inputs], Result]) -> Callable[[Inputs], Callable[[Result], None]]:
+    def check(inputs: Inputs) -> Callable[[Result], None]:
+        exact = op({name: tensor.double() for name, tensor in inputs.items()})
+        return as_accurate(exact, op(inputs), inputs["x"].dtype)
+
+    return check
+
+
+def _project_in_torch(inputs: Inputs) -> Result:
+    return {"dxa": inputs["dy"] @ inputs["lora_B"]}
+
+
+def _outer_in_torch(inputs: Inputs) -> Result:
+    return {"dA": inputs["s"].t() @ inputs["x"], "dB": inputs["dy"].t() @ inputs["s"]}
+
+
+def _project(inputs: Inputs) -> Result:
+    return {"dxa": project(inputs["dy"], inputs["lora_B"], 1.0)}
+
+
+def _outer(inputs: Inputs) -> Result:
+    dtypes = (inputs["x"].dtype,) * 2
+    return dict(zip(("dA", "dB"), outer(inputs["x"], inputs["s"], inputs["dy"], inputs["s"], dtypes)))
+
+
+def _project_cost(tokens: int, dtype: str, in_features: int, out_features: int, rank: int) -> tuple[int, int]:
+    elements = tokens * (out_features + rank) + out_features * rank
+    return DTYPES[dtype].itemsize * elements, 2 * tokens * out_features * rank
+
+
+def _outer_cost(tokens: int, dtype: str, in_features: int, out_features: int, rank: int) -> tuple[int, int]:
+    columns = in_features + out_features
+    return DTYPES[dtype].itemsize * (tokens * (columns + 2 * rank) + columns * rank), 2 * tokens * columns * rank
+
+
+def _of_adapter(kernel: str, providers, check, cost, sizes: tuple[int, ...]) -> Bench:
+    return Bench(
+        kernel=kernel,
+        mode="forward",
+        unit="token",
+        sizes=sizes,
+        quick_sizes=(8,),
+        configs=tuple(
+            {"dtype": "bf16", "in_features": columns, "out_features": rows, "rank": rank}
+            for (rows, columns), rank in product(OF_MODELS, RANKS)
+        ),
+        inputs=_gemm_inputs,
+        providers=providers,
+        check=check,
+        cost=cost,
+        products=True,
+        gpu_only=True,
+    )
 
 
 BENCHES = (
@@ -99,21 +163,23 @@ BENCHES = (
         check=_check_nf4,
         cost=_nf4_cost,
         products=True,
-    ),
-    Bench(
-        kernel="gemm",
-        mode="forward",
-        unit="token",
-        sizes=(128, 512, 1024, 2048, 4096, 8192, 16384),
-        quick_sizes=(8,),
-        configs=tuple(
-            {"dtype": "bf16", "features": features, "rank": rank} for features, rank in product((1024, 4096), (16, 64))
+        sizes_on_gpu=(1, 16, 64, 512, 2048),
+        configs_on_gpu=tuple(
+            {"dtype": "bf16", "in_features": columns, "out_features": rows} for rows, columns in OF_MODELS
         ),
-        inputs=_gemm_inputs,
-        providers={"ours": _gemm(library=False), "library": _gemm(library=True)},
-        check=_check_gemm,
-        cost=_gemm_cost,
-        products=True,
-        gpu_only=True,
+    ),
+    _of_adapter(
+        *("gemm", {"ours": _gemm(library=False), "library": _gemm(library=True)}, _check_gemm, _gemm_cost),
+        sizes=(128, 512, 2048, 8192),
+    ),
+    _of_adapter(
+        *("project", {"ours": _thin(_project), "torch": _thin(_project_in_torch)}),
+        *(_check_thin(_project_in_torch), _project_cost),
+        sizes=(512, 2048, 8192),
+    ),
+    _of_adapter(
+        *("outer", {"ours": _thin(_outer), "torch": _thin(_outer_in_torch)}),
+        *(_check_thin(_outer_in_torch), _outer_cost),
+        sizes=(512, 2048, 8192),
     ),
 )

@@ -30,8 +30,8 @@ def title(bench: Bench) -> str:
 class Table:
     """The terminal's table of one benchmark, printed case by case."""
 
-    def __init__(self, bench: Bench):
-        self.bench = bench
+    def __init__(self, bench: Bench, graphs: bool = False):
+        self.bench, self.graphs = bench, graphs
         self.width = max(len("config"), *(len(varied(bench, config)) for config in bench.configs))
         self.provider_width = max(map(len, bench.providers))
 
@@ -41,11 +41,17 @@ class Table:
             f"\n{title(self.bench)}\n"
             f"{'config':<{self.width}}  {unit + 's':>11}  {'provider':<{self.provider_width}}"
             f"{'ns/' + unit:>12}{'20–80 %':>24}{'time/ours':>11}{'roofline':>10}"
+            + (f"{'graph ns':>12}{'graph/ours':>12}{'roofline':>10}" if self.graphs else "")
         )
 
     def lines(self, case: Case) -> list[str]:
-        medians = {row.provider: row.p50 for row in case.rows}
-        texts = [self._numbers(row, medians.get("ours")) for row in case.rows]
+        rows = {(row.provider, row.metric): row for row in case.rows}
+        ours = {metric: row.p50 for (provider, metric), row in rows.items() if provider == "ours"}
+        texts = [
+            self._numbers(row, ours.get(metric)) + self._graph(rows.get((provider, "graph_ns")), ours.get("graph_ns"))
+            for (provider, metric), row in rows.items()
+            if metric == "time_ns"
+        ]
         texts += [f"{name:<{self.provider_width}}  no time: {why}" for name, why in case.refused.items()]
         label = f"{varied(self.bench, case.config):<{self.width}}  {case.x:>11,}"
         return [f"{label if i == 0 else '':<{len(label)}}  {text}" for i, text in enumerate(texts)]
@@ -57,6 +63,13 @@ class Table:
             f"{row.provider:<{self.provider_width}}{middle:>12}{low + ' – ' + high:>24}"
             f"{ratio:>11}{row.roofline_share:>10.1%}"
         )
+
+    def _graph(self, row: Row | None, ours: float | None) -> str:
+        if row is None:
+            return ""
+        middle = row.p50 / row.x
+        ratio = f"{row.p50 / ours:.2f}" if ours else ""
+        return f"{middle:>12,.{_digits(middle)}f}{ratio:>12}{row.roofline_share:>10.1%}"
 
 
 def _digits(value: float) -> int:
@@ -83,11 +96,12 @@ def plot(bench: Bench, rows: list[Row], directory: Path) -> Path:
     from matplotlib.figure import Figure  # not pyplot: no display, and no global state
 
     measured = {row.config for row in rows}
+    metric = "graph_ns" if any(row.metric == "graph_ns" for row in rows) else "time_ns"
     configs = [config for config in bench.configs if json.dumps(config) in measured]
     figure = Figure(figsize=(1.4 + 2.8 * len(configs), 4.2), layout="constrained")
     panels = figure.subplots(1, len(configs), sharey=True, squeeze=False)
     for axes, config in zip(panels[0], configs):
-        here = [row for row in rows if row.config == json.dumps(config)]
+        here = [row for row in rows if row.config == json.dumps(config) and row.metric == metric]
         for name, (colour, marker) in zip(bench.providers, STYLES):
             _draw(axes, [row for row in here if row.provider == name], name, colour, marker)
         floor = {row.x: row.roofline_share * row.p50 / row.x for row in here}

@@ -9,7 +9,7 @@ import torch
 
 from kernels.bench.machine import Machine
 from kernels.bench.spec import Bench, Unavailable
-from kernels.bench.timing import times
+from kernels.bench.timing import graph_times, times
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Row:
     """One provider at one size: a line of the CSV, whose columns are these, in this order.
 
     Attributes:
+        metric: time_ns, or graph_ns: of a call in a CUDA graph (timing.py).
         x: the size, in the benchmark's unit.
         p20, p50, p80: quantiles of the metric over the repetitions.
         bytes, flops: the least that must be moved and computed.
@@ -59,12 +60,14 @@ class Runner:
 
     Attributes:
         quick: the small sizes, and just enough repetitions to have a number.
+        timers: by the metric that they give; on a GPU also in a graph.
         notes: everything that was left out, with its reason, once.
     """
 
     def __init__(self, machine: Machine, quick: bool = False):
         self.machine, self.quick = machine, quick
         self.seconds = 0.02 if quick else 1.0
+        self.timers = {"time_ns": times} | ({"graph_ns": graph_times} if machine.device.type == "cuda" else {})
         self.notes: list[str] = []
 
     def cases(self, bench: Bench) -> Iterator[Case]:
@@ -99,11 +102,18 @@ class Runner:
                 refused[name] = str(error)
             else:
                 right[name] = function
-        samples = times(list(right.values()), self.machine.device, self.seconds) if right else []
-        rows = tuple(self._row(bench, name, x, config, sample) for name, sample in zip(right, samples))
-        return Case(x, config, rows, refused)
+        rows = []
+        for metric, timer in self.timers.items() if right else ():
+            for name, sample in zip(right, timer(list(right.values()), self.machine.device, self.seconds)):
+                if sample:
+                    rows.append(self._row(bench, name, metric, x, config, sample))
+                else:
+                    self._note(f"{name} of {bench.kernel} cannot be captured in a CUDA graph: it has no graph time")
+        return Case(x, config, tuple(rows), refused)
 
-    def _row(self, bench: Bench, provider: str, x: int, config: Mapping[str, Any], seconds: list[float]) -> Row:
+    def _row(
+        self, bench: Bench, provider: str, metric: str, x: int, config: Mapping[str, Any], seconds: list[float]
+    ) -> Row:
         n_bytes, flops = bench.cost(x, **config)
         floor = n_bytes / self.machine.bytes_per_s
         if bench.products:  # the other ops' arithmetic is not a matmul, and waits for memory
@@ -114,7 +124,7 @@ class Runner:
             kernel=bench.kernel,
             provider=provider,
             mode=bench.mode,
-            metric="time_ns",
+            metric=metric,
             x=x,
             p20=p20,
             p50=p50,

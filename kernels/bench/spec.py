@@ -1,13 +1,15 @@
 """A benchmark: an op, the others that compute it, sizes, the check of a result, the least cost."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OF_MODELS = ((4096, 4096), (14336, 4096), (28672, 8192))  # (out, in) of linears of Llama-3 8B and 70B
+RANKS = (16, 64)
 
 
 class Unavailable(Exception):
@@ -35,6 +37,7 @@ class Bench:
         products: the op multiplies matrices. Then FLOPs count in the roofline, and dtypes whose products the machine
             only emulates are left out.
         gpu_only: the providers are GPU kernels, which a CPU does not run.
+        sizes_on_gpu, configs_on_gpu: in place of sizes and configs on a GPU, as real models have them; empty: the same.
     """
 
     kernel: str
@@ -49,6 +52,14 @@ class Bench:
     cost: Callable[..., tuple[int, int]]
     products: bool = False
     gpu_only: bool = False
+    sizes_on_gpu: tuple[int, ...] = ()
+    configs_on_gpu: tuple[Mapping[str, Any], ...] = ()
+
+    def on(self, device: torch.device) -> "Bench":
+        """The benchmark with the sizes and configs of this device."""
+        if device.type == "cpu":
+            return self
+        return replace(self, sizes=self.sizes_on_gpu or self.sizes, configs=self.configs_on_gpu or self.configs)
 
 
 def randn(*shape: int, seed: int) -> Tensor:

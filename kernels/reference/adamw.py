@@ -15,10 +15,16 @@ def adamw(
     eps: float,
     weight_decay: float,
     step: int,
+    device_lr: Tensor | None = None,
+    device_step: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     # torch.optim.AdamW(fused=True) calls the same, but counts the steps of each tensor by itself: a millisecond or two
-    steps = [torch.tensor(float(step), device=params[0].device)] * len(params)
+    if device_step is None:
+        device_step = torch.tensor(float(step), device=params[0].device)
+    else:
+        lr = device_lr.float() if device_lr.is_cuda else device_lr  # as torch's kernels read it
     torch._fused_adamw_(
-        params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, maximize=False,
-        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
+        params, grads, exp_avgs, exp_avg_sqs, [], [device_step] * len(params), amsgrad=False,
+        maximize=False, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, found_inf=found_inf,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kernels.adamw import Coefficients, coefficients
+from kernels.adamw import Coefficients, coefficients, device_coefficients
 from kernels.adamw8bit import BLOCKSIZE
 from kernels.codebook import dynamic_bins, dynamic_bounds, dynamic_map
 
@@ -35,26 +35,37 @@ def adamw8bit(
     eps: float,
     weight_decay: float,
     step: int,
+    device_lr: Tensor | None = None,
+    device_step: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
-    by = coefficients(lr, beta1, beta2, eps, weight_decay, step)
+    if device_step is None:
+        by = coefficients(lr, beta1, beta2, eps, weight_decay, step)
+    else:
+        by = Coefficients(*device_coefficients(device_lr, beta1, beta2, eps, weight_decay, device_step).unbind())
     arguments = (params, grads, exp_avgs, exp_avg_sqs, exp_avg_absmax, exp_avg_sq_absmax)
     for p, g, m_codes, v_codes, m_absmax, v_absmax in zip(*arguments):
         for part in _chunks(p.numel()):
             blocks = slice(part.start // BLOCKSIZE, -(-part.stop // BLOCKSIZE))
             codes, absmax = (m_codes.view(-1)[part], v_codes.view(-1)[part]), (m_absmax[blocks], v_absmax[blocks])
             m, v = (dequantize_state(*state, signed) for *state, signed in zip(codes, absmax, (True, False)))
-            _update(p.view(-1)[part], g.view(-1)[part], m, v, by)
+            _update(p.view(-1)[part], g.view(-1)[part], m, v, by, found_inf)
             for x, code, scale, signed in zip((m, v), codes, absmax, (True, False)):
                 new_code, new_scale = quantize_state(x, signed)
-                code.copy_(new_code)
-                scale.copy_(new_scale)
+                _set(code, new_code, found_inf)
+                _set(scale, new_scale, found_inf)
 
 
-def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Coefficients) -> None:
+def _set(tensor: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    """Give `tensor` the value, unless the step is skipped."""
+    tensor.copy_(value if found_inf is None else torch.where(found_inf == 0, value, tensor))
+
+
+def _update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, by: Coefficients, found_inf: Tensor | None) -> None:
     m.mul_(by.beta1).add_(g * by.one_minus_beta1)
     v.mul_(by.beta2).add_((g * g).mul_(by.one_minus_beta2))
     denominator = v.double().sqrt_().float().mul_(by.denominator_scale).add_(by.eps)
-    p.mul_(by.decay).sub_((m / denominator).mul_(by.step_size))
+    _set(p, (p * by.decay).sub_((m / denominator).mul_(by.step_size)), found_inf)
 
 
 def dequantize_state(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:

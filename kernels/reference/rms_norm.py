@@ -18,3 +18,16 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor, needs_dw
         return dx.to(x.dtype), weight.new_empty(0)
     dweight = (dy * (x * r)).reshape(-1, x.shape[-1]).sum(0)
     return dx.to(x.dtype), dweight.to(weight.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    h = x + residual
+    y, r = rms_norm(h, weight, eps)
+    return y, h, r
+
+
+def add_rms_norm_backward(
+    dy: Tensor, dh: Tensor, h: Tensor, weight: Tensor, r: Tensor, needs_dweight: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dweight = rms_norm_backward(dy, h, weight, r, needs_dweight)
+    return dx + dh, dweight

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.adamw import coefficients
+from kernels.adamw import Coefficients, coefficients, device_coefficients
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
 from kernels.triton.multi_tensor import plan, pointer, tensor_of_program
@@ -25,6 +25,13 @@ def moments(m, v, g, beta1, one_minus_beta1, beta2, one_minus_beta2):
 def updated(p, m, v, eps, decay, step_size, denominator_scale):
     """The new p, from the new m and v."""
     return p * decay - tl.math.div_rn(m, tl.math.sqrt_rn(v) * denominator_scale + eps) * step_size
+
+
+@triton.jit
+def loaded(by_ptr):
+    """The coefficients fp32 [8] one by one."""
+    return (tl.load(by_ptr), tl.load(by_ptr + 1), tl.load(by_ptr + 2), tl.load(by_ptr + 3), tl.load(by_ptr + 4),
+            tl.load(by_ptr + 5), tl.load(by_ptr + 6), tl.load(by_ptr + 7))  # fmt: skip
 
 
 @triton.jit
@@ -50,12 +57,18 @@ def _adamw_kernel(
     table_ptr,  # i64 [6, tensors]: addresses of p, g, m and v, all fp32; see multi_tensor.py
     owner_ptr,  # i32 [programs]
     tensors,
+    by_ptr,  # fp32 [8], the coefficients in a graph; None: they are the numbers that follow
+    found_inf_ptr,  # fp32 []: nothing changes unless it is 0; or None
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, denominator_scale,
     ALIGNED: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     tensor, n, tile = tensor_of_program(table_ptr, owner_ptr, tensors, 4)
     start = tile * TILE
+    if by_ptr is not None:
+        beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, denominator_scale = loaded(by_ptr)
+    if found_inf_ptr is not None:
+        n = tl.where(tl.load(found_inf_ptr) == 0, n, start)
     p_ptr = pointer(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED) + start
     g_ptr = pointer(table_ptr, tensors, tensor, 1, tl.float32, ALIGNED) + start
     m_ptr = pointer(table_ptr, tensors, tensor, 2, tl.float32, ALIGNED) + start
@@ -79,28 +92,49 @@ def adamw(
     eps: float,
     weight_decay: float,
     step: int,
+    device_lr: Tensor | None = None,
+    device_step: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     torch.autograd.graph.increment_version([*params, *itertools.chain(exp_avgs, exp_avg_sqs)])
     table, owner, programs, aligned = plan((params, grads, exp_avgs, exp_avg_sqs), TILE)
-    by = coefficients(lr, beta1, beta2, eps, weight_decay, step)
-    args = (table, owner, table.shape[1], *by)
+    by = on_host_or_device(lr, beta1, beta2, eps, weight_decay, step, device_lr, device_step)
+    args = (table, owner, table.shape[1], by[0], found_inf, *by[1])
     launch(_adamw_kernel, (programs,), *args, ALIGNED=aligned, TILE=TILE, fp_fusion=False)
 
 
-def _case(aligned: bool) -> Case:
+def on_host_or_device(
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    device_lr: Tensor | None,
+    device_step: Tensor | None,
+) -> tuple[Tensor | None, Coefficients]:
+    """(by, the numbers) as the kernels take the coefficients. Where `by` is there, the numbers say nothing."""
+    if device_step is None:
+        return None, coefficients(lr, beta1, beta2, eps, weight_decay, step)
+    by = device_coefficients(device_lr, beta1, beta2, eps, weight_decay, device_step)
+    return by, Coefficients(*(0.0,) * len(Coefficients._fields))
+
+
+def _case(aligned: bool, capturable: bool = False) -> Case:
+    on_device = (meta(dtype=torch.float64), meta(), meta()) if capturable else ()
     tensors = [meta(TILE + 1)[0 if aligned else 1 :] for _ in range(3)]
     return Case(
         kernel="adamw",
-        config="fp32" if aligned else "fp32-unaligned",
-        call=lambda: adamw(tensors, tensors, tensors, tensors, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1),
+        config=("fp32" if aligned else "fp32-unaligned") + "-capturable" * capturable,
+        call=lambda: adamw(tensors, tensors, tensors, tensors, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1, *on_device),
         fn=_adamw_kernel,
         values=TILE,
         bytes_per_value=28.0,
-        max_instr=43.0 if aligned else 49.0,
+        max_instr=(44.0 if capturable else 43.0) if aligned else 49.0,  # coefficients are loaded
         max_registers=64,
         min_load_bits=128 if aligned else 32,
         min_store_bits=128 if aligned else 32,
     )
 
 
-CASES = [_case(aligned=True), _case(aligned=False)]
+CASES = [_case(aligned=True), _case(aligned=False), _case(aligned=True, capturable=True)]

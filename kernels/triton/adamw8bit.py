@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.adamw import coefficients
 from kernels.adamw8bit import BLOCKSIZE
 from kernels.codebook import dynamic_bounds, dynamic_map
-from kernels.triton.adamw import moments, updated
+from kernels.triton.adamw import loaded, moments, on_host_or_device, updated
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
 from kernels.triton.multi_tensor import plan, pointer, tensor_of_program
@@ -96,6 +95,8 @@ def _adamw8bit_kernel(
     owner_ptr,  # i32 [programs]
     m_map_ptr, v_map_ptr, m_bounds_ptr, v_bounds_ptr,  # fp32 [256]
     tensors,
+    by_ptr,  # fp32 [8], the coefficients in a graph; None: they are the numbers that follow
+    found_inf_ptr,  # fp32 []: nothing changes unless it is 0; or None
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, denominator_scale,
     ALIGNED: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -103,6 +104,10 @@ def _adamw8bit_kernel(
     TILE: tl.constexpr = BLOCKS * _BLOCKSIZE
     tensor, n, tile = tensor_of_program(table_ptr, owner_ptr, tensors, 6)
     start = tile * TILE
+    if by_ptr is not None:
+        beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, denominator_scale = loaded(by_ptr)
+    if found_inf_ptr is not None:
+        n = tl.where(tl.load(found_inf_ptr) == 0, n, start)
     p_ptr = pointer(table_ptr, tensors, tensor, 0, tl.float32, ALIGNED) + start
     g_ptr = pointer(table_ptr, tensors, tensor, 1, tl.float32, ALIGNED) + start
     m_ptr = pointer(table_ptr, tensors, tensor, 2, tl.uint8, ALIGNED) + start
@@ -138,28 +143,28 @@ def adamw8bit(
     eps: float,
     weight_decay: float,
     step: int,
+    device_lr: Tensor | None = None,
+    device_step: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     state = (exp_avgs, exp_avg_sqs, exp_avg_absmax, exp_avg_sq_absmax)
     torch.autograd.graph.increment_version([*params, *itertools.chain(*state)])
     table, owner, programs, aligned = plan((params, grads, *state), BLOCKS * BLOCKSIZE)
-    args = (
-        table,
-        owner,
-        *_maps(table.device),
-        table.shape[1],
-        *coefficients(lr, beta1, beta2, eps, weight_decay, step),
-    )
+    by = on_host_or_device(lr, beta1, beta2, eps, weight_decay, step, device_lr, device_step)
+    args = (table, owner, *_maps(table.device), table.shape[1], by[0], found_inf, *by[1])
     options = {"ALIGNED": aligned, "BLOCKS": BLOCKS, "num_warps": NUM_WARPS}
     launch(_adamw8bit_kernel, (programs,), *args, **options, fp_fusion=False)
 
 
-def _case(aligned: bool) -> Case:
+def _case(aligned: bool, capturable: bool = False) -> Case:
+    on_device = (meta(dtype=torch.float64), meta(), meta()) if capturable else ()
     params = [meta(BLOCKSIZE + 1)[0 if aligned else 1 :] for _ in range(3)]
     codes, absmax = [meta(BLOCKSIZE, dtype=torch.uint8)] * 3, [meta(1)] * 3
+    tensors, numbers = (params, params, codes, codes, absmax, absmax), (1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
     return Case(
         kernel="adamw8bit",
-        config="fp32" if aligned else "fp32-unaligned",
-        call=lambda: adamw8bit(params, params, codes, codes, absmax, absmax, 1e-3, 0.9, 0.999, 1e-8, 0.01, 1),
+        config=("fp32" if aligned else "fp32-unaligned") + "-capturable" * capturable,
+        call=lambda: adamw8bit(*tensors, *numbers, *on_device),
         fn=_adamw8bit_kernel,
         values=BLOCKS * BLOCKSIZE,
         bytes_per_value=16 + 4 * 4 / BLOCKSIZE,
@@ -170,4 +175,4 @@ def _case(aligned: bool) -> Case:
     )
 
 
-CASES = [_case(aligned=True), _case(aligned=False)]
+CASES = [_case(aligned=True), _case(aligned=False), _case(aligned=True, capturable=True)]

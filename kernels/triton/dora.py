@@ -20,9 +20,10 @@ from kernels.triton.dora_norm import divide, norm_and_gain, sums_of_squares
 from kernels.triton.dropout import dropout as drop
 from kernels.triton.gemm import gemm
 from kernels.triton.launch import cdiv, launch
-from kernels.triton.low_rank import outer, project
+from kernels.triton.low_rank import project
 from kernels.triton.nf4 import dense
 from kernels.triton.nf4_linear import few_tokens, supports
+from kernels.triton.outer import outer
 from kernels.weight import Weight
 
 BLOCK_M, BLOCK_N = 32, 128
@@ -64,7 +65,7 @@ def _magnitude_grad_kernel(
     dy_ptr,  # [M, N]
     x_ptr,  # [M, K]
     w_ptr,  # [N, K], any strides
-    xa_ptr,  # [M, R]
+    xa_ptr,  # [M, R], rows apart by stride_xa
     b_ptr,  # [N, R], any strides
     dm_ptr,  # [N]
     tiles,
@@ -73,6 +74,7 @@ def _magnitude_grad_kernel(
     K,
     stride_wn,
     stride_wk,
+    stride_xa,
     stride_bn,
     stride_br,
     R: tl.constexpr,
@@ -99,7 +101,7 @@ def _magnitude_grad_kernel(
                 if tl.sum((lost & (column == i)).to(tl.int32), 0) > 0:
                     total_i = _column_product(
                         dy_ptr, x_ptr, w_ptr, xa_ptr, b_ptr, (start + i).to(tl.int64), M, N, K,
-                        stride_wn, stride_wk, stride_bn, stride_br, R, BLOCK_M, BLOCK_K, BLOCK_R,
+                        stride_wn, stride_wk, stride_xa, stride_bn, stride_br, R, BLOCK_M, BLOCK_K, BLOCK_R,
                     )  # fmt: skip
                     norm = tl.load(norm_ptr + start + i)
                     dm = tl.where(column == i, divide(total_i, norm), dm)
@@ -108,7 +110,7 @@ def _magnitude_grad_kernel(
 
 @triton.jit
 def _column_product(
-    dy_ptr, x_ptr, w_ptr, xa_ptr, b_ptr, n, M, N, K, stride_wn, stride_wk, stride_bn, stride_br,
+    dy_ptr, x_ptr, w_ptr, xa_ptr, b_ptr, n, M, N, K, stride_wn, stride_wk, stride_xa, stride_bn, stride_br,
     R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Σ_t dy_tn z_tn of one column n, with z = x Wᵀ + xa Bᵀ computed again."""
@@ -123,14 +125,16 @@ def _column_product(
             z += tl.sum(x.to(tl.float32) * w.to(tl.float32)[None, :], 1)
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
-            xa = tl.load(xa_ptr + m[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
+            xa = tl.load(
+                xa_ptr + m[:, None] * stride_xa + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0
+            )
             b = tl.load(b_ptr + n * stride_bn + r * stride_br, mask=r < R, other=0.0)
             z += tl.sum(xa.to(tl.float32) * b.to(tl.float32)[None, :], 1)
         total += tl.sum(tl.load(dy_ptr + m * N + n, mask=m < M, other=0.0).to(tl.float32) * z, 0)
     return total
 
 
-def _scale(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+def scale(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """(dz [M, N], partial sums of dy ⊙ kept over M [tiles, N])"""
     m, n = dy.shape
     rows = cdiv(m, BLOCK_M)
@@ -141,7 +145,7 @@ def _scale(dy: Tensor, kept: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     return dz, partial
 
 
-def _magnitude_grad(
+def magnitude_gradient(
     partial: Tensor,
     dy: Tensor,
     x: Tensor,
@@ -158,7 +162,7 @@ def _magnitude_grad(
     launch(
         _magnitude_grad_kernel, (cdiv(n, FINISH_N),),
         partial, magnitude.contiguous() if kept_y else norm, gain if kept_y else None, norm,
-        dy, x, w, xa, lora_B, dm, partial.shape[0], m, n, k, *w.stride(), *lora_B.stride(),
+        dy, x, w, xa, lora_B, dm, partial.shape[0], m, n, k, *w.stride(), xa.stride(0), *lora_B.stride(),
         R=rank, SMALL=torch.finfo(dy.dtype).tiny,
         BLOCK_M=FINISH_M, BLOCK_N=FINISH_N, BLOCK_K=FINISH_K, BLOCK_R=16, fp_fusion=True,
     )  # fmt: skip
@@ -225,9 +229,9 @@ def dora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, w = x.contiguous(), dense(weight, x.dtype)
     xd = drop(x, dropout, seed) if dropout else x
-    dz, partial = _scale(dy, z if y is None else y, gain)
+    dz, partial = scale(dy, z if y is None else y, gain)
     dxa = project(dz, lora_B, scaling)
-    dm = _magnitude_grad(partial, dy, xd, w, xa, lora_B, magnitude, norm, gain, kept_y=y is not None)
+    dm = magnitude_gradient(partial, dy, xd, w, xa, lora_B, magnitude, norm, gain, kept_y=y is not None)
     dA, dB = outer(xd, dxa, dz, xa, (lora_A.dtype, lora_B.dtype))
     if not needs_dx:
         return x.new_empty(0), dA, dB, dm
@@ -243,7 +247,7 @@ def _scale_case(dtype: str) -> Case:
     return Case(
         kernel="dora_scale",
         config=dtype,
-        call=lambda: _scale(dy, dy, meta(4096)),
+        call=lambda: scale(dy, dy, meta(4096)),
         fn=_scale_kernel,
         values=BLOCK_M * BLOCK_N,
         bytes_per_value={"bf16": 6.0, "fp32": 12.0}[dtype] + 4 / BLOCK_M,
@@ -253,13 +257,13 @@ def _scale_case(dtype: str) -> Case:
 
 
 def _magnitude_case(kept_y: bool) -> Case:
-    """`_magnitude_grad`, counted without the rare columns of small gain."""
+    """`magnitude_gradient`, counted without the rare columns of small gain."""
     dy, xa, lora_B = meta(4096, 4096, dtype="bf16"), meta(4096, 64, dtype="bf16"), meta(4096, 64)
     partial, per_row = meta(cdiv(4096, BLOCK_M), 4096), meta(4096)
     return Case(
         kernel="dora_magnitude",
         config="y" if kept_y else "z",
-        call=lambda: _magnitude_grad(partial, dy, dy, dy, xa, lora_B, per_row, per_row, per_row, kept_y),
+        call=lambda: magnitude_gradient(partial, dy, dy, dy, xa, lora_B, per_row, per_row, per_row, kept_y),
         fn=_magnitude_grad_kernel,
         values=FINISH_N,
         bytes_per_value=4.0,

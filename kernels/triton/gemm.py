@@ -1,13 +1,13 @@
 """The product of an adapted linear, forward and backward, with all that surrounds it in its epilogue.
 
-    z = x W + drop(S V)                    x [M, K], W [K, N], S [M, R], V [R, N]
+    z = (C +) x W + drop(S V)              x [M, K], W [K, N], S [M, R], V [R, N], C [M, N] from before
     y = gain ⊙ z + bias                    every factor and term after x W may be absent
 
 Forward is W = W_baseᵀ, S = s·drop(x)Aᵀ, V = Bᵀ; backward is x = dY, W = W_base, S = s·dY B, V = A. The low-rank product
 is added to the accumulator after the main loop, so that y is written once and the main loop is a plain GEMM's:
 computing S in it as well costs more registers than it saves traffic (freesolo-chalk 0.5.7 measured 0.24-0.87×).
 
-W and V may have any strides. Not materialised: S V, the dropout mask.
+W and V may have any strides, S any between its rows. Not materialised: S V, the dropout mask.
 """
 
 import functools
@@ -22,19 +22,22 @@ from kernels.triton.case import DTYPES, Case, meta
 from kernels.triton.dropout import keep
 from kernels.triton.launch import cdiv, launch, next_power_of_2
 
-# From this many tokens on, the library's GEMM plus our epilogue is taken to be faster than our kernel alone. Keyed by
-# major compute capability. These are estimates: the epilogue costs one more read and write of y; a Triton GEMM matches
-# the library's on sm_8x (measured on an A40: 0.96-1.08×), but does not use the later GPUs' bulk copies. Change it where
-# `python -m kernels.bench gemm` says otherwise.
-LIBRARY_FROM: dict[int, float] = {8: float("inf"), 9: 4096, 10: 2048, 12: float("inf")}
+# From this many tokens on, the library's GEMM and our epilogue after it take less time than our kernel alone. Keyed by
+# major compute capability; others never call the library. The epilogue costs one more read and write of y.
+#   9   measured on an H200: from 512 tokens on the library won at every shape but one
+#   8   measured on an A40: a Triton GEMM took 0.96-1.08 of the library's time
+#   10  an estimate, not measured: Triton's GEMM does not use the bulk copies of these GPUs either
+#   12  not measured
+# Change it where `python -m kernels.bench gemm` says otherwise.
+LIBRARY_FROM: dict[int, float] = {8: float("inf"), 9: 512, 10: 2048, 12: float("inf")}
 
 
 @triton.jit
 def gemm_kernel(
     x_ptr,  # [M, K], or None: x W is known, only the epilogue is left
     w_ptr,  # [K, N], any strides, in x's dtype, or None
-    xw_ptr,  # [splits, M, N], any float dtype, terms of x W, or None; may be y
-    s_ptr,  # [M, R] in x's dtype, or None
+    xw_ptr,  # [splits, M, N], any float dtype: terms that are added to x W, or all of it; may be y; or None
+    s_ptr,  # [M, R] in x's dtype, rows apart by stride_sm, or None
     v_ptr,  # [R, N], any strides, any float dtype
     gain_ptr,  # fp32 [N], or None
     bias_ptr,  # [N], or None
@@ -47,6 +50,7 @@ def gemm_kernel(
     splits,
     stride_wk,
     stride_wn,
+    stride_sm,
     stride_vr,
     stride_vn,
     scale,  # 1 / (1 - p), of what dropout keeps
@@ -63,12 +67,12 @@ def gemm_kernel(
     n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if x_ptr is None:
+    if xw_ptr is not None:
         xw_ptrs = xw_ptr + m[:, None] * N + n[None, :]
         for _ in range(splits):
             acc += tl.load(xw_ptrs, mask=inside, other=0.0).to(tl.float32)
             xw_ptrs += M * N
-    else:
+    if x_ptr is not None:
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + m[:, None] * K + k[None, :]
         w_ptrs = w_ptr + k[:, None].to(tl.int64) * stride_wk + n[None, :] * stride_wn
@@ -80,10 +84,10 @@ def gemm_kernel(
             w_ptrs += BLOCK_K * stride_wk
     if s_ptr is not None:
         if seed_ptr is None:
-            acc = _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R, BLOCK_R)
+            acc = _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R, BLOCK_R)
         else:
             product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            product = _add_low_rank(product, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R, BLOCK_R)
+            product = _add_low_rank(product, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R, BLOCK_R)
             acc += tl.where(keep(seed_ptr, m[:, None], n[None, :], THRESHOLD), product * scale, 0.0)
     if z_ptr is not None:
         tl.store(z_ptr + m[:, None] * N + n[None, :], acc.to(z_ptr.dtype.element_ty), mask=inside)
@@ -104,11 +108,13 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_vr, stride_vn, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def _add_low_rank(
+    acc, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R: tl.constexpr, BLOCK_R: tl.constexpr
+):
     """acc + S V, for rows m and columns n"""
     for r0 in tl.range(0, R, BLOCK_R, num_stages=1):  # few trips: stages would only cost shared memory
         r = r0 + tl.arange(0, BLOCK_R)
-        s = tl.load(s_ptr + m[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
+        s = tl.load(s_ptr + m[:, None] * stride_sm + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
         v_ptrs = v_ptr + r[:, None].to(tl.int64) * stride_vr + n[None, :] * stride_vn
         v = tl.load(v_ptrs, mask=(r < R)[:, None] & (n < N)[None, :], other=0.0)
         acc = tl.dot(s, v.to(s_ptr.dtype.element_ty), acc, input_precision="ieee")
@@ -158,29 +164,52 @@ def gemm(
 ) -> tuple[Tensor, Tensor | None]:
     """(y, z or None): y = gain ⊙ (x w + drop(s v)) + bias.
 
-    x [M, K] and s [M, R] are contiguous, w [K, N] and v [R, N] need not be. If x w is known, `xw` [splits, M, N] takes
-    the place of w: its terms, contiguous, whose sum over the splits is x w.
+    x [M, K] is contiguous, s [M, R] in its rows, w [K, N] and v [R, N] need not be. If x w is known, `xw`
+    [splits, M, N] takes the place of w: its terms, contiguous, whose sum over the splits is x w.
     """
     epilogue = xw is not None or use_library(x)
     if epilogue and xw is None:
+        if s is None and gain is None and not keep_z:
+            return (torch.mm(x, w) if bias is None else torch.addmm(bias.to(x.dtype), x, w)), None
         y = torch.mm(x, w)
-        if s is None and bias is None and gain is None and not keep_z:
-            return y, None
         xw = y.unsqueeze(0)  # which y then overwrites
     else:
         y = torch.empty(x.shape[0], w.shape[1] if xw is None else xw.shape[2], dtype=x.dtype, device=x.device)
     z = torch.empty(y.shape, dtype=x.dtype, device=x.device) if keep_z else None
-    rank = 0 if s is None else s.shape[1]
-    tiles = _tiles(x.dtype, rank, x.shape[0], epilogue)
-    grid = (cdiv(y.shape[0], tiles["BLOCK_M"]) * cdiv(y.shape[1], tiles["BLOCK_N"]),)
+    _launch(None if epilogue else x, None if epilogue else w, xw, s, v, gain, bias, y, z, p, seed)
+    return y, z
+
+
+def add_product(y: Tensor, x: Tensor, w: Tensor) -> None:
+    """y += x w, in place; y [M, N] and x [M, K] contiguous, w [K, N] of any strides. The sum is rounded once."""
+    if use_library(x):
+        y.addmm_(x, w)
+    else:
+        _launch(x, w, y.unsqueeze(0), None, None, None, None, y, None)
+
+
+def _launch(
+    x: Tensor | None,
+    w: Tensor | None,
+    xw: Tensor | None,
+    s: Tensor | None,
+    v: Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    z: Tensor | None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> None:
+    (m, n), rank = y.shape, 0 if s is None else s.shape[1]
+    tiles = _tiles(y.dtype, rank, m, x is None)
     launch(
-        gemm_kernel, grid,
-        None if epilogue else x, None if epilogue else w, xw, s, v, gain, bias, seed if p else None, y, z,
-        *y.shape, x.shape[1], xw.shape[0] if epilogue else 0,
-        *((0, 0) if epilogue else w.stride()), *((0, 0) if v is None else v.stride()),
+        gemm_kernel, (cdiv(m, tiles["BLOCK_M"]) * cdiv(n, tiles["BLOCK_N"]),),
+        x, w, xw, s, v, gain, bias, seed if p else None, y, z,
+        m, n, 0 if x is None else x.shape[1], 0 if xw is None else xw.shape[0],
+        *((0, 0) if w is None else w.stride()), *((0, 0, 0) if s is None else (s.stride(0), *v.stride())),
         1 / (1 - p), R=rank, THRESHOLD=threshold(p), **tiles, fp_fusion=True,
     )  # fmt: skip
-    return y, z
 
 
 def _case(

@@ -5,6 +5,7 @@ all it would have passed. So `python -m kernels.aot` compiles what launchers rea
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,9 +62,18 @@ def launch(kernel, grid: tuple[int, ...], *args, fp_fusion: bool, **more) -> Non
         arguments = dict(zip(kernel.arg_names, args)) | more
         _recorded.append(Launch(kernel, grid, arguments, options | {"enable_fp_fusion": fp_fusion}))
         return
+    if _one_device():  # or choosing the device would take as long as some of the kernels
+        kernel[grid](*args, **more, enable_fp_fusion=fp_fusion)
+        return
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     with torch.cuda.device_of(tensor):
         kernel[grid](*args, **more, enable_fp_fusion=fp_fusion)
+
+
+@functools.cache
+def _one_device() -> bool:
+    """True if all tensors of a launch can only be on the current device."""
+    return torch.cuda.device_count() < 2
 
 
 # `triton.cdiv` and `next_power_of_2` can also be called in kernels. That makes them slow on the host: microseconds, a
@@ -78,6 +88,12 @@ def cdiv(n: int, size: int) -> int:
 def next_power_of_2(n: int) -> int:
     """The least power of two that is not less than n ≥ 1."""
     return 1 << (n - 1).bit_length()
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; an H100's 132 for tensors that are on none, which are compiled for or interpreted."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def split_columns(columns: int, block: int, programs: int) -> tuple[int, int]:

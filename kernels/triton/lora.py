@@ -13,9 +13,10 @@ rank 16, where at most one byte in six would be won and 4096 tokens would keep o
 from torch import Tensor
 
 from kernels.triton.gemm import gemm
-from kernels.triton.low_rank import outer, project
+from kernels.triton.low_rank import project
 from kernels.triton.nf4 import dense
 from kernels.triton.nf4_linear import few_tokens, supports
+from kernels.triton.outer import outer
 from kernels.weight import Weight
 
 

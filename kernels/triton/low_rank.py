@@ -1,10 +1,13 @@
-"""The thin products of an adapter: those that have its rank for one of their sizes.
+"""The thin product of an adapter, and how the sums of all thin products are split.
 
-    project    S = s·drop(x)Aᵀ, dS = s·dY B         [tokens, rank]
-    outer      dA = dSᵀ drop(x), dB = dYᵀ S         [rank, in], [out, rank], in one launch over a split grid
+    S = s·drop(x)Aᵀ, dS = s·dY B         [tokens, rank]
 
-Both read their big operand once and are bound by that. `outer` walks all tokens in each program: no atomics and no
-partial sums, so that two runs give the same bits. The dropout mask is made again where it is needed, never stored.
+It is bound by reading its big operand, which it reads once for up to BLOCK_R ranks. Backward so reads dY for dS, for dB
+(outer.py) and for dX. The dropout mask is made again where it is needed, never stored.
+
+A thin product of few tokens, or of few columns, is too few tiles for a GPU. Then the sum that each tile takes, over
+columns here and over tokens in outer.py, is split: programs write fp32 partial sums to a workspace, and a second launch
+adds them in a fixed order. There are no atomics, so that two runs on one card give the same bits.
 """
 
 import torch
@@ -15,7 +18,14 @@ from torch import Tensor
 from kernels.dropout import threshold
 from kernels.triton.case import DTYPES, Case, meta
 from kernels.triton.dropout import keep
-from kernels.triton.launch import cdiv, launch, next_power_of_2
+from kernels.triton.launch import cdiv, launch, multiprocessors, next_power_of_2
+
+# On paper, not measured. A program has two tiles of 8 KiB under way. Four of them a multiprocessor are twice the bytes
+# that cover an H100's memory latency (3.4 TB/s times about 0.7 µs, over 132 multiprocessors: 18 KiB).
+PROGRAMS = 4  # a multiprocessor, at least, where splitting can make as many
+MIN_TRIPS = 8  # of a split's loop: with fewer, filling the pipeline and the second launch would weigh too much
+WORKSPACE_SHARE = 1 / 4  # of the bytes that are read: the most that partial sums, written and read, may add
+SUM_BLOCK = 512  # sums that a program of the second launch finishes
 
 
 @triton.jit
@@ -23,11 +33,13 @@ def project_kernel(
     x_ptr,  # [M, K]
     v_ptr,  # [K, R], any strides, any float dtype
     seed_ptr,  # i64 [], or None: no dropout
-    s_ptr,  # [M, R] in x's dtype
+    s_ptr,  # [M, R] in x's dtype, rows apart by stride_sm; or [splits, M, R] in fp32: partial sums
     M,
     K,
+    K_SPLIT,  # columns of one split, a multiple of BLOCK_K
     stride_vk,
     stride_vr,
+    stride_sm,
     scale,  # s / (1 - p)
     R: tl.constexpr,
     THRESHOLD: tl.constexpr,
@@ -37,8 +49,9 @@ def project_kernel(
 ):
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.program_id(2)
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for k0 in range(0, K, BLOCK_K):
+    for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
         if seed_ptr is not None:
@@ -46,59 +59,52 @@ def project_kernel(
         v_ptrs = v_ptr + k[:, None].to(tl.int64) * stride_vk + r[None, :] * stride_vr
         v = tl.load(v_ptrs, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         acc = tl.dot(x, v.to(x_ptr.dtype.element_ty), acc, input_precision="ieee")
-    s = (acc * scale).to(s_ptr.dtype.element_ty)
-    tl.store(s_ptr + m[:, None] * R + r[None, :], s, mask=(m < M)[:, None] & (r < R)[None, :])
+    s_ptrs = s_ptr + (split.to(tl.int64) * M + m)[:, None] * stride_sm + r[None, :]
+    tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
 
 
 @triton.jit
-def outer_kernel(
-    x_ptr,  # [M, K]
-    ds_ptr,  # [M, R]
-    dy_ptr,  # [M, N]
-    s_ptr,  # [M, R]
-    seed_ptr,  # i64 [], or None: no dropout
-    da_ptr,  # [R, K]
-    db_ptr,  # [N, R]
-    M,
-    K,
-    N,
-    scale,  # 1 / (1 - p)
+def _sum_rows_kernel(
+    partial_ptr,  # fp32 [splits, M, R]
+    s_ptr,  # [M, R], rows apart by stride_sm
+    n,  # M · R
+    splits,
+    stride_sm,
     R: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # columns of x or of dy
-    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    tiles_k = tl.cdiv(K, BLOCK_C)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    if pid < tiles_k:
-        k = pid * BLOCK_C + tl.arange(0, BLOCK_C)
-        da = _transposed_product(x_ptr, ds_ptr, seed_ptr, k, r, M, K, R, THRESHOLD, BLOCK_M, BLOCK_C, BLOCK_R) * scale
-        da_ptrs = da_ptr + r[None, :].to(tl.int64) * K + k[:, None]
-        tl.store(da_ptrs, da.to(da_ptr.dtype.element_ty), mask=(k < K)[:, None] & (r < R)[None, :])
-    else:
-        n = (pid - tiles_k) * BLOCK_C + tl.arange(0, BLOCK_C)
-        db = _transposed_product(dy_ptr, s_ptr, None, n, r, M, N, R, THRESHOLD, BLOCK_M, BLOCK_C, BLOCK_R)
-        db_ptrs = db_ptr + n[:, None].to(tl.int64) * R + r[None, :]
-        tl.store(db_ptrs, db.to(db_ptr.dtype.element_ty), mask=(n < N)[:, None] & (r < R)[None, :])
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = sum_of_splits(partial_ptr + i, n, splits, i < n, BLOCK)
+    tl.store(s_ptr + i // R * stride_sm + i % R, total.to(s_ptr.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
-def _transposed_product(
-    x_ptr, s_ptr, seed_ptr, c, r, M, C, R: tl.constexpr, THRESHOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """xᵀ S of columns c of x [M, C] and r of S [M, R]: fp32 [BLOCK_C, BLOCK_R]."""
-    acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
-    for m0 in range(0, M, BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
-        x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=(m < M)[:, None] & (c < C)[None, :], other=0.0)
-        if seed_ptr is not None:
-            x = tl.where(keep(seed_ptr, m[:, None], c[None, :], THRESHOLD), x, 0.0)
-        s = tl.load(s_ptr + m[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
-        acc = tl.dot(x.T, s, acc, input_precision="ieee")
-    return acc
+def sum_of_splits(ptrs, size, splits, mask, BLOCK: tl.constexpr):
+    """Σ over splits, in their order, of the values at `ptrs`; the next split's are `size` further."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(splits):
+        total += tl.load(ptrs, mask=mask, other=0.0)
+        ptrs += size
+    return total
+
+
+def split_sum(
+    length: int, block: int, programs: int, n_read: int, outputs: int, device: torch.device
+) -> tuple[int, int]:
+    """(steps of one split, splits) of a sum over `length` steps in tiles of `block`.
+
+    There are as many splits as make PROGRAMS programs a multiprocessor, but a split has MIN_TRIPS tiles or more, and
+    the partial sums move at most WORKSPACE_SHARE of the bytes that are read.
+
+    Args:
+        programs: tiles of the result.
+        n_read: bytes that are read.
+        outputs: elements of the result.
+    """
+    wanted = cdiv(PROGRAMS * multiprocessors(device), max(1, programs))
+    allowed = min(length // (MIN_TRIPS * block), int(WORKSPACE_SHARE * n_read / (8 * max(1, outputs))))
+    of_one = cdiv(cdiv(length, max(1, min(wanted, allowed))), block) * block
+    return max(of_one, block), max(1, cdiv(length, max(of_one, block)))
 
 
 def _project_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
@@ -106,14 +112,14 @@ def _project_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
     if dtype == torch.float32:  # no matrix units
         return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
     block_r = min(128, max(16, next_power_of_2(rank)))
-    return {"BLOCK_M": 32, "BLOCK_K": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 2 if block_r > 64 else 3}
-
-
-def _outer_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
-    if dtype == torch.float32:
-        return {"BLOCK_M": 32, "BLOCK_C": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
-    block_r = min(128, max(16, next_power_of_2(rank)))
-    return {"BLOCK_M": 64, "BLOCK_C": 64, "BLOCK_R": block_r, "num_warps": 4, "num_stages": 3}
+    # V is read again for each tile of rows, from the L2 cache: rows enough that x stays the most of what is read
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_K": 64,
+        "BLOCK_R": block_r,
+        "num_warps": 8 if block_r == 64 else 4,
+        "num_stages": 2 if block_r > 64 else 3,
+    }
 
 
 def project(
@@ -122,52 +128,34 @@ def project(
     scale: float,
     p: float = 0.0,
     seed: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """scale · drop(x) v in x's dtype [M, R]; x [M, K] contiguous, v [K, R] of any strides."""
-    m, rank = x.shape[0], v.shape[1]
+    """scale · drop(x) v in x's dtype [M, R]; x [M, K] contiguous, v [K, R] of any strides. `out`, if it is given, is
+    contiguous in its rows."""
+    (m, k), rank = x.shape, v.shape[1]
     tiles = _project_tiles(x.dtype, rank)
-    s = torch.empty(m, rank, dtype=x.dtype, device=x.device)
+    s = torch.empty(m, rank, dtype=x.dtype, device=x.device) if out is None else out
     grid = (cdiv(m, tiles["BLOCK_M"]), cdiv(rank, tiles["BLOCK_R"]))
-    args = (x, v, seed if p else None, s, m, x.shape[1], *v.stride(), scale / (1 - p))
-    launch(project_kernel, grid, *args, R=rank, THRESHOLD=threshold(p), **tiles, fp_fusion=True)
+    n_read = m * k * x.element_size()
+    of_one, splits = split_sum(k, tiles["BLOCK_K"], grid[0] * grid[1], n_read, m * rank, x.device)
+    to = s if splits == 1 else torch.empty(splits * m, rank, dtype=torch.float32, device=x.device)
+    args = (x, v, seed if p else None, to, m, k, of_one, *v.stride(), to.stride(0), scale / (1 - p))
+    launch(project_kernel, (*grid, splits), *args, R=rank, THRESHOLD=threshold(p), **tiles, fp_fusion=True)
+    if splits > 1:
+        args = (to, s, m * rank, splits, s.stride(0))
+        launch(_sum_rows_kernel, (cdiv(m * rank, SUM_BLOCK),), *args, R=rank, BLOCK=SUM_BLOCK, fp_fusion=True)
     return s
 
 
-def outer(
-    x: Tensor,
-    ds: Tensor,
-    dy: Tensor,
-    s: Tensor,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(dA = dsᵀ drop(x) [R, K], dB = dyᵀ s [N, R]) in `dtypes`; all operands contiguous."""
-    (m, k), n, rank = x.shape, dy.shape[1], s.shape[1]
-    tiles = _outer_tiles(x.dtype, rank)
-    da = torch.empty(rank, k, dtype=dtypes[0], device=x.device)
-    db = torch.empty(n, rank, dtype=dtypes[1], device=x.device)
-    grid = (cdiv(k, tiles["BLOCK_C"]) + cdiv(n, tiles["BLOCK_C"]), cdiv(rank, tiles["BLOCK_R"]))
-    args = (x, ds, dy, s, seed if p else None, da, db, m, k, n, 1 / (1 - p))
-    launch(outer_kernel, grid, *args, R=rank, THRESHOLD=threshold(p), **tiles, fp_fusion=True)
-    return da, db
-
-
-def _case(kernel: str, rank: int, backward: bool = False, p: float = 0.0, dtype: str = "bf16") -> Case:
-    """`project` (of x, or of dY in backward) or `outer` for a rank."""
-    x, s = meta(4096, 4096, dtype=dtype), meta(4096, rank, dtype=dtype)
-    dropout = (p, meta(dtype=torch.int64) if p else None)
-    if kernel == "project":
-        v = meta(4096, rank) if backward else meta(rank, 4096).t()
-        fn, call = project_kernel, lambda: project(x, v, 2.0, *dropout)
-    else:
-        fn, call = outer_kernel, lambda: outer(x, s, x, s, (torch.float32, torch.float32), *dropout)
+def _case(rank: int, backward: bool = False, p: float = 0.0, dtype: str = "bf16") -> Case:
+    """`project` of x, or of dY in backward, for a rank."""
+    x, v = meta(4096, 4096, dtype=dtype), meta(4096, rank) if backward else meta(rank, 4096).t()
     return Case(
-        kernel=f"lora_{kernel}",
+        kernel="lora_project",
         config="-".join([f"r{rank}", dtype] + ["backward"] * backward + ["dropout"] * bool(p)),
-        call=call,
-        fn=fn,
-        values=lambda a: a.BLOCK_M * (a.BLOCK_K if kernel == "project" else a.BLOCK_C),
+        call=lambda: project(x, v, 2.0, p, meta(dtype=torch.int64) if p else None),
+        fn=project_kernel,
+        values=lambda a: a.BLOCK_M * a.BLOCK_K,
         bytes_per_value=DTYPES[dtype].itemsize,
         flops_per_value=lambda a: 2 * a.BLOCK_R,
         loop=True,
@@ -179,8 +167,23 @@ def _case(kernel: str, rank: int, backward: bool = False, p: float = 0.0, dtype:
     )
 
 
+def _sum_case() -> Case:
+    """The second launch of `project`."""
+    return Case(
+        kernel="lora_sum",
+        config="project",
+        call=lambda: project(meta(2048, 4096, dtype="bf16"), meta(16, 4096).t(), 2.0),
+        fn=_sum_rows_kernel,
+        values=lambda a: a.BLOCK,
+        bytes_per_value=4.0,
+        loop=True,
+        max_instr=11.0,
+        min_load_bits=128,
+    )
+
+
 CASES = [
-    *[_case("project", rank, backward) for rank in (16, 64, 512) for backward in (False, True)],
-    *[_case("outer", rank) for rank in (16, 64, 512)],
-    *[_case(kernel, 64, p=0.1, dtype=dtype) for dtype in ("bf16", "fp32") for kernel in ("project", "outer")],
+    *[_case(rank, backward) for rank in (16, 64, 512) for backward in (False, True)],
+    *[_case(64, p=0.1, dtype=dtype) for dtype in ("bf16", "fp32")],
+    _sum_case(),
 ]

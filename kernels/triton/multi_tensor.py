@@ -55,9 +55,14 @@ def plan(arguments: Sequence[Sequence[Tensor]], tile: int) -> tuple[Tensor, Tens
     Returns:
         table, owner, the number of programs, and whether every address is a multiple of 16 bytes.
     """
-    device = arguments[0][0].device
-    addresses = [[tensor.data_ptr() for tensor in tensors] for tensors in arguments]
-    sizes = tuple(tensor.numel() for tensor in arguments[0])
+    addresses = tuple(tuple(tensor.data_ptr() for tensor in tensors) for tensors in arguments)
+    return _plan(addresses, tuple(tensor.numel() for tensor in arguments[0]), tile, arguments[0][0].device)
+
+
+@lru_cache(maxsize=64)  # a step works on the tensors of the last one, and a graph's capture must not copy from the host
+def _plan(
+    addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], tile: int, device: torch.device
+) -> tuple[Tensor, Tensor, int, bool]:
     first, owner = _owners(sizes, tile, device)
     table = torch.tensor([*addresses, sizes, first[:-1]], dtype=torch.int64, device="cpu").to(device)
     return table, owner, first[-1], not any(a % ALIGNMENT for row in addresses for a in row)

@@ -32,12 +32,21 @@ def left_out(model: nn.Module) -> dict[str, str]:
         read = _of_methods(_code_of(module), _read)
         if isinstance(module, nn.MultiheadAttention):  # torch reads it
             read = {"out_proj"}
-        for name in (f"{path}.{child}".removeprefix(".") for child in read):
+        for name in _named(modules, path, read):
             if isinstance(modules.get(name), nn.Linear) or is_conv1d(modules.get(name)):
                 found[name] = READ
         if type(module).forward is not nn.Linear.forward and isinstance(module, nn.Linear) and not _is_product(module):
             found[path] = OWN_FORWARD
     return found
+
+
+def _named(modules: dict[str, nn.Module], path: str, children: set[str]) -> Iterator[str]:
+    """The full names that `children` may mean below the module `path`: paths, or the ends of paths after a `*`."""
+    for child in children:
+        if child.startswith("*"):
+            yield from (name for name in modules if name.startswith(path) and name.endswith(child.removeprefix("*")))
+        else:
+            yield f"{path}.{child}".removeprefix(".")
 
 
 @torch.no_grad()
@@ -81,8 +90,13 @@ def _in_method(method: Callable, look: Callable[[ast.AST], set[str]]) -> set[str
 
 
 def _read(tree: ast.AST) -> set[str]:
-    paths = [ast.unparse(node.value) for node in _nodes(tree) if _reads(node)]
-    return {path.removeprefix("self.") for path in paths if path.startswith("self.")}
+    """`self.a.weight` means `a`; `block.a.b.weight`, of a local variable, any module whose path ends with `.a.b`."""
+    found = set()
+    for node in _nodes(tree):
+        if _reads(node) and isinstance(node.value, ast.Attribute):
+            owner, _, path = ast.unparse(node.value).partition(".")
+            found.add(path if owner == "self" else f"*.{path}")
+    return found
 
 
 def _reads(node: ast.AST) -> bool:

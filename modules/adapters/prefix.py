@@ -156,7 +156,8 @@ class _PrefixDecoder:
         finally:
             self.shared.virtual = None
         if layout is not None:
-            output.last_hidden_state = output.last_hidden_state[torch.arange(batch)[:, None], layout.tokens]
+            rows = torch.arange(batch, device=x.device)[:, None]
+            output.last_hidden_state = output.last_hidden_state[rows, layout.tokens]
         return output
 
 

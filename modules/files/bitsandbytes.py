@@ -44,6 +44,8 @@ def quantization_of(directory: str | Path) -> dict | None:
         raise
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} cannot be read: it is not a JSON object")
     return config.get("quantization_config")
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
 from modules.adapters.config import BASELINES, AdapterConfig
 from modules.adapters.init import initialise
+from modules.adapters.model_code import left_out
 from modules.adapters.own import own_tensor
 from modules.adapters.saving import saves_adapters
 from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, set_adapter
@@ -142,7 +143,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         set_adapter(model, active)
         raise ValueError(f"{directory}: {error}") from error
     state = adapter_state(model, name)
-    if wrong := _differences(state, tensors) | unknown:
+    if wrong := _differences(state, tensors, left_out(model)) | unknown:
         detach(model, name)
         set_adapter(model, active)
         if ranks := _other_ranks(state, tensors, wrong):
@@ -257,14 +258,20 @@ def _same(weight: Tensor, value: Tensor) -> bool:
     return torch.equal(weight.to(value.dtype), value) or torch.equal(weight, value.to(weight.dtype))
 
 
-def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The differences in keys and shapes between the file's `tensors` and the adapter's `state`, by key."""
+def _differences(state: dict[str, Tensor], tensors: dict[str, Tensor], reasons: dict[str, str]) -> dict[str, str]:
+    """The differences in keys and shapes between the file's `tensors` and the adapter's `state`, by key.
+
+    Args:
+        reasons: why linears get no adapter here, by full name.
+    """
     wrong = {}
     for key in [*state, *(key for key in tensors if key not in state)]:
         if key not in tensors:
             wrong[key] = "is not in the file"
         elif key not in state:
-            wrong[key] = "is in the file, but adapter_config.json puts no adapter there"
+            reason = reasons.get(key.removeprefix(PREFIX).partition(".lora_")[0])
+            why = f"that linear gets no adapter: {reason}" if reason else f"{CONFIG_FILE} puts no adapter there"
+            wrong[key] = f"is in the file, but {why}"
         elif state[key].shape != tensors[key].shape:
             wrong[key] = f"is {list(tensors[key].shape)} in the file, {list(state[key].shape)} in the model"
     return wrong

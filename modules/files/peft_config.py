@@ -32,7 +32,7 @@ def read_config(raw: dict) -> AdapterConfig:
         raise ValueError(f"{unknown[0]} is not supported")
     init = raw.get("init_lora_weights")
     init = init if isinstance(init, str) and init.startswith(_CHANGE_THE_BASE) else "default"
-    if not init.startswith(("pissa", "olora", "default")):
+    if init not in ("pissa", "olora", "default"):  # pissa_niter_N begins with random numbers
         raise ValueError(
             f"init_lora_weights={init!r} is not supported: it changes the base model, and the file does not say how"
         )

@@ -3,17 +3,19 @@
 It is registered with transformers as one of its attention implementations.
 """
 
+import contextlib
 import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
 import kernels
 
 OWN, NAME = "sdpa", "qdora"  # the implementation that it takes the place of, and its own name
+CAUSAL = "qdora_causal"  # the same without a mask
 
 
 def use(model: nn.Module) -> None:
@@ -28,6 +30,27 @@ def release(model: nn.Module) -> None:
     """Undo `use`."""
     if _implementation(model) == NAME:
         model.set_attn_implementation(OWN)
+
+
+def can_do_without_mask(model: nn.Module) -> bool:
+    """True if the code of `model` lets its attention be computed inside `without_mask`."""
+    files = {type(part).__module__ for part in model.modules()}
+    return _implementation(model) in (OWN, NAME) and not any(map(_asks_for_own, files))
+
+
+@contextlib.contextmanager
+def without_mask(model: nn.Module) -> Iterator[None]:
+    """Inside, each token sees those before it and nothing else hides a token: right for texts padded on the right.
+
+    transformers makes no mask, and so does not look at the values of one. That would have a GPU's host wait.
+    """
+    _register()
+    before = _implementation(model)
+    model.config._attn_implementation = CAUSAL
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 def _implementation(model: nn.Module) -> str | None:
@@ -54,6 +77,7 @@ def _register() -> None:
         return _forward(sdpa_attention_forward, *args, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, forward)
+    ALL_ATTENTION_FUNCTIONS.register(CAUSAL, forward)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
 
 

@@ -39,9 +39,12 @@ def release(model: nn.Module) -> None:
 
 
 def _ours_or_own(own: Callable) -> Callable:
-    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs):
+    # as models call it: Qwen4's indexer turns queries alone, and gives angles by name
+    def rotary(q: Tensor, k: Tensor | None = None, cos: Tensor = None, sin: Tensor = None, *args, **kwargs):
         # models that turn a part of each head give narrower angles
-        fits = q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        fits = (
+            k is not None and q.dim() == k.dim() == 4 and cos.dim() == 3 and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        )
         fits = fits and cos.shape[-1] % 2 == 0 and q.dtype == k.dtype == cos.dtype
         ours = fits and not torch.compiler.is_compiling()
         return (kernels.rotary if ours else own)(q, k, cos, sin, *args, **kwargs)

@@ -16,6 +16,7 @@ from experiments.config import ModelConfig
 from experiments.models.load import load_model
 from experiments.runs import checkpoints
 from experiments.runs.finished import load_run
+from experiments.system.files import claim
 from modules import decoder_linears, dequantize, detach
 from modules.files.bitsandbytes import by_definition
 from modules.files.peft import WEIGHTS_FILE
@@ -141,3 +142,11 @@ def test_what_cannot_be_exported(terminal):
     assert code == 1 and "to= is missing" in text
     code, text = terminal(export, "run=/nowhere", "to=gguf")
     assert code == 1 and "to=gguf: choose merged, peft, bnb4" in text
+
+
+def test_two_exports_to_one_folder(finished_once, terminal, tmp_path):
+    target = tmp_path / "peft"
+    with claim(target.with_name(".peft.lock")):
+        code, text = terminal(export, f"run={finished_once}", "to=peft", f"output_dir={target}")
+    assert code == 1 and f"another export to {target} began at the same time: set output_dir" in text
+    assert list(tmp_path.iterdir()) == []

@@ -48,10 +48,12 @@ def test_another_budget_needs_no_new_profile(tuned, command, tmp_path, monkeypat
     folder, _ = tuned
     monkeypatch.setattr(tune_blocks, "load_model", None)
     profile = f"profile={folder / 'profile.csv'}"
-    for overrides in (["bits=4.13", "candidates=[32,64,128,2048]"], ["sensitivity=output", "quant.align=head"]):
-        code, text = command(tune_blocks, profile, *overrides, f"output_dir={tmp_path / 'again'}")
+    for n, overrides in enumerate(
+        (["bits=4.13", "candidates=[32,64,128,2048]"], ["sensitivity=output", "quant.align=head"])
+    ):
+        code, text = command(tune_blocks, profile, *overrides, f"output_dir={tmp_path / str(n)}")
         assert code == 0, text
-        again = read_map(tmp_path / "again" / "map.yaml")
+        again = read_map(tmp_path / str(n) / "map.yaml")
         assert (again == read_map(folder / "map.yaml")) is ("bits=4.13" in overrides), overrides
     assert again.blocksizes["model.layers.0.self_attn.q_proj"] <= 1024  # a head's 16 rows of 64
     code, text = command(tune_blocks, profile, "quant.align=row", f"output_dir={tmp_path / 'again'}", "budget=0.07")

@@ -124,3 +124,49 @@ def test_refuses(name, bad, message):
     lists = {name: [torch.zeros(4), torch.zeros(4)] for name in NAMES} | {name: bad}
     with pytest.raises(ValueError, match=message):
         adamw(*lists.values(), lr=1e-3, step=1)
+
+
+def _lists(op: str, device: torch.device) -> list[list[Tensor]]:
+    """The arguments of `op` in the middle of a run."""
+    lists = state((300, 5000), device)
+    if op == "adamw8bit":
+        blocks = [[torch.rand(-(-p.numel() // 256), device=device) for p in lists[0]] for _ in range(2)]
+        lists = [*lists[:2], *([(m.abs() * 1e3).to(torch.uint8) for m in moments] for moments in lists[2:]), *blocks]
+    return lists
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("op", ["adamw", "adamw8bit"])
+def test_lr_and_step_on_the_device_give_the_same_bits(op):
+    device = torch.get_default_device()
+    torch.manual_seed(0)
+    by_numbers = _lists(op, device)
+    by_tensors = [[tensor.clone() for tensor in tensors] for tensors in by_numbers]
+    skipped = [[tensor.clone() for tensor in tensors] for tensors in by_numbers]
+    before = [[tensor.clone() for tensor in tensors] for tensors in by_numbers]
+    lr, step = torch.tensor(HYPER["lr"], dtype=torch.float64, device=device), torch.zeros((), device=device)
+    finite, infinite = torch.zeros((), device=device), torch.ones((), device=device)
+    for i in (1, 2, 7):
+        getattr(kernels, op)(*by_numbers, **HYPER, step=i)
+        step.fill_(i)
+        getattr(kernels, op)(*by_tensors, **HYPER | {"lr": lr}, step=step, found_inf=finite)
+        getattr(kernels, op)(*skipped, **HYPER | {"lr": lr}, step=step, found_inf=infinite)
+    for numbers, tensors, same, old in zip(by_numbers, by_tensors, skipped, before):
+        for a, b, c, d in zip(numbers, tensors, same, old):
+            assert torch.equal(a, b) and torch.equal(c, d)
+
+
+def test_a_skipped_step_keeps_what_is_not_a_number_away():
+    for op in ("adamw", "adamw8bit"):
+        lists = _lists(op, torch.device("cpu"))
+        lists[1][0].fill_(float("nan"))
+        before = [[tensor.clone() for tensor in tensors] for tensors in lists]
+        lr, step = torch.tensor(0.1, dtype=torch.float64), torch.ones(())
+        getattr(kernels, op)(*lists, lr=lr, step=step, found_inf=torch.ones(()))
+        for i, (now, old) in enumerate(zip(lists, before)):
+            assert i == 1 or all(torch.equal(a, b) for a, b in zip(now, old))
+
+
+def test_a_number_beside_a_tensor_is_refused():
+    with pytest.raises(ValueError, match="two numbers or two tensors, not float and Tensor"):
+        adamw(*[[torch.zeros(4)] for _ in NAMES], lr=1e-3, step=torch.ones(()))

@@ -3,19 +3,22 @@
 import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.bench.__main__ import main
+from kernels.bench import card, timing
+from kernels.bench.__main__ import main, run
 from kernels.bench.machine import Machine
-from kernels.bench.registry import BENCHES
+from kernels.bench.registry import NAMES, benches
 from kernels.bench.report import Table
 from kernels.bench.runner import Runner
 
 COLUMNS = "kernel,provider,mode,metric,x,p20,p50,p80,bytes,flops,roofline_share,config,device,versions,commit"
 
 
+BENCHES = benches()
 ON_CPU = [name for name, bench in BENCHES.items() if not bench.gpu_only]
 
 
@@ -35,7 +38,7 @@ def read(path) -> list[dict]:
 
 def on_cpu(bench) -> list[str]:
     """The providers that run on a CPU."""
-    return [name for name in bench.providers if name != "unsloth"]
+    return [name for name in bench.providers if name not in ("unsloth", "liger")]
 
 
 def with_provider(kernel: str, **providers):
@@ -88,7 +91,7 @@ def test_a_wrong_result_gets_no_time(kernel, machine):
         def run():
             name, *_ = result = ours(inputs)()
             off = result[name].clone()
-            off.view(-1)[7] += 1
+            off.view(-1)[-1] += 1
             return result | {name: off}
 
         return run
@@ -103,7 +106,7 @@ def test_a_wrong_result_gets_no_time(kernel, machine):
 
 def test_our_own_wrong_result_gets_no_time_and_fails_the_run(tmp_path, capsys):
     bench = with_provider("nf4_dequantize", ours=lambda inputs: lambda: {"w": torch.full((4096,), torch.nan)})
-    assert main(["nf4_dequantize", "--quick", "--csv", str(tmp_path / "b.csv")], {"nf4_dequantize": bench}) == 1
+    assert run([bench], tmp_path / "b.csv", plots=None, quick=True) == 1
     assert "ours" not in {row["provider"] for row in read(tmp_path / "b.csv")}
     assert " of 16,384 bytes differ\n" in capsys.readouterr().out
 
@@ -131,7 +134,7 @@ def test_both_sides_of_the_gemm_are_right(monkeypatch):
     """In Triton's interpreter: what the benchmark on a GPU would time."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     bench = BENCHES["gemm"]
-    inputs = bench.inputs(20, torch.device("cpu"), dtype="fp32", features=64, rank=16)
+    inputs = bench.inputs(20, torch.device("cpu"), dtype="fp32", in_features=64, out_features=48, rank=16)
     check = bench.check(inputs)
     for provider in bench.providers.values():
         check(provider(inputs)())
@@ -145,10 +148,14 @@ def test_emulated_products_are_left_out(machine):
     assert runner.notes == ["lora_linear in bf16 is left out: this machine emulates bf16 products"]
 
 
-def test_unknown_op_gives_one_line(tmp_path, capsys):
-    assert main(["nf5_quantize", "--csv", str(tmp_path / "b.csv")]) != 0
-    error = capsys.readouterr().err
-    assert error == f"error: no benchmark 'nf5_quantize': choose from {', '.join(BENCHES)}\n"
+def test_names_are_those_of_the_benchmarks():
+    assert list(BENCHES) == NAMES
+
+
+def test_unknown_op_gives_one_line(tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["nf5_quantize", "--csv", str(tmp_path / "b.csv")])
+    assert end.value.code == f"error: no benchmark 'nf5_quantize': choose from {', '.join(NAMES)}"
     assert not (tmp_path / "b.csv").exists()
 
 
@@ -164,3 +171,99 @@ def test_a_busy_machine_is_noticed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("kernels.bench.__main__.OthersLoad.cores", lambda load: 1.26)
     assert main(["nf4_dequantize", "--quick", "--csv", str(tmp_path / "b.csv")]) == 0
     assert "others kept 1.3 cores of this machine busy meanwhile: measure again without them" in capsys.readouterr().out
+
+
+class TestOnAGpu:
+    """What a GPU adds, with a fake machine and fake clocks."""
+
+    @pytest.fixture
+    def on_gpu(self, machine, monkeypatch):
+        """A runner with graph times: a call takes 4 µs, in a graph 2 µs. Providers named "waits" cannot be captured."""
+
+        def graph_times(functions, device, seconds):
+            return [[] if function.__name__ == "waits" else [2e-6] * 5 for function in functions]
+
+        runner = Runner(machine, quick=True)
+        runner.timers = {"time_ns": lambda functions, *_: [[4e-6] * 5 for _ in functions], "graph_ns": graph_times}
+        return runner
+
+    def test_graph_times_stand_beside_the_times_of_calls(self, on_gpu):
+        def waits():
+            return {}
+
+        bench = unchecked(
+            "rms_norm", ours=lambda inputs: dict, peer=lambda inputs: lambda: {}, other=lambda inputs: waits
+        )
+        case = next(on_gpu.cases(bench))
+        metrics = [(row.provider, row.metric, row.p50) for row in case.rows]
+        times = [(name, "time_ns", 4000.0) for name in ("ours", "peer", "other")]
+        assert metrics == [*times, ("ours", "graph_ns", 2000.0), ("peer", "graph_ns", 2000.0)]
+        floor = 5 * 4 * 8 * 576 / 1e9  # x, y, dy, x and dx in fp32 of 8 tokens at 1 GB/s
+        assert [row.roofline_share for row in case.rows[::3]] == pytest.approx([floor / 4e-6, floor / 2e-6])
+        assert "other of rms_norm cannot be captured in a CUDA graph: it has no graph time" in on_gpu.notes
+        table = Table(bench, graphs=True)
+        assert table.header().split("\n")[2].split()[-3:] == ["ns", "graph/ours", "roofline"]
+        ours, peer, other = table.lines(case)
+        assert ours.split()[-3:-1] == peer.split()[-3:-1] == ["250.0", "1.00"] and len(other.split()) < len(
+            peer.split()
+        )
+
+    def test_shapes_of_real_models(self):
+        """Llama-3's linears at both ranks, for 512 to 8192 tokens; on a CPU the benchmark is as it is."""
+        for kernel in ("lora_linear", "dora_linear", "gemm", "project", "outer"):
+            bench = BENCHES[kernel].on(torch.device("cuda"))
+            assert {512, 2048, 8192} <= set(bench.sizes)
+            shapes = {(c["out_features"], c["in_features"], c["rank"]) for c in bench.configs}
+            assert shapes == {(*s, r) for s in ((4096, 4096), (14336, 4096), (28672, 8192)) for r in (16, 64)}
+        for bench in BENCHES.values():
+            assert bench.on(torch.device("cpu")) is bench
+            for config in bench.on(torch.device("cuda")).configs:
+                n_bytes, flops = bench.cost(512, **config)
+                assert n_bytes > 0 and flops > 0
+
+    def test_the_flushes_are_subtracted(self):
+        assert timing.per_call(graph=0.0035, flushes=0.0030) == pytest.approx(50e-6)
+        assert timing.per_call(graph=0.0029, flushes=0.0030) > 0
+
+    @pytest.mark.parametrize("kernel", ["project", "outer"])
+    def test_thin_products_are_right(self, kernel, monkeypatch):
+        """In Triton's interpreter."""
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        bench = BENCHES[kernel]
+        inputs = bench.inputs(20, torch.device("cpu"), dtype="fp32", in_features=64, out_features=48, rank=16)
+        for provider in bench.providers.values():
+            bench.check(inputs)(provider(inputs)())
+
+
+class TestCard:
+    def test_without_a_gpu_it_says_so(self, capsys):
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+        assert card.main() == 1
+        assert capsys.readouterr().err.startswith("error: no GPU: ")
+
+    def test_a_stage_that_fails_or_hangs_costs_itself_alone(self, tmp_path, monkeypatch, capfd):
+        monkeypatch.setattr(card, "RESULTS", tmp_path)
+        rows = [
+            f'gemm,{provider},forward,graph_ns,{x},1,{p50},3,8,9,0.5,"{{""rank"": 16}}",card,{{}},abc'
+            for x, provider, p50 in ((512, "ours", 1000), (2048, "ours", 4000), (2048, "library", 2000))
+        ]
+        write = f"open({str(tmp_path / 'a.csv')!r}, 'w').write({COLUMNS + chr(10) + chr(10).join(rows)!r})"
+        stages = (
+            card.Stage("works", ("-c", write), 60),
+            card.Stage("fails", ("-c", "raise SystemExit(3)"), 60),
+            card.Stage("hangs", ("-c", "import time; time.sleep(60)"), 1),
+        )
+        assert card.run(stages) == 1
+        out = capfd.readouterr().out
+        assert "works      passed\nfails      failed with exit code 3\nhangs      stopped after 1 s\n" in out
+        assert out.rstrip().split("\n")[-1].split() == ["gemm", "2,048", "4.0", "50%", "library", "0.50", "rank=16"]
+
+    def test_its_stages_name_what_there_is(self):
+        for stage in card.STAGES:
+            for argument in stage.arguments[2:]:
+                if argument.startswith("tests/"):
+                    assert Path(argument).exists()
+                elif not argument.startswith(("-", str(card.RESULTS))):
+                    assert argument in BENCHES
+        assert sum(stage.limit for stage in card.STAGES) <= 15 * 60

@@ -84,7 +84,7 @@ def one_by_one(bases, x, **adapters):
 @pytest.mark.parametrize(
     "kinds", [("dense",) * 3, ("nf4-double",) * 3, ("nf4", "dense", "nf4-double")], ids=["dense", "nf4-double", "mixed"]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 def test_forward_and_gradients_against_float64(dtype, kinds, dora):
     (tensors, dy), bases = make_tensors(dora, dtype), make_bases(kinds, dtype)
     got = with_gradients(functools.partial(joined, bases), tensors, dy)

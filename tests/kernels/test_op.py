@@ -21,6 +21,7 @@ from kernels import (
     weight,
 )
 from kernels.adamw import _adamw
+from kernels.attention import _attention
 from kernels.joined import Joined, _joined_linears
 from kernels.lora import _lora_linear
 from kernels.nf4 import _dequantize_4bit, _quantize_4bit
@@ -74,7 +75,8 @@ def test_by_device(card, recwarn):
     card(8, 0)
     assert _lora_linear.column(GPU) == _quantize_4bit.column(GPU) == "triton"
     assert _lora_linear.column(CPU) == _quantize_4bit.column(CPU, 64, "nf4") == "cpu"
-    assert _joined_linears.column(GPU) == "reference"  # which has no Triton cell
+    assert _joined_linears.column(GPU) == "triton"
+    assert _attention.column(GPU) == "reference"  # which has no Triton cell
     assert _adamw.column([CPU]) == "reference"  # which has no cpu cell
     assert not recwarn
 
@@ -129,11 +131,11 @@ def test_a_missing_kernel_that_was_asked_for_is_said_once(monkeypatch):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         with use_backend("triton"):
-            assert _joined_linears.column(CPU) == _joined_linears.column(CPU) == "reference"
+            assert _attention.column(CPU) == _attention.column(CPU) == "reference"
         with use_backend("cpu"):
             assert _adamw.column([CPU]) == "reference"
     assert [str(w.message).split(":")[0] for w in said] == [
-        "backend 'triton' was asked for, but joined_linears has no kernel there for these tensors",
+        "backend 'triton' was asked for, but attention has no kernel there for these tensors",
         "backend 'cpu' was asked for, but adamw has no kernel there for these tensors",
     ]
 
@@ -168,7 +170,7 @@ def test_has_kernel_asks_for_the_device_alone(name):
 def test_has_kernel_of_a_missing_cell_device_and_name(card):
     card(8, 0)
     assert not has_kernel("adamw", CPU)
-    assert has_kernel("quantize_4bit", GPU) and not has_kernel("joined_linears", GPU)
+    assert has_kernel("joined_linears", GPU) and not has_kernel("attention", GPU)
     assert not has_kernel("rms_norm", torch.zeros(2, device="meta"))
     with use_backend("cpu"):
         assert has_kernel("rms_norm", torch.zeros(2, device="meta"))

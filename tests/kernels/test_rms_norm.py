@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from kernels import rms_norm
+from kernels import add_rms_norm, rms_norm
 from kernels.cpu import threads
 from tests.kernels.op_cases import (
     HALF_ULP,
@@ -44,6 +44,68 @@ def test_against_float64(backend, dtype, trains):
         assert torch.equal(got[0], torchs[0])
     assert (got[0] - torchs[0]).abs().max() <= torch.finfo(dtype).eps * torchs[0].abs().max()
     assert_as_accurate(got, torchs, want, dtype)
+
+
+def summed(norm):
+    """(norm(x + residual), x + residual), the norm with a frozen or a trained weight."""
+
+    def both(x, residual, weight):
+        h = x + residual
+        return norm(h, weight), h
+
+    return both
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+@pytest.mark.parametrize("used", ["both", "norm", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_of_a_sum_against_float64(backend, dtype, used, trains):
+    torch.manual_seed(0)
+    x, residual, dy, dh = (torch.randn(2, 5, 33).to(dtype) for _ in range(4))
+    weight = torch.randn(33).to(dtype)
+    leaves = [x, residual, weight] if trains and used != "sum" else [x, residual]
+    dys = {"both": (dy, dh), "norm": (dy,), "sum": (dh,)}[used]
+
+    def computed(op, leaves):
+        def results(*leaves):
+            y, h = op(*leaves) if len(leaves) == 3 else op(*leaves, weight.to(leaves[0].dtype))
+            return {"both": (y, h), "norm": y, "sum": h}[used]
+
+        return with_gradients(results, leaves, *dys)
+
+    got = computed(lambda x, residual, weight: add_rms_norm(x, residual, weight, EPS), leaves)
+    torchs = computed(summed(theirs), leaves)
+    want = computed(summed(exact), [leaf.double() for leaf in leaves])
+    if used != "norm":
+        assert torch.equal(got[len(dys) - 1], torchs[len(dys) - 1])  # the sum
+    assert_as_accurate(got, torchs, want, dtype)
+
+
+@pytest.mark.skipif(not threads.available(), reason="PyTorch brings no libgomp here")
+def test_cpu_kernel_of_a_sum_is_the_norms(number_of_threads):
+    from kernels.cpu import rms_norm as cell
+
+    x, residual, dy, dh = (bf16(5, 576, seed=i) for i in range(4))
+    weight = bf16(576, seed=4)
+    y, h, r = cell.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(h, x + residual)
+    for got, want in zip((y, r), cell.rms_norm(h, weight, 1e-5)):
+        assert torch.equal(got, want)
+    dx, _ = cell.add_rms_norm_backward(dy, dh, h, weight, r, False)
+    own, _ = cell.rms_norm_backward(dy, h, weight, r, False)
+    assert (dx.double() - own.double() - dh.double()).abs().max() <= HALF_ULP * 2 * dx.abs().max()
+
+
+def test_a_sum_of_what_differs_is_refused():
+    with pytest.raises(ValueError, match=r"residual \(2, 7\) torch.float32 does not fit x \(2, 6\) torch.float32"):
+        add_rms_norm(torch.zeros(2, 6), torch.zeros(2, 7), torch.zeros(6), EPS)
+
+
+def test_a_sum_compiles_and_passes_torchs_checks(backend):
+    x, residual, weight = torch.randn(2, 3, 6), torch.randn(2, 3, 6), torch.rand(6)
+    assert_compiles(lambda x, residual, w: add_rms_norm(x, residual, w, EPS), x, residual, weight)
+    leaves = x.requires_grad_(), residual.requires_grad_(), weight.requires_grad_()
+    torch.library.opcheck(torch.ops.qdora.add_rms_norm.default, (*leaves, EPS))
 
 
 def test_gradients(backend):

@@ -11,6 +11,7 @@ from modules import (
     NF4Linear,
     adapted_linears,
     attach,
+    dequantize,
     detach,
     fuse,
     load_adapter,
@@ -148,10 +149,14 @@ def test_under_autocast_products_run_in_its_dtype(adapter, dtype, packed, fused)
     assert torch.nn.functional.cosine_similarity(gradients, exact, dim=0) > 0.999
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_trainer(tmp_path, packed):
-    model = bnb4_model("llama") if packed else dense_model("llama")
+@pytest.mark.parametrize("base_is", ["dense", "bitsandbytes", "quantized"])
+def test_trainer(tmp_path, base_is):
+    model = bnb4_model("llama") if base_is == "bitsandbytes" else dense_model("llama")
     base = copy.deepcopy(model)
+    if base_is == "quantized":
+        quantize(model)
+        base = copy.deepcopy(model)
+        dequantize(base)
     attach(model, "dora", rank=4)
     fuse(model)
     before = model(IDS, labels=IDS).loss.item()

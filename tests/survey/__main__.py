@@ -2,14 +2,13 @@
 
     python -m tests.survey                                      all of them: an hour or two on two cores
     python -m tests.survey llama qwen3_moe methods=lora,qdora   some of them
-    python -m tests.survey to=survey.md                         the table, in Markdown
+    python -m tests.survey to=experiments/ARCHITECTURES.md      and write the page, in Markdown
 
 A small random model of each is saved by transformers. It is trained for a step, saved, loaded, generates and is
 exported, beside PEFT over transformers' own model: the same logits, gradients and tokens. "ok" means all of that.
 Exit code 1: something differs, or ends in a traceback. A refusal in one line is none of the two.
 """
 
-import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from tests.survey.life import METHODS, STAGES, live, save_small, silent
+from tests.survey.page import NOT_BUILT, page, told
 from tests.survey.small import MODEL_TYPES
 
 
@@ -30,28 +30,22 @@ def cell(found: dict[str, str]) -> str:
 
 
 def survey(model_type: str, methods: list[str], folder: Path) -> tuple[dict[str, str], str]:
-    """The cell of each method, and what was said to be left out."""
+    """The cell of each method, and the lines that say what is left out; of a model that is not built why."""
     try:
         with silent():
             directory = save_small(model_type, folder)
     except Exception as error:  # of transformers: this tells which architectures the survey does not cover
-        return {}, f"not built: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        return {}, f"{NOT_BUILT}{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     cells, said = {}, ""
     for method in methods:
         try:
             found = live(directory, method, folder / method)
-            cells[method], said = cell(found), found.get("said") or said
+            cells[method], said = cell(found).replace(f"{folder}/", ""), found.get("said") or said
         except Exception as error:  # the survey goes on, and fails at the end
             where = traceback.extract_tb(error.__traceback__)[-1]
             told = f"{type(error).__name__} {' '.join(str(error).split())[:150]}"
             cells[method] = f"TRACEBACK: {told} ({Path(where.filename).name}:{where.lineno})"
     return cells, said
-
-
-def left_out(said: str) -> str:
-    """The names in the lines that a run printed, without numbers and reasons: `router, experts`."""
-    names = [re.sub(r" \(\d+\)|, [\d,]+ parameters", "", line.split(": ")[1]) for line in said.splitlines()]
-    return ", ".join(names)
 
 
 def main() -> int:
@@ -60,19 +54,17 @@ def main() -> int:
     model_types = [argument for argument in sys.argv[1:] if "=" not in argument] or list(MODEL_TYPES)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    lines = [f"| architecture | {' | '.join(methods)} | left out |", "| --- " * (len(methods) + 2) + "|"]
+    lines: dict[str, str] = {}
     bad = 0
-    print(*lines, sep="\n")
     for model_type in model_types:
         folder = Path(tempfile.mkdtemp())
         cells, said = survey(model_type, methods, folder)
         shutil.rmtree(folder)
-        row = [cells.get(method, "") for method in methods]
-        lines.append(f"| {' | '.join([model_type, *row, said if not cells else left_out(said)])} |")
-        print(lines[-1], flush=True)
-        bad += sum(text.startswith(("WRONG", "TRACEBACK")) for text in row)
+        lines[model_type] = told(cells, said)
+        print(f"{model_type}: {lines[model_type]}", flush=True)
+        bad += any(cell.startswith(("WRONG", "TRACEBACK")) for cell in cells.values())
     if "to" in given:
-        Path(given["to"]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        Path(given["to"]).write_text(page(lines, methods), encoding="utf-8")
     return 1 if bad else 0
 
 

@@ -12,11 +12,18 @@ import tokenizers
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.export import export
+from experiments.models.directory import UNTRAINABLE
 from experiments.models.generation import Sampling, generate
 from experiments.models.load import CHATML
 from experiments.runs.finished import load_run
@@ -49,10 +56,15 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 def save_small(model_type: str, folder: Path) -> Path:
     """Write the small model of `model_type` with its tokenizer, and chats to train on, into `folder`."""
-    directory, model = folder / model_type, build(model_type)
-    logits(model)  # or it is no model, but sizes that do not fit
-    model.save_pretrained(directory)
-    tokenizer().save_pretrained(directory)
+    directory = folder / model_type
+    if model_type in UNTRAINABLE:  # transformers cannot make all of them: the configuration is enough to be refused
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    else:
+        model = build(model_type)
+        logits(model)  # or it is no model, but sizes that do not fit
+        model.save_pretrained(directory)
+        tokenizer().save_pretrained(directory)
     chats = [{"prompt": f"add {n} and {n}", "completion": f"it is {2 * n}"} for n in range(12)]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     return directory
@@ -137,11 +149,12 @@ def _gradients(ours: nn.Module, theirs: nn.Module) -> str:
 
 
 def _greedy(model: nn.Module, prompt: Tensor) -> list[int]:
+    """The likeliest tokens, whatever the model's own defaults are: BART's force one at the end."""
     end, pad = VOCABULARY - 2, VOCABULARY - 1
-    how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": pad, "eos_token_id": [end]}
-    return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **how)[
-        0, prompt.shape[1] :
-    ].tolist()
+    how = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=pad, eos_token_id=[end])
+    model.base_model.model.generation_config = how
+    out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
+    return out[0, prompt.shape[1] :].tolist()
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:

@@ -5,7 +5,7 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 259  # of the survey's tokenizer: bytes and three special tokens
@@ -50,13 +50,26 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("attention_dropout", "hidden_dropout", "activation_dropout", "dropout_p", "emb_pdrop"), 0.0),
 }
 _KINDS = ("sliding_attention", "full_attention")
+_QWEN4 = {
+    **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 16},
+    **{"indexer_compress_ratio": 4, "ngram_vocab_size_base": 100, "split_ngram_parts": 1, "hc_lowrank": 8},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+}
 # What single architectures need beside them.
 MORE: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "blt": {
+        "encoder_config": {"hidden_size_global": 64, "vocab_size": 260},
+        "decoder_config": {"hidden_size_global": 64, "vocab_size": 260},
+    },
     "camembert": {"max_position_embeddings": 1024},  # positions begin behind the padding's id
     "cohere_compass_text": {"rope_parameters": {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in _KINDS}},
     "data2vec-text": {"max_position_embeddings": 1024},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": 64}},
+    "dots3_note": {
+        "vision_config": {"per_layer_config": {}, "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    },
     "falcon_h1": {"mamba_d_head": 8},
     "gemma3": {
         "vision_config": {
@@ -66,19 +79,33 @@ MORE: dict[str, dict[str, Any]] = {
         "mm_tokens_per_image": 4,
     },
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0], "layer_types": [*_KINDS]},
+    "gemma4_unified": {"vision_config": {"mm_embed_dim": 64, "output_proj_dims": 64, "mm_posemb_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "moshi": {"audio_vocab_size": 32},
     "mpt": {"attn_config": {"attn_type": "multihead_attention", "attn_pdrop": 0}},
-    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
+    "phi4_multimodal": {
+        "audio_config": {"num_blocks": 1, "nemo_conv_channels": 16, "ext_pw_out_channel": 64},
+    },
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8},
     "roberta": {"max_position_embeddings": 1024},
     "roberta-prelayernorm": {"max_position_embeddings": 1024},
-    "roc_bert": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20, "shape_embed_dim": 16},
+    "roc_bert": {"pronunciation_vocab_size": 300, "shape_vocab_size": 300, "shape_embed_dim": 16},
     "xlm": {"emb_dim": 64, "n_words": VOCABULARY, "causal": True},
     "xlm-roberta": {"max_position_embeddings": 1024},
     "xlm-roberta-xl": {"max_position_embeddings": 1024},
+    "xlstm": {"qk_dim_factor": 1.0, "v_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "max_position_embeddings": 1024},
+    "zamba": {
+        **{"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"]},
+        **{"attention_hidden_size": 128, "attention_head_dim": 32},
+    },
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -94,13 +121,13 @@ def _config(kind: type[PreTrainedConfig], more: dict[str, Any]) -> PreTrainedCon
     values = {name: value for name, value in values.items() if kind.attribute_map.get(name) not in names}
     if "kv_lora_rank" in names:  # queries and keys have as many heads
         values["num_key_value_heads"] = SIZES["num_attention_heads"]
+    parts = {}
     for name, part in kind.sub_configs.items():
-        if name in names and name not in more and dataclasses.is_dataclass(part):
-            values[name] = _config(part, more.get(name, {})).to_dict()
-    for name, value in more.items():
-        if isinstance(value, dict) and isinstance(values.get(name), dict):
-            value = values[name] | value
-        values[name] = value
+        if part is AutoConfig and kind.sub_configs_defaults[name].model_type in CONFIG_MAPPING:
+            part = CONFIG_MAPPING[kind.sub_configs_defaults[name].model_type]
+        if name in names and dataclasses.is_dataclass(part):
+            parts[name] = _config(part, more.get(name, {})).to_dict()
+    values |= more | parts
     config = kind(**values)
     kinds = getattr(config, "layer_types", None)
     if kinds and "layer_types" in names and {*kinds} <= {"linear_attention", "mamba", "conv"}:

@@ -74,26 +74,25 @@ def test_batches():
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["full"], "nothing matches full"), (["--steps", "0"], "at least 1")]
 )
-def test_bad_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        bench.main(arguments)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+def test_bad_arguments(arguments, message, terminal):
+    code, text = terminal(bench, *arguments)
+    assert code == 2 and message in text
 
 
-def test_curves(model_dir, monkeypatch, tmp_path, capsys):
+def test_curves(model_dir, monkeypatch, tmp_path, terminal):
     monkeypatch.setattr(curves, "wheel_directory", lambda _: model_dir)
     monkeypatch.setattr(curves, "tokens_of", lambda _, count: torch.randint(128, (count,)).tolist())
     path = tmp_path / "new" / "curves.csv"
     small = ["--steps", "20", "--length", "8", "--threads", "1", "--csv", str(path)]
-    assert curves.main(["ours-0", *small]) == 0
-    assert "peft-0, peft-1 still to be run" in capsys.readouterr().out
+    code, text = terminal(curves, "ours-0", *small)
+    assert code == 0 and "peft-0, peft-1 still to be run" in text
     (ours,) = curves.read(path).values()
     assert len(ours) == 20 and ours[0] != ours[1]
     curves.write(path, {"ours-0": ours, "peft-0": [x + 0.25 for x in ours], "peft-1": [x - 0.25 for x in ours]})
-    assert curves.main(small) == 0
-    printed = capsys.readouterr().out
+    code, printed = terminal(curves, *small)
+    assert code == 0
     assert "ours-0 and peft-0: 0.2500 apart on average, 0.2500 at most" in printed
     assert "peft-1 and peft-0: 0.5000 apart" in printed
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(UserError, match="has runs of another number of steps: choose another --csv"):
-        curves.main(["--steps", "40", *small[2:]])
+    code, text = terminal(curves, "--steps", "40", *small[2:])
+    assert code == 1 and "has runs of another number of steps: choose another --csv" in text

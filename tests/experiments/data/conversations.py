@@ -7,6 +7,10 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments.config import DataConfig
 from experiments.data.chat import IGNORED, Conversation, Example
+from experiments.data.paths import files_of
+from experiments.data.rows import ROWS, rows_of
+from experiments.data.user_files import conversation_of
+from experiments.errors import UserError
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -47,3 +51,15 @@ def jsonl_config(path: str, **changes) -> DataConfig:
 
 def pairs(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"question {i}", "completion": f"answer {i}" + "!" * (i % 7)} for i in range(count)]
+
+
+def read_conversations(path: str) -> tuple[list[Conversation], set[str]]:
+    """The conversations of the files that a path means, and the keys that no format uses."""
+    found, ignored = [], set()
+    for file in files_of(path, ROWS)[0]:
+        for row in rows_of(file):
+            try:
+                found.append(conversation_of(row, ignored))
+            except ValueError as error:
+                raise UserError(f"{row.where}: {error}") from error
+    return found, ignored

@@ -25,8 +25,8 @@ def test_too_long(tokenizer):
     sample = conversation("user: U", "assistant: first", "user: V", "assistant: second")
     ids = encode(sample, tokenizer, 1000, "error").input_ids
     assert encode(sample, tokenizer, len(ids), "error").input_ids == ids
-    message = rf"^chats.jsonl:1: {len(ids)} tokens, but data.max_length is 20: raise data.max_length, or set data.too_l"
-    with pytest.raises(UserError, match=message):
+    message = rf"^{len(ids)} tokens, but data.max_length is 20: raise data.max_length, or set data.too_l"
+    with pytest.raises(ValueError, match=message):
         encode(sample, tokenizer, 20, "error")
     assert encode(sample, tokenizer, 20, "drop") is None
 
@@ -35,7 +35,7 @@ def test_too_long(tokenizer):
     assert labelled(tokenizer, cut) == "first"
     assert tokenizer.decode(cut.prompt_ids) == "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
     assert cut.reference == "first"
-    with pytest.raises(UserError, match=r"chats.jsonl:1: none of the first 12 tokens is the assistant's"):
+    with pytest.raises(ValueError, match=r"^none of the first 12 tokens is the assistant's"):
         encode(sample, tokenizer, 12, "truncate")
 
 
@@ -50,9 +50,9 @@ def test_tokenizers_that_are_not_fit(tmp_path, tokenizer):
         load_data(cfg, slow)
 
     last_differs = clone(tokenizer, CHATML.replace("m.content", "('last: ' if loop.last else '') + m.content"))
-    with pytest.raises(UserError, match=r"chats.jsonl:1: the tokenizer's chat template renders message 2 differently"):
+    with pytest.raises(ValueError, match=r"^the tokenizer's chat template renders message 2 differently"):
         encode(conversation("user: U", "assistant: a", "user: V"), last_differs, 1000, "error")
 
     refuses = clone(tokenizer, "{{ raise_exception('no system role') }}")
-    with pytest.raises(UserError, match=r"chats.jsonl:1: .* refuses this conversation: no system role"):
+    with pytest.raises(ValueError, match=r"refuses this conversation: no system role"):
         encode(conversation("user: U", "assistant: a"), refuses, 1000, "error")

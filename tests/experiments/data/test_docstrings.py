@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import DataConfig
-from experiments.data import samples as data_module
+from experiments.data import sources
 from experiments.data.docstrings import docstring_pairs
 from experiments.data.samples import load_data
 from experiments.errors import UserError
@@ -71,7 +71,7 @@ def test_docstring_cache(stdlib, monkeypatch):
 
 
 def test_docstring_data(stdlib, monkeypatch, tokenizer):
-    monkeypatch.setattr(data_module, "docstring_pairs", lambda: docstring_pairs(stdlib))
+    monkeypatch.setattr(sources, "docstring_pairs", lambda: docstring_pairs(stdlib))
     cfg = DataConfig(name="docstrings", source="docstrings", max_length=1000, heldout_fraction=0.3)
     data = load_data(cfg, tokenizer)
     assert data == load_data(cfg, tokenizer)

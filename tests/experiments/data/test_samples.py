@@ -68,7 +68,7 @@ def test_a_small_file_still_holds_one_out(tmp_path, tokenizer):
     ("changes", "message"),
     [
         ({"path": None}, "data=jsonl needs data.path=FILE"),
-        ({"train_on": "first"}, "data.train_on=first is not one of all, last"),
+        ({"train_on": "first"}, "data.train_on=first is not one of all, last, everything"),
         ({"source": "text", "name": "text", "path": None}, "data=text needs data.path=FILE"),
         ({"source": "docstrings", "name": "docstrings"}, "data=docstrings reads no file: for c.jsonl use data=jsonl"),
         ({"source": "csv"}, "data.source=csv is not one of docstrings, arithmetic, jsonl, text"),
@@ -94,7 +94,7 @@ def test_text_blocks(tmp_path, tokenizer):
     # 95 tokens: 71 train (the last one alone predicts nothing), 24 held out
     assert [len(e.input_ids) for e in data.train] == [10] * 7
     assert [len(e.input_ids) for e in data.heldout] == [10, 10, 4]
-    assert all(e.labels == e.input_ids for e in data.train + data.heldout)
+    assert all(e.labels == e.input_ids for e in (*data.train, *data.heldout))
     assert "".join(tokenizer.decode(e.input_ids) for e in data.train) == text[:70]
     assert "".join(tokenizer.decode(e.input_ids) for e in data.heldout) == text[71:]
     assert data.note == "text: 7 training and 3 held-out blocks of at most 10 tokens"
@@ -185,9 +185,9 @@ def test_text_begins_and_ends_as_the_tokenizer_has_it(tmp_path):
     (tmp_path / "t.txt").write_text(text)
     data = load_data(text_config(tmp_path / "t.txt", heldout_fraction=0.25), with_bos)
     assert data.train[0].input_ids == with_bos(text)["input_ids"][:10]
-    assert all(e.input_ids[0] == bos and len(e.input_ids) <= 10 for e in data.train + data.heldout)
+    assert all(e.input_ids[0] == bos and len(e.input_ids) <= 10 for e in (*data.train, *data.heldout))
     assert data.heldout[-1].input_ids[-1] == with_bos.eos_token_id
-    read = [token for e in data.train + data.heldout for token in e.input_ids[1:]]
+    read = [token for e in (*data.train, *data.heldout) for token in e.input_ids[1:]]
     assert with_bos.decode(read) == text + with_bos.eos_token
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from experiments.data.chat import encode, split
 from experiments.data.template import chat_template
-from experiments.errors import UserError
 from tests.experiments.data import templates
 from tests.experiments.data.conversations import conversation, labelled
 from tests.experiments.data.templates import tokenizer
@@ -125,7 +124,7 @@ def test_a_template_that_leaves_something_out_is_refused():
     def refused(template, message, change):
         sample = conversation("user: q", "assistant: a")
         sample.messages[1] |= change
-        with pytest.raises(UserError, match=f"^chats.jsonl:1: the tokenizer's chat template leaves out {message}"):
+        with pytest.raises(ValueError, match=f"^the tokenizer's chat template leaves out {message}"):
             samples(sample, tokenizer(template))
 
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
@@ -133,7 +132,7 @@ def test_a_template_that_leaves_something_out_is_refused():
     refused(templates.LLAMA3, "tool_calls of message 2", {"tool_calls": [call]})
     refused(templates.DEEPSEEK, "the text before </think> of message 2", {"content": "<think>why</think>a"})
     ignores_system = templates.LLAMA3.replace("for m in messages %}", "for m in messages if m.role != 'system' %}", 1)
-    with pytest.raises(UserError, match="leaves out message 1, the system's"):
+    with pytest.raises(ValueError, match="leaves out message 1, the system's"):
         samples(conversation("system: be brief", "user: q", "assistant: a"), tokenizer(ignores_system))
 
 
@@ -146,7 +145,21 @@ def test_turns_that_are_not_learned_from():
     assert "end 1<|eot_id|>" in tok.decode(example.input_ids)
 
 
+def test_a_template_that_asks_for_a_system_message():
+    asks = "{% if messages[0].role != 'system' %}{{ raise_exception('a system message comes first') }}{% endif %}"
+    tok = tokenizer(asks + templates.LLAMA3)
+    [example] = samples(conversation("system: be brief", *TWO), tok)
+    assert labelled(tok, example) == "end 1<|eot_id|>im 2<|eot_id|>"
+    with pytest.raises(ValueError, match="refuses this conversation: a system message comes first"):
+        samples(conversation(*TWO), tok)
+
+
+def test_a_template_that_writes_other_content():
+    with pytest.raises(ValueError, match="leaves out message 1, the user's"):
+        samples(conversation(*TWO), tokenizer("{% for m in messages %}{{ m.role + m.content.upper() }}{% endfor %}"))
+
+
 def test_a_template_that_fails_is_one_line():
     sample = conversation("user: U", "assistant: a")
-    with pytest.raises(UserError, match=r"^chats.jsonl:1: .* refuses this conversation: can only concatenate str"):
+    with pytest.raises(ValueError, match=r"refuses this conversation: can only concatenate str"):
         samples(sample, tokenizer("{{ 'a' + messages }}"))

@@ -5,9 +5,8 @@ import json
 import pytest
 
 from experiments.data.samples import load_data
-from experiments.data.user_files import read_conversations
 from experiments.errors import UserError
-from tests.experiments.data.conversations import chat, jsonl_config, labelled, write
+from tests.experiments.data.conversations import chat, jsonl_config, labelled, read_conversations, write
 
 
 def test_every_format_becomes_the_same_messages(tmp_path):
@@ -90,12 +89,12 @@ def test_a_bad_line_is_named(tmp_path, row, message):
 def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"absent.jsonl: cannot read this file: No such file"):
         read_conversations(str(tmp_path / "absent.jsonl"))
-    with pytest.raises(UserError, match="cannot read this file: Is a directory"):
+    with pytest.raises(UserError, match=r"no file to read in this folder: expected names that end in \.jsonl"):
         read_conversations(str(tmp_path))
     with pytest.raises(UserError, match=r"empty.jsonl: the file is empty"):
         read_conversations(write(tmp_path / "empty.jsonl", "", " "))
-    (tmp_path / "latin.txt").write_bytes("ok\nna\u00efve".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.txt:2: not UTF-8 at byte 5: save the file as UTF-8"):
+    (tmp_path / "latin.txt").write_bytes('{"prompt": "p", "completion": "c"}\nna\u00efve'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.txt:2: not UTF-8 at byte 2 of the line: save the file as UTF-8"):
         read_conversations(str(tmp_path / "latin.txt"))
 
 
@@ -176,6 +175,24 @@ def test_tools_and_reasoning_go_to_the_template(tmp_path):
     assert only.messages[2] == gives and only.tools == [tool] and not ignored
 
 
+def test_calls_as_sharegpt_and_older_files_have_them(tmp_path):
+    call = {"name": "f", "arguments": {"x": 1}}
+    sharegpt = [("human", "u"), ("function_call", json.dumps(call)), ("observation", "3"), ("gpt", "a")]
+    older = [{"role": "assistant", "content": None, "function_call": call | {"arguments": '{"x": 1}'}}]
+    rows = [
+        {"conversations": [{"from": role, "value": text} for role, text in sharegpt]},
+        {"messages": [USER, *older, {"role": "function", "name": "f", "content": "3"}, ANSWER]},
+    ]
+    conversations, ignored = read_conversations(write(tmp_path / "c.jsonl", *rows))
+    for conversation in conversations:
+        assert conversation.messages[1]["tool_calls"] == [{"type": "function", "function": call}]
+        assert conversation.messages[2] | {"role": "tool", "content": "3"} == conversation.messages[2]
+    assert not ignored
+    bad = {"conversations": [{"from": "human", "value": "u"}, {"from": "function_call", "value": "f(1)"}]}
+    with pytest.raises(UserError, match=r"conversations\[1\]: value is not JSON"):
+        read_conversations(write(tmp_path / "c.jsonl", bad))
+
+
 def test_alpaca_history(tmp_path):
     row = {"instruction": "q2", "output": "a2", "history": [["q1", "a1"]]}
     [only], _ = read_conversations(write(tmp_path / "c.jsonl", row))
@@ -202,7 +219,7 @@ def test_arrays_and_encodings(tmp_path, encoding, indent):
         ('[\n{"prompt": "p"}]', r":2: unknown format"),
         ('[\n{"prompt": "p", "completion": "c"}\n{}]', r":3: not JSON: Expecting ',' delimiter at column 1"),
         ('[{"prompt": "p", "completion": "c"}]\nx', r":2: not JSON: Extra data at column 1"),
-        ("[]", ": no conversation in this file"),
+        ("[]", ": no rows in this file"),
         ('{"instruction": "q", "input": NaN, "output": "a"}', ":1: not JSON: NaN is not a value in JSON: write null"),
         ("{\0}", ":1: a zero byte, so this is not text in UTF-8: save the file as UTF-8"),
         ("[" * 100_000, ":1: lists or objects in one another"),

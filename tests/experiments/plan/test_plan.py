@@ -205,6 +205,17 @@ def test_a_local_config_json_is_enough(terminal, small_llama):
     assert code == 0 and "cannot" not in text and "4.1" in text, text
 
 
+def test_a_card_without_bf16_is_planned_in_fp16_and_it_is_said(terminal):
+    given = ["model=tiny", "+method=qlora", "rank=4", "seq=16", "gpu=t4"]
+    code, text = terminal(plan, *given)
+    lines = [line for line in text.splitlines() if line.endswith("   with trainer.dtype=float16")]
+    assert code == 0 and [line.partition(", 16 GB")[0] for line in lines] == ["T4", "1,000,000,000 tokens on T4"]
+    code, half = terminal(plan, *given, "trainer.dtype=float16")
+    assert code == 0 and "with trainer.dtype" not in half
+    sizes = [[line for line in one.splitlines() if line.startswith("peak of a step")] for one in (text, half)]
+    assert sizes[0] == sizes[1] and sizes[0]
+
+
 def test_a_plot(terminal, tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.plan.plot.SIZES", ("tiny",))
     monkeypatch.setattr("experiments.plan.plot.LENGTHS", (16, 64))

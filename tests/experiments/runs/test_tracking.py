@@ -1,12 +1,15 @@
-"""Weights & Biases for real, offline: the run's file exists and holds the metrics."""
+"""Weights & Biases for real, offline, and TensorBoard: the run's file exists and holds the metrics."""
 
 import json
 import struct
+import sys
 from pathlib import Path
 
 import pytest
 import wandb
 from wandb.proto import wandb_internal_pb2
+
+from tests.experiments.helpers import records
 
 BLOCK = 32768  # a .wandb file is a LevelDB log: a 7-byte file header, then records that do not cross blocks unsplit
 
@@ -111,3 +114,39 @@ def test_samples_are_a_table_and_the_adapter_an_artifact(offline, command, tmp_p
     assert shown["columns"] == ["prompt", "reference", "before", "after"] and len(shown["data"]) == 2
     samples = (tmp_path / "out" / "samples.md").read_text()
     assert all(prompt.strip() in samples and reference in samples for prompt, reference, *_ in shown["data"])
+
+
+def tensorboard_events(directory: Path):
+    """What TensorBoard itself reads of a run."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_reads_the_metrics_of_a_resumed_run(command, tmp_path):
+    pytest.importorskip("tensorboard")
+    settings = ["+method=lora", "tracking=tensorboard", "trainer.checkpoint_every=2", "trainer.samples=1"]
+    for more in (
+        ["trainer.steps=3"],
+        ["trainer.steps=5", f"resume={tmp_path / 'out' / 'checkpoints' / 'step-00000002'}"],
+    ):
+        code, text = command(*settings, *more)
+        assert code == 0, text
+    events = tensorboard_events(tmp_path / "out")
+    for key in ("loss", "heldout_loss"):
+        ours = {record["step"]: record[key] for record in records(tmp_path / "out") if key in record}
+        assert {event.step: event.value for event in events.Scalars(key)} == pytest.approx(ours, rel=1e-6)
+        assert len(events.Scalars(key)) == len(ours), "step 3 of the first part is not there twice"
+    assert "samples/1/text_summary" in events.Tags()["tensors"]
+    code, text = command(*settings, "trainer.steps=2", "overwrite=true")
+    assert code == 0 and [event.step for event in tensorboard_events(tmp_path / "out").Scalars("loss")] == [1, 2]
+
+
+def test_without_tensorboard_a_run_says_what_to_do(command, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
+        monkeypatch.delitem(sys.modules, name)
+    code, text = command("+method=lora", "tracking=tensorboard")
+    assert code == 1 and "error: tracking=tensorboard needs TensorBoard: pip install tensorboard" in text
+    assert "Traceback" not in text

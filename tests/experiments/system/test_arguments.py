@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import typing
@@ -122,17 +123,56 @@ def test_a_typo_is_answered_before_torch_is_loaded(tmp_path):
     assert "imported" in done.stderr, "the command itself needs torch"
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "generate", "runs.ablations"])
+COMMANDS = sorted(
+    ".".join(path.relative_to(PROJECT_ROOT).with_suffix("").parts).removesuffix(".__main__")
+    for folder in ("experiments", "kernels")
+    for path in (PROJECT_ROOT / folder).rglob("*.py")
+    if '\nif __name__ == "__main__":' in path.read_text() and path.stem != "worker"  # a process of bench_cpu
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_needs_no_torch(tmp_path, command):
-    done = without_torch(tmp_path, f"experiments.{command}", "--help")
-    assert done.returncode == 0 and not done.stderr and len(done.stdout.splitlines()) > 3
-    assert ("trainer.steps=20" in done.stdout) == (command in ("run", "plan"))
+    done = without_torch(tmp_path, command, "--help")
+    assert done.returncode == 0 and not done.stderr and done.stdout.strip()
+    if command.startswith("experiments.") and keys.keys_of(keys.source_of(command)):
+        assert len(done.stdout.splitlines()) > 10
+    of_runs = ("experiments.run", "experiments.search", "experiments.plan")
+    assert ("trainer.steps=20" in done.stdout) == (command in of_runs)
 
 
-def test_a_python_without_torch_says_what_to_do():
-    done = subprocess.run(
-        [sys.executable, "-S", "-m", "experiments.run"], cwd=PROJECT_ROOT, capture_output=True, text=True
-    )
+@pytest.mark.parametrize(
+    "given, message",
+    {
+        "experiments.report /nowhere": "error: /nowhere: no such folder",
+        "experiments.report --too x": "unrecognized arguments: --too",
+        "experiments.bench_cpu qdoar": "error: nothing matches qdoar: there are SmolLM2-135M qdora",
+        "experiments.bench_cpu.curves --steps 3": "--steps 3: at least 20",
+        "kernels.bench nf4_dequantise": "error: no benchmark 'nf4_dequantise': choose from nf4_quantize",
+        "kernels.aot --targets sm_13": "unknown target sm_13; choose from sm_75",
+    }.items(),
+)
+def test_options_are_checked_before_torch_is_loaded(tmp_path, given, message):
+    done = without_torch(tmp_path, *given.split())
+    assert done.returncode in (1, 2) and message in done.stderr and "imported" not in done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_during_the_imports_ends_in_one_line(tmp_path, command):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
+    process = [sys.executable, "-m", command, *["."] * (command == "experiments.report")]  # it asks for a folder
+    environment = {"cwd": PROJECT_ROOT, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    begun = subprocess.Popen(process, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **environment)
+    assert begun.stdout.readline() == "begun\n"
+    begun.send_signal(signal.SIGINT)
+    _, error = begun.communicate(timeout=60)
+    assert (begun.returncode, error) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize("command", ["experiments.run", "kernels.bench"])
+def test_a_python_without_torch_says_what_to_do(command):
+    done = subprocess.run([sys.executable, "-S", "-m", command], cwd=PROJECT_ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert "has no torch: `source .venv/bin/activate` first" in done.stderr
 

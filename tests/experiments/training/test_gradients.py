@@ -11,7 +11,8 @@ from experiments.errors import UserError
 from experiments.models.load import load_model
 from experiments.system.cli import composed
 from experiments.training.evaluation import label_logits
-from experiments.training.loop import Trainer, _accumulate
+from experiments.training.gradients import accumulate
+from experiments.training.loop import Trainer
 from modules import attach, quantize
 
 METHODS = {
@@ -49,7 +50,7 @@ def micro_batches(count: int, length: int = 24) -> list[list[Example]]:
 def gradients(run: Trainer, group: list[list[Example]]) -> tuple[float, list[torch.Tensor], torch.Tensor]:
     """(loss, gradients, the next random number) of a step with seed 1."""
     torch.manual_seed(1)
-    loss = _accumulate(run.label_loss, group, run.pad_id, run.dtype, run.scaler, run.engine)
+    loss = accumulate(run.label_loss, group, run.pad_id, run.dtype, run.scaler, run.engine)
     return loss, [p.grad for p in run.parameters], torch.rand(())
 
 
@@ -88,7 +89,7 @@ def test_dropout_makes_the_difference_that_the_tests_above_look_for():
     grads = [grad.clone() for grad in grads]
     run.model.zero_grad()
     torch.manual_seed(2)
-    _accumulate(run.label_loss, micro_batches(1), run.pad_id, run.dtype, run.scaler, run.engine)
+    accumulate(run.label_loss, micro_batches(1), run.pad_id, run.dtype, run.scaler, run.engine)
     assert not any(torch.equal(p.grad, grad) for p, grad in zip(run.parameters, grads))
 
 

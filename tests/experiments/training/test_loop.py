@@ -15,7 +15,8 @@ from experiments.runs import one_run
 from experiments.system.cli import composed
 from experiments.training.engines import Engine
 from experiments.training.evaluation import Evaluation, evaluate, label_logits
-from experiments.training.loop import Trainer, _accumulate, lr_factor
+from experiments.training.gradients import accumulate
+from experiments.training.loop import Trainer, lr_factor
 from experiments.training.loss import LabelLoss
 from tests.experiments.helpers import SMALL, TINY, write_chats
 
@@ -65,7 +66,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tiny):
 
     def gradients(group):
         model.zero_grad()
-        loss = _accumulate(LabelLoss(model), group, tokenizer.pad_token_id, torch.float32, scaler, Engine(model.device))
+        loss = accumulate(LabelLoss(model), group, tokenizer.pad_token_id, torch.float32, scaler, Engine(model.device))
         return loss, [p.grad.clone() for p in parameters]
 
     loss, grads = gradients([EXAMPLES])

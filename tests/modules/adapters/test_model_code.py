@@ -52,7 +52,10 @@ def test_reads_of_weights():
     assert left_out(nn.Sequential(Reader())) == {"0.read": READ}
 
 
-@pytest.mark.parametrize("model_type, last", [("mamba2", "out_proj"), ("gemma3n_text", "prediction_coefs")])
+@pytest.mark.parametrize(
+    "model_type, last",
+    [("mamba2", "out_proj"), ("gemma3n_text", "prediction_coefs"), ("rwkv", "output")],  # RWKV's from the model above
+)
 def test_of_transformers(model_type, last):
     assert {name.rpartition(".")[2] for name in left_out(build(model_type))} >= {last}
 

@@ -14,6 +14,7 @@ from modules import adapted_linears, adapters, attach, load_adapter, quantize, s
 from modules.files.checked import SUMS
 from tests.modules.architectures import dense_model, logits, scramble
 from tests.modules.peft_cases import peft_model, refusal, saved
+from tests.survey.small import build
 
 
 @pytest.fixture
@@ -136,8 +137,8 @@ def test_embeddings_that_peft_saved_without_training(tmp_path):
 
 def test_a_classifier(tmp_path):
     def base():
+        config = dense_model("llama").config  # which may draw numbers, when it is made first
         torch.manual_seed(0)
-        config = dense_model("llama").config
         config.num_labels, config.pad_token_id = 3, 0
         return LlamaForSequenceClassification(config).eval()
 
@@ -174,6 +175,14 @@ def test_an_adapter_for_another_architecture(tmp_path):
     assert refusal(dense_model("llama"), tmp_path) == (
         f"{tmp_path} is an adapter for another model: {layer}A.weight is not in the model; {layer}B.weight is not in "
         "the model; transformer.h.0.attn.c_proj.lora_A.weight is not in the model; … 16 in all"
+    )
+
+
+def test_an_adapter_on_a_linear_that_is_left_out(tmp_path):
+    """PEFT puts one on a router that returns a pair."""
+    peft_model(build("llama4_text"), target_modules=["q_proj", "router"]).save_pretrained(tmp_path)
+    assert "feed_forward.router.lora_A.weight is in the file, but that linear gets no adapter: its class computes" in (
+        refusal(build("llama4_text"), tmp_path)
     )
 
 

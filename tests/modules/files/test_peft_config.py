@@ -101,6 +101,8 @@ REFUSED = {
     "a_key_of_tomorrow=1 is not supported": {"a_key_of_tomorrow": 1},
     "init_lora_weights='corda' is not supported": {"init_lora_weights": "corda"},
     "init_lora_weights='loftq' is not supported": {"init_lora_weights": "loftq"},
+    # Begins with random numbers: PEFT itself loads another base than it trained.
+    "init_lora_weights='pissa_niter_4' is not supported": {"init_lora_weights": "pissa_niter_4"},
     "rank=0 is not a rank": {"r": 0},
     "target_modules=None is not a list of suffixes": {"target_modules": None},
     "lora_alpha=x: choose a number above 0": {"lora_alpha": "x"},

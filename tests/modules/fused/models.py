@@ -44,7 +44,8 @@ def ids() -> Tensor:
 def loss_and_gradients(model: nn.Module) -> list[Tensor]:
     model.zero_grad()
     torch.manual_seed(2)  # of dropout
-    loss = model(input_ids=ids(), labels=ids()).loss
+    tokens = ids().to(next(model.parameters()).device)
+    loss = model(input_ids=tokens, labels=tokens).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)]
 

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import kernels
 from kernels import use_backend
+from kernels.op import interpreting
 from modules import attach, fuse, set_adapter
 from tests.modules.fused.models import adapted, assert_computes_the_same, loss_and_gradients, pair
 
@@ -38,6 +39,15 @@ def test_a_model_computes_the_same(adapter, calls):
     assert_computes_the_same(joined, model)
     assert calls == [3, 2, 3, 2]
     assert joined.state_dict().keys() == model.state_dict().keys()
+
+
+def test_the_triton_column_joins_too(calls):
+    if not (torch.cuda.is_available() or interpreting()):
+        pytest.skip("no GPU, and TRITON_INTERPRET is not 1")
+    model, joined = (one.to("cuda" if torch.cuda.is_available() else "cpu") for one in fused_pair("lora"))
+    with use_backend("triton"):
+        assert_computes_the_same(joined, model)
+    assert calls == [3, 2, 3, 2]
 
 
 def test_checkpointing(calls):

@@ -10,6 +10,7 @@ import kernels
 from modules import fuse, unfuse
 from modules.fused import rotary
 from tests.modules.fused.models import small
+from tests.survey.small import build
 
 THEIRS = getattr(modeling_llama.apply_rotary_pos_emb, "own", modeling_llama.apply_rotary_pos_emb)
 
@@ -63,4 +64,12 @@ def test_models_that_turn_a_part_of_each_head_call_their_own():
     torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
     model.to(torch.bfloat16)(input_ids=ids).logits.float().sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    unfuse(model)
+
+
+def test_models_that_turn_queries_alone_call_their_own():
+    model, ids = build("qwen4_exp_text"), torch.arange(6).unsqueeze(0)
+    want = model(input_ids=ids).logits
+    fuse(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-5, atol=1e-5)
     unfuse(model)
