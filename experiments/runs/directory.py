@@ -29,6 +29,3 @@ def earlier_run(path: Path) -> str | None:
     if old := checkpoints.of_run(path):
         return f"{old[-1]} is there: go on from it with resume={path}, {INSTEAD}"
     return earlier_results(path, (RESULT, ADAPTER, MODEL))
-
-
-from modules.files.checked import SUMS
