@@ -58,6 +58,7 @@ def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         except ValueError as error:
             raise UserError(f"init={cfg.init} keeps a base of its own, which cannot be done here: {error}") from error
         tokenizer.save_pretrained(directory)
+        seal_directory(directory)
     set_adapter(model, DEFAULT)
 
 

@@ -126,6 +126,7 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to every process; the sweep's passes them on
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signals.interrupt)
+    signals.end_with_parent(signal.SIGTERM)  # which ends with the sweep's process, also if that is killed
     sys.stdout.reconfigure(line_buffering=True)
     directory = Path(cfg.output_dir)
     try:

@@ -10,10 +10,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from experiments.errors import UserError
+
+if TYPE_CHECKING:  # importing it takes time and memory
+    from matplotlib.figure import Figure
 
 RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
 NAME_LENGTH = 120  # of the varied keys in the name of a run's directory; a file name may have 255 bytes
@@ -41,16 +45,26 @@ def writable_dir(path: Path, instead: str) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` under a temporary name, then rename: whoever reads `path` never sees half of it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write the content under a temporary name, then rename: whoever reads `path` never sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    _sync(partial)
-    os.replace(partial, path)
-    _sync(path.parent)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def write_figure(path: Path, figure: "Figure", dpi: int = 130) -> None:
+    """Write a figure of matplotlib as PNG, likewise."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=dpi, format="png")
+    write_atomically(path, image.getvalue())
+
+
+def sync(path: Path) -> None:
     """Have a file or a directory on the disk: after a loss of power a new name must not stand for old bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -83,11 +97,11 @@ def directory_atomically(path: Path) -> Iterator[Path]:
     try:
         yield partial
         for entry in [*partial.rglob("*"), partial]:
-            _sync(entry)
+            sync(entry)
         if path.exists():
             delete_directory(path)
         os.rename(partial, path)
-        _sync(path.parent)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -115,6 +129,24 @@ def claim(lock: Path) -> Iterator[bool]:
         if file is not None:
             lock.unlink(missing_ok=True)
             file.close()
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[bool]:
+    """Inside, no other process is: the next one waits. False: the file system has no locks."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+
+
+def delete_partials(path: Path) -> None:
+    """Delete the directories that processes which were killed have left on the way to `path`."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _locked(lock: Path) -> io.TextIOWrapper | None:

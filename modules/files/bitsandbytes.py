@@ -68,7 +68,7 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
     quant_type = _quant_type(directory)
     files = TensorFiles(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"{directory}: {error}") from error
     del config.quantization_config  # or transformers takes the model for one that its own quantizer made

@@ -5,11 +5,15 @@ A safetensors file has them in its metadata, where others do not look:
     checksums       JSON {tensor's name: 16 hexadecimal digits}, XXH3-64 of its name, dtype, shape and bytes
     checksums_of    how many tensors there are: with one of the two entries damaged, the other one tells
 
-The other files of a directory have them in checksums.json: {file's name: XXH3-64 of its bytes}. Whoever changes such a
-file on purpose deletes checksums.json. Files without checksums come from elsewhere and are read as they are.
+A directory has them in checksums.json: {file's name: XXH3-64 of its bytes}; of a safetensors file those of its header,
+which has the others. So a whole file of another directory is noticed too. Whoever changes such a file on purpose
+deletes checksums.json. A single text file has its checksum in a comment on top. Files without checksums come from
+elsewhere and are read as they are.
 """
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ENTRY, COUNT, SUMS = "checksums", "checksums_of", "checksums.json"
+_TOP = "# checksum "  # of the first line of a single text file
 _LENGTH = 8  # bytes before the header, which give its length
 
 
@@ -46,21 +51,21 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def verify(path: Path) -> None:
-    """Compare a safetensors file with its checksums, if it has them.
+    """Compare a safetensors file with its checksums, and with the checksums.json beside it, if there are such.
 
     Raises:
         Damaged: the file cannot be read, or is damaged; the message names the file and the tensor.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            entries = file.metadata() or {}
-            if not entries.keys() & {ENTRY, COUNT}:
-                return
-            names = file.keys()
-            if entries != entries | _entries({name: file.get_tensor(name) for name in names}):
+            entries, names = file.metadata() or {}, file.keys()
+            if entries.keys() & {ENTRY, COUNT} and entries != entries | _entries(
+                {name: file.get_tensor(name) for name in names}
+            ):
                 raise Damaged(f"{path} is damaged: {_difference(entries, file)}")
     except (OSError, SafetensorError) as error:
         raise Damaged(f"{path} is damaged or not a safetensors file: {error}") from error
+    verify_file(path)
 
 
 def verify_file(path: Path) -> None:
@@ -82,9 +87,10 @@ def verify_directory(directory: Path) -> None:
     Raises:
         Damaged: a file is missing or damaged; the message names it.
     """
-    for path in sorted(directory.glob("*.safetensors")):
+    tensors = sorted(directory.glob("*.safetensors"))
+    for path in tensors:
         verify(path)
-    for name in _sums(directory):
+    for name in _sums(directory).keys() - {path.name for path in tensors}:
         verify_file(directory / name)
 
 
@@ -97,15 +103,44 @@ def seal_directory(directory: Path) -> None:
                 continue
             entries |= _entries({name: file.get_tensor(name) for name in names})
         _write_metadata(path, entries)
-    seal_files(directory, [path.name for path in directory.iterdir() if path.suffix != ".safetensors"])
+    seal_files(directory, [path.name for path in directory.iterdir()])
 
 
 def seal_files(directory: Path, names: Iterable[str]) -> None:
     """Write checksums.json for these files of a directory."""
     files = [directory / name for name in sorted(names) if name != SUMS and (directory / name).is_file()]
     partial = directory / f".{SUMS}.partial"
-    partial.write_text(json.dumps({path.name: _checksum_of(path) for path in files}, indent=2) + "\n")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({path.name: _checksum_of(path) for path in files}, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # or after a loss of power the name might stand for nothing
     partial.replace(directory / SUMS)
+
+
+def with_checksum(text: str) -> str:
+    """`text` below a comment with its checksum."""
+    return f"{_TOP}{checksum_of(text)}: delete this line after a change by hand\n{text}"
+
+
+def read_checked(path: Path) -> str:
+    """The text of a file without the comment that `with_checksum` gave it, with which it is compared.
+
+    Raises:
+        Damaged: it is another text.
+        OSError, UnicodeDecodeError: it cannot be read.
+    """
+    text = path.read_text(encoding="utf-8")
+    if not text.startswith(_TOP):
+        return text
+    first, _, rest = text.partition("\n")
+    if not re.match(f"{_TOP}{checksum_of(rest)}: ", first):
+        raise Damaged(f"{path} is damaged, or was changed after it was written: if on purpose, delete its first line")
+    return rest
+
+
+def checksum_of(text: str) -> str:
+    """16 hexadecimal digits of a text."""
+    return xxhash.xxh3_64(text.encode()).hexdigest()
 
 
 def _sums(directory: Path) -> dict[str, str]:
@@ -122,7 +157,15 @@ def _sums(directory: Path) -> dict[str, str]:
 
 
 def _checksum_of(path: Path) -> str:
-    return xxhash.xxh3_64(path.read_bytes()).hexdigest()
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            length = file.read(_LENGTH)
+            digest.update(length + file.read(int.from_bytes(length, "little")))
+        else:
+            while part := file.read(2**24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def _write_metadata(path: Path, entries: dict[str, str]) -> None:

@@ -44,6 +44,7 @@ from modules.linear import DoRALinear, LoRALinear
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_FILES = (CONFIG_FILE, OUR_CONFIG_FILE)
 PREFIX = "base_model.model."
+LARGE_RANK = 4096  # settings up to here need no more memory than models have
 _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 
 
@@ -97,7 +98,7 @@ def save_adapter(
     partial = directory / f".{file}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(partial, directory / file)
-    seal_files(directory, [file])
+    seal_files(directory, [file, WEIGHTS_FILE])
 
 
 def _config_file(
@@ -138,6 +139,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     active = prepare_to_add(model, name)
     try:
         config, names, own, unknown = _contents(model, raw, tensors)
+        _check_sizes(config, tensors)
         add_adapter(model, name, config, names, own)
     except ValueError as error:
         set_adapter(model, active)
@@ -158,6 +160,15 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         for path in own:
             model.get_submodule(path).requires_grad_(False)
     return names
+
+
+def _check_sizes(config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError, before memory is taken for it, if a size in `config` is far above the tensors'."""
+    largest = max([LARGE_RANK, *(size for tensor in tensors.values() for size in tensor.shape)])
+    sizes = {"rank": config.rank, "prefix_tokens": config.prefix_tokens, "infix_tokens": config.infix_tokens}
+    for name, size in (sizes | (config.rank_pattern or {})).items():
+        if size is not None and size > largest:
+            raise ValueError(f"{name} is {size:,} in its settings, and no side of its tensors is above {largest:,}")
 
 
 def _contents(

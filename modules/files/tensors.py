@@ -32,7 +32,9 @@ class TensorFiles:
             try:
                 shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 shards = sorted({str(shard) for shard in shard_of.values()})
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
+                    raise ValueError(f"it names {elsewhere[0]}, a file of another directory")
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{index} is not an index of shards: {error!r}") from error
             for shard in shards:
                 if not (directory / shard).is_file():
