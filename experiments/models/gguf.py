@@ -26,6 +26,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from experiments.errors import UserError
+from experiments.models.gguf_header import check_header
 from experiments.models.whole import check_whole, first_three
 from experiments.system import parallel
 from experiments.system.files import alone, cache_dir, delete_directory, delete_partials, directory_atomically
@@ -84,6 +85,7 @@ def _dequantize_gguf(path: Path, directory: Path) -> None:
 
 def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in fp32 and its tokenizer. UserError: the file is damaged, or transformers does not read all of it."""
+    check_header(path)
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)

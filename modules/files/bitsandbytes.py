@@ -98,7 +98,11 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
         if not any(re.search(pattern, name) for pattern in expected_leftovers):
             raise ValueError(f"{files.path(name)}: {name} belongs to no tensor of {type(model).__name__}")
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # values of other types end in any error
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"{directory / 'generation_config.json'} cannot be read: {told}") from error
     return model.eval()
 
 

@@ -39,17 +39,18 @@ def empty(whole: bytes, other: bytes, rng: Random) -> bytes:
 
 def retyped(whole: bytes, other: bytes, rng: Random) -> bytes:
     """JSON with one value of another type, or without one."""
-    lines = whole.decode().splitlines()
-    at = 0 if whole[:1] in b"[{" and len(lines) > 1 and not whole.startswith(b'{"step"') else rng.randrange(len(lines))
-    tree = json.loads(whole if at == 0 and not whole.startswith(b'{"step"') else lines[at])
+    before, after = b"", b""
+    if whole.startswith((b"#", b'{"step"')):  # a value in one of the lines
+        lines = whole.splitlines(keepends=True)
+        at = rng.randrange(whole.startswith(b"#"), len(lines))
+        before, whole, after = b"".join(lines[:at]), lines[at], b"".join(lines[at + 1 :])
+    tree = json.loads(whole)
     holder, key = rng.choice(list(_places(tree)))
     if rng.random() < 0.2 and isinstance(holder, dict):
         del holder[key]
     else:
         holder[key] = rng.choice(OTHERS)
-    if whole.startswith(b'{"step"'):
-        return "\n".join([*lines[:at], json.dumps(tree), *lines[at + 1 :], ""]).encode()
-    return json.dumps(tree).encode()
+    return before + json.dumps(tree).encode() + b"\n" + after
 
 
 def _places(tree: Any) -> Any:

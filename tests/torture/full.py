@@ -146,12 +146,13 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
         rng, method = Random(f"{seed} {number}"), METHODS[number % len(METHODS)]
         arguments = [*begin, f"+method={method}", f"output_dir={out}"]
         if method not in whole:
-            faults = Faults(out)
+            whole[method] = folder / f"whole-{method}"
+            faults = Faults(whole[method])
             with failing(faults):
-                code, text = start(arguments)
+                code, text = start([*arguments[:-1], f"output_dir={whole[method]}"])
             if code:
                 return [f"full: {method} does not run at all: {text}"]
-            whole[method], writes[method] = out.rename(folder / f"whole-{method}"), faults.seen
+            writes[method] = faults.seen
         at, kind = rng.randint(1, writes[method]), rng.choice(ERRORS)
         faults = Faults(out, at, kind, times=rng.choice((1, 10**9)))
         with failing(faults):

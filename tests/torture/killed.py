@@ -108,13 +108,12 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
             dropout = ["dropout=0.1"] if method.endswith(("lora", "dora")) else []
             arguments = [*begin, f"+method={method}", *dropout, f"output_dir={folder / 'out'}"]
         if method not in whole:
-            shutil.rmtree(folder / "out", ignore_errors=True)
-            command = Command(arguments, folder)
+            whole[method] = folder / f"whole-{method}"
+            command = Command([*arguments[:-1], f"output_dir={whole[method]}"], folder)
             ended = command.end()
             took[method] = time.monotonic() - command.began
             if ended.code or ended.orphans:
                 return [f"killed: {method} does not run at all: {ended.code} {ended.text}"]
-            whole[method] = (folder / "out").rename(folder / f"whole-{method}")
         told = f"killed {number} ({method}, {kind})"
         findings += [f"{told}: {found}" for found in _once(arguments, kind, rng.random() * took[method], folder, rng)]
         try:
