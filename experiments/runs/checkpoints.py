@@ -183,7 +183,7 @@ def read_state(checkpoint: Path) -> dict:
         state = json.loads(path.read_text())
     except Damaged as error:
         raise UserError(str(error)) from error
-    except (OSError, ValueError) as error:  # ValueError: not JSON, not text
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not text
         raise UserError(f"{path} cannot be read: {error}") from error
     with _as_written(path):
         # until there was `evaluated`, a checkpoint came after the evaluation of its step

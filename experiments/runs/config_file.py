@@ -35,6 +35,8 @@ def read_config(directory: Path, changes: list[str] = ()) -> Config:
     path = directory / CONFIG
     try:
         verify_file(path)
+        if alias := next((event for event in yaml.parse(path.read_text()) if isinstance(event, yaml.AliasEvent)), None):
+            raise UserError(f"{path}: *{alias.anchor} stands for another value, which no run writes")
         values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         for change in OverridesParser.create().parse_overrides(list(changes)):
             if change.is_add() or change.is_delete() or change.is_sweep_override():
@@ -46,5 +48,5 @@ def read_config(directory: Path, changes: list[str] = ()) -> Config:
         raise UserError(f"{directory}: {what}") from error
     except Damaged as error:
         raise UserError(str(error)) from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from error

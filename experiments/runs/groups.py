@@ -165,7 +165,7 @@ def _read(path: Path, folder: Path) -> Run:
         result = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError("not UTF-8") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(result, dict):
         raise ValueError("not a JSON object")
@@ -224,7 +224,7 @@ def _curve(path: Path) -> list[dict]:
     for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and _is_number(record.get("step")):
             records.append(record)

@@ -39,6 +39,7 @@ from experiments.runs.shared_base import SharedBase
 from experiments.runs.start import configured
 from experiments.system import parallel, signals
 from experiments.system.files import NAME_LENGTH, RESULT, claim, write_atomically
+from modules.files.checked import Damaged, verify_file
 
 DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
 STOPPED = "stopped"  # by whoever watched it
@@ -154,8 +155,12 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
 
 def _has_result(directory: Path, identity: str) -> bool:
     try:
+        verify_file(directory / RESULT)
         return json.loads((directory / RESULT).read_text(encoding="utf-8"))["config_hash"] == identity
-    except (OSError, ValueError, KeyError, TypeError):
+    except Damaged as error:
+        print(f"note: {error}: the run is done again", file=sys.stderr)
+        return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

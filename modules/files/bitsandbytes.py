@@ -42,7 +42,7 @@ def quantization_of(directory: str | Path) -> dict | None:
         config = json.loads(path.read_text(encoding="utf-8"))
     except Damaged:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read: it is not a JSON object")

@@ -149,7 +149,7 @@ def _sums(directory: Path) -> dict[str, str]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Damaged(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise Damaged(f"{path} is damaged: it holds no names of files")

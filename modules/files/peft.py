@@ -228,7 +228,7 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
         return raw, load_tensors(directory / name)
     except Damaged:
         raise
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
 
 
