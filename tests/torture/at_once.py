@@ -24,19 +24,18 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         is_sweep = kind in ("sweeps", "report")
-        what = ["-m", "+method=qlora", "seed=0", "dropout=0,0.1"] if is_sweep else ["+method=qdora"]
-        arguments = [*begin, *what, f"output_dir={out}"]
+        what = ["+method=qlora", "seed=0", "dropout=0,0.1", "-m"] if is_sweep else ["+method=qdora"]
+        arguments = [f"output_dir={out}", *begin, *what]
         if kind == "cache":
             shutil.rmtree(folder / "cache", ignore_errors=True)
-            arguments = [*begin, *what, "data=docstrings", "data.max_train=20"]
-            arguments = [one for one in arguments if not one.startswith(("data.path=", "data=jsonl"))]
+            of_chats = ("data.path=", "data=jsonl")
+            arguments = [one for one in arguments if not one.startswith(of_chats)] + ["data=docstrings"]
         found = _pair(kind, arguments, folder, rng)
         name = "sweep" if is_sweep else kind
         try:
             if name not in whole:
                 alone = folder / f"whole-{name}"
-                told = [one for one in arguments if not one.startswith("output_dir=")]
-                ended = Command([*told, f"output_dir={alone}"], folder).end()
+                ended = Command([f"output_dir={alone}", *arguments[1:]], folder).end()
                 assert ended.code == 0, ended.text
                 whole[name] = alone
             found += _compared(out, whole[name])
@@ -49,12 +48,12 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
 def _pair(kind: str, arguments: list[str], folder: Path, rng: Random) -> list[str]:
     out = folder / "out"
     (folder / "two").mkdir(exist_ok=True)
-    other = [f"output_dir={folder / 'two' / 'out'}"] if kind == "cache" else []
-    first = Command([*arguments, f"output_dir={out}"] if kind == "cache" else arguments, folder)
+    first = Command(arguments, folder)
     if kind == "report":
         return [*_reports(first, out), *_wrong(first.end())]
     first.process.join(rng.random())
-    second = Command([*arguments, *other], folder / "two")
+    other = [f"output_dir={folder / 'two' / 'out'}"] if kind == "cache" else arguments[:1]
+    second = Command([*other, *arguments[1:]], folder / "two", folder / "cache")
     ended = first.end(), second.end()
     if kind == "runs":
         if sorted(one.code for one in ended) != [0, 1]:

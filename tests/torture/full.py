@@ -151,7 +151,7 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
             with failing(faults):
                 code, text = start([*arguments[:-1], f"output_dir={whole[method]}"])
             if code:
-                return [f"full: {method} does not run at all: {text}"]
+                return [*findings, f"full: {method} does not run at all: {text}"]
             writes[method] = faults.seen
         at, kind = rng.randint(1, writes[method]), rng.choice(ERRORS)
         faults = Faults(out, at, kind, times=rng.choice((1, 10**9)))

@@ -37,12 +37,12 @@ class Ended:
 class Command:
     """`experiments.run` with these arguments in a process of its own."""
 
-    def __init__(self, arguments: list[str], folder: Path):
+    def __init__(self, arguments: list[str], folder: Path, cache: Path | None = None):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.torture.killed"])
         self.log = folder / "printed.txt"
         ours, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(arguments, self.log, folder / "cache", theirs))
+        self.process = context.Process(target=_work, args=(arguments, self.log, cache or folder / "cache", theirs))
         self.process.start()
         theirs.close()
         ours.recv()  # it begins
@@ -103,17 +103,17 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
         method = "sweep" if is_sweep else METHODS[number % len(METHODS)]
         kind = KINDS[number // 10 % len(KINDS) if is_sweep else number % len(KINDS)]
         if is_sweep:  # two jobs over one packed base
-            arguments = [*begin, "-m", "+method=qlora", "seed=0", "dropout=0,0.1", f"output_dir={folder / 'out'}"]
+            arguments = [f"output_dir={folder / 'out'}", *begin, "+method=qlora", "seed=0", "dropout=0,0.1", "-m"]
         else:
             dropout = ["dropout=0.1"] if method.endswith(("lora", "dora")) else []
-            arguments = [*begin, f"+method={method}", *dropout, f"output_dir={folder / 'out'}"]
+            arguments = [f"output_dir={folder / 'out'}", *begin, f"+method={method}", *dropout]
         if method not in whole:
             whole[method] = folder / f"whole-{method}"
-            command = Command([*arguments[:-1], f"output_dir={whole[method]}"], folder)
+            command = Command([f"output_dir={whole[method]}", *arguments[1:]], folder)
             ended = command.end()
             took[method] = time.monotonic() - command.began
             if ended.code or ended.orphans:
-                return [f"killed: {method} does not run at all: {ended.code} {ended.text}"]
+                return [*findings, f"killed: {method} does not run at all: {ended.code} {ended.text}"]
         told = f"killed {number} ({method}, {kind})"
         findings += [f"{told}: {found}" for found in _once(arguments, kind, rng.random() * took[method], folder, rng)]
         try:

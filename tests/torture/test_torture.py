@@ -16,11 +16,11 @@ def test_damaged_files(tmp_path):
 
 
 def test_killed_runs(tmp_path):
-    assert killed.campaign(4, tmp_path) == []
+    assert killed.campaign(2, tmp_path) == []
 
 
 def test_full_disks(tmp_path):
-    assert full.campaign(8, tmp_path) == []
+    assert full.campaign(3, tmp_path) == []
 
 
 def test_two_at_once(tmp_path):
@@ -29,11 +29,11 @@ def test_two_at_once(tmp_path):
 
 def test_files_of_strangers(tmp_path, monkeypatch):
     monkeypatch.setenv("QDORA_CACHE", str(tmp_path / "cache"))
-    assert hostile.campaign(28, tmp_path) == []
+    assert hostile.campaign(14, tmp_path) == []
 
 
 def test_numbers_that_are_none(tmp_path):
-    assert numbers.campaign(5, tmp_path) == []
+    assert numbers.campaign(2, tmp_path) == []
 
 
 def test_many_steps(tmp_path: Path):
