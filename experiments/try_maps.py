@@ -147,6 +147,7 @@ def try_maps(cfg: TrialConfig) -> str:
     run_trials(cfg, profile.shapes, trials)
     text = table(profile, trials)
     directory = Path(cfg.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
     clear(directory, FILES)
     for trial in trials:
         if trial.kind == "tuned":

@@ -83,6 +83,7 @@ def tune(cfg: TuneConfig) -> str:
     best = solve(problem)
     text = table(cfg, profile, problem, best)
     directory = Path(cfg.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
     if not cfg.profile:
         write_profile(directory / PROFILE, profile)
     write_map(directory / MAP, QuantMap(cfg.quant.double, profile.shapes, best), text)

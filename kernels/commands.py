@@ -1,4 +1,4 @@
-"""How `python -m kernels.bench` and `python -m kernels.aot` begin and end.
+"""How `python -m kernels.bench` and the other commands of this folder begin and end.
 
 Importing this package loads torch, which takes seconds. `--help`, a typo, a Python without torch and Ctrl-C are
 answered before that (`before_imports`, called in kernels/__init__.py).
@@ -11,7 +11,11 @@ import signal
 import sys
 from collections.abc import Callable
 
-COMMANDS = ("kernels.aot", "kernels.bench")
+COMMANDS = {  # and the file of each one's options
+    "kernels.aot": "kernels.aot.arguments",
+    "kernels.bench": "kernels.bench.arguments",
+    "kernels.bench.card": "kernels.bench.card_arguments",
+}
 
 
 def before_imports() -> None:
@@ -26,7 +30,7 @@ def before_imports() -> None:
         )
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # under nohup it is ignored
         signal.signal(signal.SIGINT, _interrupted)
-    importlib.import_module(f"{asked[0]}.arguments").parse(sys.argv[1:])
+    importlib.import_module(COMMANDS[asked[0]]).parse(sys.argv[1:])
 
 
 def _interrupted(*_) -> None:

@@ -8,7 +8,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from experiments.report.plots import Picture
-from experiments.report.statistics import Difference, Mean, Verdict, mean, method_differences, verdict
+from experiments.report.statistics import SAME_COST, Difference, Mean, Verdict, mean, method_differences, verdict
 from experiments.runs.groups import MEASURES, Group, Run, disagreements, shown, why_times_differ
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:84em;margin:2em auto;padding:0 1em;color:#222}
@@ -118,6 +118,12 @@ def _conclusions(settings: dict[str, list[Run]], found: Verdict) -> list[str]:
     for measure, what in costs.items():
         label = found.cheapest(settings, measure)
         value = number(measure, mean(settings[label], measure))
+        costs_of = [mean(settings[level], measure).mean for level in found.level_with]
+        same = 0 if measure == "trainable_params" else SAME_COST  # parameters are counted, not measured
+        if len(costs_of) > 1 and max(costs_of) - min(costs_of) <= same * max(costs_of):
+            apart = f"no more than {same:.0%} apart" if same else "equal"
+            lines.append(f"- Of those none has {what}: they are {apart}, {value}.")
+            continue
         lines.append(f"- Of those {'' if len(found.level_with) > 1 else '(it alone) '}{what}: **{label}**, {value}.")
     for measure, (what, direction) in {
         "exact_match_after": ("Most right answers", -1),

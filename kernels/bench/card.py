@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from kernels import commands
+
 TOKENS = 2048  # the size that the table shows, or the nearest one that was measured
 RESULTS = Path("outputs") / "card"
 _TESTS = (
@@ -101,4 +103,4 @@ def summary(rows: Iterable[Mapping[str, str]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commands.run(lambda argv: main())

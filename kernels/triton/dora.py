@@ -1,7 +1,8 @@
 """DoRA in Triton: see kernels/dora.py.
 
 Forward over a packed weight: the norm in three launches (dora_norm.py), dequantize, xa, and the product with gain and
-bias in its epilogue (gemm.py). Few tokens skip the dequantization.
+bias in its epilogue (gemm.py). Few tokens skip the dequantization. Of few tokens whose norm is given, one launch makes
+xa and the gain (few_tokens.py), and one or two the rest (nf4_linear.py): generation passes the norm.
 
 Backward is LoRA's of dZ = g ⊙ dY, and the magnitude's gradient. One pass over dY and y (or z) makes dZ and partial sums
 of dm. Each program handles one tile. A program that walks all columns could also make dxa, but there would be too few
@@ -15,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dora import over_norm
+from kernels.triton import few_tokens
 from kernels.triton.case import Case, meta
 from kernels.triton.dora_norm import divide, norm_and_gain, sums_of_squares
 from kernels.triton.dropout import dropout as drop
@@ -22,7 +24,7 @@ from kernels.triton.gemm import gemm
 from kernels.triton.launch import cdiv, launch
 from kernels.triton.low_rank import project
 from kernels.triton.nf4 import dense
-from kernels.triton.nf4_linear import few_tokens, supports
+from kernels.triton.nf4_linear import product
 from kernels.triton.outer import outer
 from kernels.weight import Weight
 
@@ -191,22 +193,23 @@ def dora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    if norm is None:
-        norm, gain = norm_and_gain(weight, x.dtype, lora_A, lora_B, scaling, magnitude)
-    else:
-        norm, gain = norm.clone(), over_norm(magnitude, norm)
     xd = drop(x, dropout, seed) if dropout else x
-    xa = project(xd, lora_A.t(), scaling)
-    epilogue = (xa, lora_B.t(), bias, gain)
+    few = few_tokens.supports(x, dropout)
+    if few and norm is not None:
+        xa, norm, gain = few_tokens.adapter(x, lora_A, scaling, magnitude, norm.contiguous())
+    else:
+        xa = few_tokens.adapter(x, lora_A, scaling)[0] if few else project(xd, lora_A.t(), scaling)
+        if norm is None:
+            norm, gain = norm_and_gain(weight, x.dtype, lora_A, lora_B, scaling, magnitude)
+        else:
+            norm, gain = norm.clone(), over_norm(magnitude, norm)
     if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: elements dropped from the adapter still pass the base
         w = dense(weight, x.dtype)
         z, _ = gemm(xd, w.t(), xa, lora_B.t())
         y, _ = gemm(x - xd, w.t(), bias=bias)
         y.addcmul_(z, gain.to(x.dtype))
-    elif supports(x, weight):
-        y, z = gemm(x, None, *epilogue, keep_z=bias is not None, xw=few_tokens(x, weight))
     else:
-        y, z = gemm(x, dense(weight, x.dtype).t(), *epilogue, keep_z=bias is not None)
+        y, z = product(x, weight, xa, lora_B.t(), bias, gain, keep_z=bias is not None)
     return y, xa, norm, gain, x.new_empty(0) if z is None else z
 
 

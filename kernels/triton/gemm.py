@@ -219,7 +219,7 @@ def _case(
 
     Args:
         xw: dtype of x w where it is known and only the epilogue is left; None where it is not.
-        tokens: rows of x. Up to 64 the terms of x w are those of `few_tokens` in nf4_linear.py.
+        tokens: rows of x. Up to 64 the terms of x w are those of nf4_small_batch.py.
     """
     x, w = meta(tokens, 4096, dtype=dtype), meta(4096, 4096, dtype=dtype)
     splits = 16 if tokens <= 64 else 1

@@ -15,7 +15,7 @@ from kernels.triton.dora_norm import norm_and_gain
 from kernels.triton.gemm import add_product, gemm
 from kernels.triton.low_rank import project
 from kernels.triton.nf4 import dense
-from kernels.triton.nf4_linear import few_tokens, supports
+from kernels.triton.nf4_linear import product
 from kernels.triton.outer import MOST_LINEARS, outers
 from kernels.weight import Weight
 
@@ -40,11 +40,7 @@ def joined_linears(
             norm = gain = None
         else:
             norm, gain = norm_and_gain(weight, x.dtype, lora_A[i], lora_B[i], scaling[i], m)
-        if supports(x, weight):
-            y, _ = gemm(x, None, xa, b.t(), gain=gain, xw=few_tokens(x, weight))
-        else:
-            y, _ = gemm(x, dense(weight, x.dtype).t(), xa, b.t(), gain=gain)
-        ys.append(y)
+        ys.append(product(x, weight, xa, b.t(), gain=gain)[0])
         norms.append(x.new_empty(0, dtype=torch.float32) if norm is None else norm)
         gains.append(x.new_empty(0, dtype=torch.float32) if gain is None else gain)
     return ys, [a_all, xa_all, *bs, *norms, *gains]

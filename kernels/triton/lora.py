@@ -1,8 +1,9 @@
 """LoRA in Triton: see kernels/lora.py.
 
 Launches over a packed weight: forward 3 (dequantize, xa, the product with everything else in its epilogue), y written
-once; backward 4 (dequantize, dxa, dA with dB, dX), dX written once. Few tokens skip the dequantization: forward is xa,
-one pass over the packed weight, and the sum of its splits with everything else (low_rank.py, gemm.py, nf4_linear.py).
+once; backward 4 (dequantize, dxa, dA with dB, dX), dX written once. Few tokens skip the dequantization: forward is
+xa (few_tokens.py) and the product with everything else, one launch for up to 4 tokens, two for up to 64
+(nf4_linear.py).
 
 Backward reads dY three times, for dxa, dB and dX. One pass for the first two would keep the sums of one of them on chip
 and write those of the other as fp32 partial sums, once for each tile of tokens: 8·r / BLOCK_M bytes an element of dY to
@@ -12,10 +13,11 @@ rank 16, where at most one byte in six would be won and 4096 tokens would keep o
 
 from torch import Tensor
 
+from kernels.triton import few_tokens
 from kernels.triton.gemm import gemm
 from kernels.triton.low_rank import project
 from kernels.triton.nf4 import dense
-from kernels.triton.nf4_linear import few_tokens, supports
+from kernels.triton.nf4_linear import product
 from kernels.triton.outer import outer
 from kernels.weight import Weight
 
@@ -31,12 +33,9 @@ def lora_linear(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
-    xa = project(x, lora_A.t(), scaling, dropout, seed)
-    if supports(x, weight):
-        y, _ = gemm(x, None, xa, lora_B.t(), bias, xw=few_tokens(x, weight))
-    else:
-        y, _ = gemm(x, dense(weight, x.dtype).t(), xa, lora_B.t(), bias)
-    return y, xa
+    few = few_tokens.supports(x, dropout)
+    xa = few_tokens.adapter(x, lora_A, scaling)[0] if few else project(x, lora_A.t(), scaling, dropout, seed)
+    return product(x, weight, xa, lora_B.t(), bias)[0], xa
 
 
 def lora_linear_backward(

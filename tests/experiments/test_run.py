@@ -166,7 +166,7 @@ BAD = {
     "schedule": (["+method=lora", "trainer.schedule=step"], "choose cosine, linear or constant"),
     "dtype": (["+method=lora", "trainer.dtype=int8"], "trainer.dtype=int8: choose auto, float32"),
     "device": (["+method=lora", "trainer.device=tpu"], "trainer.device=tpu: choose auto, cpu or cuda"),
-    "tracking": (["+method=lora", "tracking.name=tb"], "tracking.name=tb: choose none or wandb"),
+    "tracking": (["+method=lora", "tracking.name=tb"], "tracking.name=tb: choose none, wandb or tensorboard"),
     "targets": (["+method=lora", "target_modules=[nope]"], "matches no linear of the model; it has down_proj, gate_"),
     "no data path": (["+method=lora", "data=jsonl"], "data=jsonl needs data.path=FILE"),
     "no data file": (["+method=lora", "data.path=/nowhere.jsonl"], "/nowhere.jsonl"),

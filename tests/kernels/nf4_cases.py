@@ -101,9 +101,11 @@ def bnb_dequantize(packed: Tensor, state, dtype: torch.dtype) -> Tensor:
 def guarded_memory(monkeypatch):
     """Inside, `torch.empty` gives memory full of 0xFF in the middle of a larger buffer; on leaving, the bytes around
     it must still be 0xFF: a kernel that forgets an element or writes beside its output shows."""
-    guard, buffers = 4096, []
+    guard, buffers, unguarded = 4096, [], torch.empty
 
-    def empty(*size, dtype=torch.float32, device=None):
+    def empty(*size, dtype=torch.float32, device=None, **more):
+        if device == "meta":  # a kernel file that is imported now makes its cases
+            return unguarded(*size, dtype=dtype, device=device, **more)
         shape = size[0] if size and not isinstance(size[0], int) else size
         n_bytes = torch.Size(shape).numel() * dtype.itemsize
         buffer = torch.full((n_bytes + 2 * guard,), 0xFF, dtype=torch.uint8, device=device)

@@ -237,3 +237,13 @@ def test_a_setting_has_one_look_and_a_search_its_learning_rates(tmp_path):
     cost, curves = colours(drawn["cost"].figure.axes[0]), colours(drawn["curves"].figure.axes[1])
     assert len(curves) == 6 and all(cost[label] == colour for label, colour in curves.items())
     assert len(set(curves.values())) == 6
+
+
+def test_costs_that_are_the_same_have_no_winner(terminal, tmp_path):
+    for method, memory in (("lora", 0.670e9), ("dora", 0.671e9)):
+        for seed, loss in enumerate((2.8, 2.9)):
+            path = write_run(tmp_path, method, seed, loss + (method == "dora") * (-1) ** seed * 0.01) / "result.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"peak_memory_bytes": memory}))
+    assert terminal(command, str(tmp_path))[0] == 0
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "- Of those none has the least memory: they are no more than 1% apart, 0.67" in text, text

@@ -134,13 +134,13 @@ def test_a_conversation_keeps_the_infix_at_the_first_prompt(trained, monkeypatch
     asked, write = [], generate.Writer.write
 
     def record(self, prompts, **how):
-        asked.append((len(prompts[0]), how["prompt_length"], how["cache"]))
+        asked.append((len(prompts[0]), how["prompt_length"]))
         return write(self, prompts, **how)
 
     monkeypatch.setattr(generate.Writer, "write", record)
     generate.converse(writer)
-    (first, *_), (second, *_), (third, *_) = asked
-    assert asked == [(first, first, None), (second, first, None), (third, third, None)] and first < second
+    (first, _), (second, _), (third, _) = asked
+    assert asked == [(first, first), (second, first), (third, third)] and first < second
 
 
 @pytest.mark.parametrize(

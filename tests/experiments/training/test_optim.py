@@ -57,7 +57,7 @@ def test_a_spike_of_memory_evicts_and_changes_nothing(tmp_path):
                 raise torch.OutOfMemoryError("no room for activations")
 
         model.model.layers[1].register_forward_hook(out_of_memory)
-        return [trainer.step([examples[:2], examples[2:]])["loss"] for _ in range(4)]
+        return [trainer.step([examples[:2], examples[2:]])[0]["loss"] for _ in range(4)]
 
     assert run() == run("optim.paged=true", "optim.budget_mb=4")
     assert evictions == [2, 3]
