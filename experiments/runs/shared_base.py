@@ -20,7 +20,7 @@ from experiments.errors import UserError
 from experiments.models.directory import is_packed, model_directory
 from experiments.models.load import load_base
 from experiments.system import machine, signals
-from experiments.system.files import cache_dir, claim
+from experiments.system.files import cache_dir, claim, is_free
 from experiments.system.quiet import quiet
 from modules.adapters.config import quantized_start
 from modules.files.bitsandbytes import load_bnb4, save_bnb4
@@ -65,9 +65,10 @@ class SharedBase:
 def _temporary_directory() -> Iterator[Path]:
     """A directory in the cache until the block ends. Those that killed processes left are deleted first."""
     for left in cache_dir().glob(f"{PREFIX}*"):
-        with claim(cache_dir() / LOCKS / left.name) as claimed:
-            if claimed:
-                shutil.rmtree(left, ignore_errors=True)
+        lock = cache_dir() / LOCKS / left.name
+        if is_free(lock):
+            shutil.rmtree(left, ignore_errors=True)
+            lock.unlink(missing_ok=True)
     name = f"{PREFIX}{secrets.token_hex(4)}"
     with claim(cache_dir() / LOCKS / name):
         directory = cache_dir() / name

@@ -143,6 +143,17 @@ def alone(lock: Path) -> Iterator[bool]:
         yield locked
 
 
+def is_free(lock: Path) -> bool:
+    """Whether no process has the file `lock` to itself; False where the file system cannot tell."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
 def delete_partials(path: Path) -> None:
     """Delete the directories that processes which were killed have left on the way to `path`."""
     for left in path.parent.glob(f".{path.name}.*.partial"):
