@@ -13,6 +13,7 @@ from experiments.system.files import write_atomically
 from modules.files.checked import Damaged, verify_file
 
 CONFIG = "config.yaml"
+DEPTH = 50  # of the values in one
 
 
 def write_config(cfg: Config, directory: Path) -> None:
@@ -20,6 +21,16 @@ def write_config(cfg: Config, directory: Path) -> None:
     values = OmegaConf.structured(cfg)
     values.resume, values.overwrite = None, False
     write_atomically(directory / CONFIG, OmegaConf.to_yaml(values))
+
+
+def _check_yaml(path: Path) -> None:
+    """Raise UserError for YAML that no run writes, and that takes more time and memory than its size lets one think."""
+    depth = 0
+    for event in yaml.parse(path.read_text(encoding="utf-8")):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEPTH:
+            what = f"lists or objects {DEPTH} deep" if depth > DEPTH else f"*{event.anchor} in place of a value"
+            raise UserError(f"{path} is not a run's: it has {what}")
 
 
 def read_config(directory: Path, changes: list[str] = ()) -> Config:
@@ -35,8 +46,7 @@ def read_config(directory: Path, changes: list[str] = ()) -> Config:
     path = directory / CONFIG
     try:
         verify_file(path)
-        if alias := next((event for event in yaml.parse(path.read_text()) if isinstance(event, yaml.AliasEvent)), None):
-            raise UserError(f"{path}: *{alias.anchor} stands for another value, which no run writes")
+        _check_yaml(path)
         values = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path))
         for change in OverridesParser.create().parse_overrides(list(changes)):
             if change.is_add() or change.is_delete() or change.is_sweep_override():

@@ -10,6 +10,7 @@ from random import Random
 
 from experiments import report
 from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, assert_same, write_chats
+from tests.torture.damaged import shown
 from tests.torture.killed import Command, Ended
 
 
@@ -34,13 +35,13 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
         name = "sweep" if is_sweep else kind
         try:
             if name not in whole:
-                alone = folder / f"whole-{name}"
+                alone = folder / f"whole-{name}" / "out"
                 ended = Command([f"output_dir={alone}", *arguments[1:]], folder).end()
                 assert ended.code == 0, ended.text
                 whole[name] = alone
             found += _compared(out, whole[name])
         except (AssertionError, OSError, ValueError) as error:
-            found.append(str(error)[:400])
+            found.append(shown(error))
         findings += [f"at once {number} ({kind}): {one}" for one in found]
     return findings
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from experiments import run
 from experiments.runs.checkpoints import of_run
 from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, assert_same, write_chats
+from tests.torture.damaged import shown
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.EIO)
 METHODS = ("qdora", "full", "lora", "houlsby")
@@ -167,7 +168,7 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
         try:
             assert_same(out, whole[method])
         except (AssertionError, OSError) as error:
-            findings.append(f"{told}: other results: {str(error)[:300]}")
+            findings.append(f"{told}: other results: {shown(error)}")
         shutil.rmtree(out, ignore_errors=True)
     return findings
 

@@ -20,6 +20,7 @@ from random import Random
 from experiments import run
 from experiments.runs.checkpoints import of_run
 from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, assert_same, write_chats
+from tests.torture.damaged import shown
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby", "prefix_embed", "prefix_layer")
 KINDS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGINT twice")
@@ -108,7 +109,7 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
             dropout = ["dropout=0.1"] if method.endswith(("lora", "dora")) else []
             arguments = [f"output_dir={folder / 'out'}", *begin, f"+method={method}", *dropout]
         if method not in whole:
-            whole[method] = folder / f"whole-{method}"
+            whole[method] = folder / f"whole-{method}" / "out"  # the folder's name is in a sweep's configuration
             command = Command([f"output_dir={whole[method]}", *arguments[1:]], folder)
             ended = command.end()
             took[method] = time.monotonic() - command.began
@@ -124,7 +125,7 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
             else:
                 _same(folder / "out", whole[method])
         except (AssertionError, OSError, ValueError) as error:
-            findings.append(f"{told}: not as if nothing had happened: {str(error)[:300]}")
+            findings.append(f"{told}: not as if nothing had happened: {shown(error)}")
         if left := [path.name for path in (folder / "cache").rglob("*") if path.name.startswith(".base")]:
             findings.append(f"{told}: left in the cache: {left}")
     return findings
