@@ -16,6 +16,7 @@ TINY = ["model=tiny", "trainer=debug", "rank=4", "trainer.dtype=float32"]  # the
 CHECKPOINTS = ["trainer.steps=6", "trainer.checkpoint_every=2", "trainer.grad_accum=2"]
 SMALL = ["trainer.samples=1", "trainer.sample_tokens=4", "data.max_heldout=4"]
 VARYING = {"tokens_per_s", "train_seconds", "total_seconds", "peak_memory_bytes", "machine"}  # machine has its load
+VARYING |= {"commit"}  # which may change while a campaign runs
 
 
 def tiny() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
