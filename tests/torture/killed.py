@@ -5,6 +5,7 @@ nothing left in the cache. A process is forked from one that has torch and trans
 of its own: whatever is left of that session is an orphan.
 """
 
+import atexit
 import contextlib
 import multiprocessing
 import os
@@ -79,7 +80,10 @@ def _work(arguments: list[str], log: Path, cache: Path, ready: Connection) -> No
     os.environ["QDORA_CACHE"] = str(cache)
     sys.argv = ["experiments.run", *arguments]
     ready.send(None)
-    run.main()
+    try:
+        run.main()
+    finally:
+        atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
 
 
 def members(session: int) -> dict[int, str]:
@@ -126,7 +130,7 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
                 _same(folder / "out", whole[method])
         except (AssertionError, OSError, ValueError) as error:
             findings.append(f"{told}: not as if nothing had happened: {shown(error)}")
-        if left := [path.name for path in (folder / "cache").rglob("*") if path.name.startswith(".base")]:
+        if left := [path.name for path in (folder / "cache").glob(".base*")]:
             findings.append(f"{told}: left in the cache: {left}")
     return findings
 
