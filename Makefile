@@ -21,7 +21,7 @@ RESULTS ?= notebooks/results
 second_docstrings := arithmetic
 second_arithmetic := docstrings
 
-.PHONY: help setup run test lint bench bench-cpu profile-cpu cubins cubins-ci static-cost sweeps notebooks clean
+.PHONY: help setup run test torture lint bench bench-cpu profile-cpu cubins cubins-ci static-cost sweeps notebooks clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -52,6 +52,9 @@ run: $(READY) ## the main job: fine-tune SmolLM2 with QDoRA (ARGS="rank=8 …" c
 test: $(READY) ## the whole test suite (ARGS="tests/kernels -k nf4" for a part)
 	# most tests compute little: two processes of one thread each are faster than one of two
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+torture: $(READY) ## runs that are killed, files that are damaged, disks that are full … (N=500: how many; ARGS="damaged=5000")
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture $(if $(N),N=$(N)) $(ARGS)
 
 lint: $(READY) ## ruff: style and format
 	$(BIN)/ruff check

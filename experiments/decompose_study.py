@@ -30,7 +30,7 @@ from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.system import machine
 from experiments.system.cli import hydra_command
 from experiments.system.directory import results_directory
-from experiments.system.files import as_csv, write_atomically
+from experiments.system.files import as_csv, write_atomically, write_figure
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from kernels.codebook import BLOCKSIZES, CODEBOOKS
@@ -205,7 +205,7 @@ def main(cfg: DictConfig) -> None:
         files = [Path(config.output_dir) / name for name in FILES]
         write_atomically(files[0], as_csv(list(rows[0]), rows))
         write_atomically(files[1], as_csv(list(starts[0]), starts))
-        plot(config, decomposed, starts).savefig(files[2], dpi=120)
+        write_figure(files[2], plot(config, decomposed, starts), dpi=120)
     print("\nWritten:", *files, sep="\n  ")
 
 

@@ -52,6 +52,7 @@ from modules.adapters.state import named_adapter
 from modules.adapters.targets import biased_modules
 from modules.files.baselines import OUR_CONFIG_FILE, prefix_tuning
 from modules.files.bitsandbytes import by_definition, save_bnb4
+from modules.files.checked import seal_directory
 from modules.files.peft import CONFIG_FILE, WEIGHTS_FILE
 from modules.linear import weight_shape
 
@@ -252,6 +253,7 @@ def export(source: Path, to: str, target: Path, changes: list[str]) -> None:
     with _claimed(target), directory_atomically(target) as directory:
         read, expected = EXPORTS[to](run, source, directory, ids)
         run.tokenizer.save_pretrained(directory)
+        seal_directory(directory)
         del run  # two models need not be in memory
         gc.collect()
         with quiet():

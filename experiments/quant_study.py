@@ -36,7 +36,7 @@ from experiments.models.load import load_model
 from experiments.system import machine
 from experiments.system.cli import hydra_command
 from experiments.system.directory import clear, results_directory
-from experiments.system.files import as_csv, write_atomically
+from experiments.system.files import as_csv, write_atomically, write_figure
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
@@ -272,7 +272,7 @@ def main(cfg: DictConfig) -> None:
         write_atomically(directory / "study.csv", as_csv(COLUMNS, found.rows))
         pictures = {"errors.png": plot_errors(found)} | ({"loss.png": plot_loss(found)} if config.loss else {})
         for name, figure in pictures.items():
-            figure.savefig(directory / name, dpi=120)
+            write_figure(directory / name, figure, dpi=120)
     print("\nWritten:", *(directory / name for name in ("study.csv", *pictures)), sep="\n  ")
 
 

@@ -12,11 +12,14 @@ everything else       as for experiments.run
 A trial is a job of a sweep (experiments/runs/sweep.py), so `python -m experiments.report DIR` compares them. One whose
 held-out loss at an evaluation (trainer.eval_every) is above the median of earlier trials there is stopped, from the
 sixth on. DIR/study.db keeps the study: started again with the same output_dir the search goes on, and a trial that was
-cut off is done again. The sampler is Optuna's TPE: Bergstra et al. 2011, "Algorithms for Hyper-Parameter Optimization".
+cut off is done again. It has a checksum of each trial, so that damage shows. The sampler is Optuna's TPE: Bergstra et
+al. 2011, "Algorithms for Hyper-Parameter Optimization".
 """
 
+import contextlib
 import json
 import re
+import sqlite3
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,15 +31,16 @@ from experiments.errors import UserError
 from experiments.runs import sweep
 from experiments.system.cli import command, composed, takes_keys
 from experiments.system.files import RESULT, claim, writable_dir
+from modules.files.checked import checksum_of
 
 try:
     import optuna
-    import sqlalchemy
 except ImportError:
     optuna = None
 
 STUDY = "study.db"
 SEED = 0  # of the sampler; trials that are there already shift it, or a search that goes on would repeat itself
+CHECKSUMS = "checksums"  # of the trials by number, an attribute of the study
 REASON = "reason"  # why a trial failed; one that was cut off has none
 
 
@@ -95,28 +99,79 @@ def open_study(folder: Path, arguments: list[str]) -> "optuna.Study":
     """The study in `folder`, a new one if there is none; trials that were cut off wait to be done again.
 
     Raises:
-        UserError: it is of other arguments, or not a file of Optuna's.
+        UserError: it is of other arguments, or damaged, or not a file of Optuna's.
     """
     path = folder / STUDY
+    named = {"storage": f"sqlite:///{path}", "study_name": "search"}
     try:
-        study = optuna.create_study(storage=f"sqlite:///{path}", study_name="search", load_if_exists=True)
+        study = optuna.load_study(**named) if _is_whole(path) else optuna.create_study(**named)
         was = study.user_attrs.get("arguments", arguments)
         study.set_user_attr("arguments", was)
-    except (sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+        wrong = _damaged(study)
+    except Exception as error:  # Optuna and SQLAlchemy meet damaged files with any error
+        told = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{path} cannot be read: {told}") from error
+    if wrong:
+        raise UserError(f"{path} is damaged: trial {wrong[0]} is not the one that was written")
     if was != arguments:
         raise UserError(f"{path} is of other arguments, {' '.join(was)}: give the same, or another output_dir")
     study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials))
     for trial in study.get_trials(states=(optuna.trial.TrialState.RUNNING,)):
         study.enqueue_trial(trial.params)
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        _keep_checksum(study, trial.number)
     return study
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether there is a database. Raises sqlite3.DatabaseError if it is damaged as far as SQLite can tell."""
+    if not path.exists():
+        return False
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        found = [line for (line,) in database.execute("pragma integrity_check(1)")]
+    if found != ["ok"] or not path.stat().st_size:
+        raise sqlite3.DatabaseError("the file is empty: delete it to start anew" if found == ["ok"] else found[0])
+    return True
+
+
+def _keep_checksum(study: "optuna.Study", number: int) -> None:
+    """Keep the checksum of a trial as it is now."""
+    kept = study.user_attrs.get(CHECKSUMS, {})
+    study.set_user_attr(CHECKSUMS, kept | {str(number): _checksum(study.trials[number])})
+
+
+def _checksum(trial: "optuna.trial.FrozenTrial") -> str:
+    """Of a trial's settings; of one that has ended also of its state, values and attributes."""
+    more = [trial.state.name, trial.values, trial.intermediate_values, trial.user_attrs]
+    return _checksum_as_drawn(trial, *(more if trial.state.is_finished() else []))
+
+
+def _checksum_as_drawn(trial: "optuna.trial.FrozenTrial", *more: object) -> str:
+    kinds = {key: repr(kind) for key, kind in trial.distributions.items()}
+    return checksum_of(json.dumps([trial.number, trial.params, kinds, *more], sort_keys=True))
+
+
+def _damaged(study: "optuna.Study") -> list[int]:
+    """The numbers of the trials that are not as they were written; none in a study of before there were checksums."""
+    kept = study.user_attrs.get(CHECKSUMS)
+    if kept is None:
+        return []
+    begun = [trial for trial in study.trials if trial.state != optuna.trial.TrialState.WAITING]
+    wrong = {int(number) for number in kept} - {trial.number for trial in begun}
+    for trial in begun:
+        allowed = [_checksum(trial)]
+        if trial is begun[-1]:  # it may have been cut off before its checksum
+            allowed += [None, _checksum_as_drawn(trial)]
+        if kept.get(str(trial.number)) not in allowed:
+            wrong.add(trial.number)
+    return sorted(wrong)
 
 
 def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str], folder: Path) -> str:
     """Draw settings, run them, tell the study; returns how it ended, in words."""
     trial = study.ask()
     chosen = {key: draw(trial) for key, draw in space.items()}
+    _keep_checksum(study, trial.number)
     print(f"\ntrial {trial.number}: {' '.join(_shown(chosen))}")
     try:
         cfg = resolve(composed(*fixed, *(f"{key}={value}" for key, value in chosen.items()), f"output_dir={folder}"))
@@ -129,6 +184,13 @@ def do_trial(study: "optuna.Study", space: dict[str, Callable], fixed: list[str]
             return record["step"] < cfg.trainer.steps and trial.should_prune()
 
         outcome = sweep.job(cfg, ",".join(_shown(chosen)), watch)
+    told = _tell(study, trial, outcome)
+    _keep_checksum(study, trial.number)
+    return told
+
+
+def _tell(study: "optuna.Study", trial: "optuna.Trial", outcome: sweep.Outcome) -> str:
+    """Tell the study how the trial ended; returns it in words."""
     if outcome.directory:
         loss = json.loads((Path(outcome.directory) / RESULT).read_text(encoding="utf-8"))["loss_after"]
         study.tell(trial, loss)

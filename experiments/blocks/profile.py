@@ -34,6 +34,7 @@ from experiments.system.files import write_atomically
 from experiments.training.evaluation import label_logits, to_device
 from kernels.codebook import BLOCKSIZES
 from modules import NF4Linear, decoder_linears
+from modules.files.checked import Damaged, read_checked, with_checksum
 from modules.linear import dense_weight, is_conv1d
 
 OUTLIER = 4.0  # standard deviations; of Gaussian weights 6.3e-5 are beyond
@@ -193,7 +194,7 @@ def profile_model(
 
 
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write a CSV, a row a linear, whose first line is a comment with `profile.about` in JSON."""
+    """Write a CSV, a row a linear, below two comments: its checksum, and `profile.about` in JSON."""
     there = sorted({size for layer in profile.layers.values() for size in layer.sizes})
     columns = [f"{measure}_{size}" for measure in MEASURES for size in there]
     text = io.StringIO()
@@ -205,7 +206,7 @@ def write_profile(path: Path, profile: Profile) -> None:
         row |= {key: getattr(layer, key) for key in STATISTICS}
         row |= {f"{key}_{size}": value for size, values in layer.sizes.items() for key, value in values.items()}
         writer.writerow(row)
-    write_atomically(path, text.getvalue())
+    write_atomically(path, with_checksum(text.getvalue()))
 
 
 def read_profile(path: Path) -> Profile:
@@ -215,14 +216,16 @@ def read_profile(path: Path) -> Profile:
         UserError: no such file, or not such a profile.
     """
     try:
-        first, _, rest = path.read_text(encoding="utf-8").partition("\n")
+        first, _, rest = read_checked(path).partition("\n")
         about = json.loads(first.removeprefix("# "))
         layers = {row["layer"]: _layer(row) for row in csv.DictReader(io.StringIO(rest))}
         if not layers or not {"model", "type", "double"} <= about.keys():
             raise ValueError("it has no layers" if not layers else "it does not say of which model it is")
     except OSError as error:
         raise UserError(f"profile={path}: {error.strerror}: leave profile out to measure one") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except Damaged as error:
+        raise UserError(f"profile={error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise UserError(f"profile={path} is not a profile that tune_blocks wrote: {error}") from error
     return Profile(about, layers)
 

@@ -2,6 +2,7 @@
 
 A map is a YAML file that experiments.tune_blocks writes and `quant=tuned quant.map=FILE` reads:
 
+    # checksum …
     double: true
     layers:
       model.layers.0.self_attn.q_proj: {shape: [576, 576], blocksize: 64}
@@ -18,6 +19,7 @@ from experiments.config import QuantConfig
 from experiments.errors import UserError
 from experiments.system.files import write_atomically
 from kernels.codebook import BLOCKSIZES
+from modules.files.checked import Damaged, read_checked, with_checksum
 
 Shapes = Mapping[str, tuple[int, int]]  # of weights, (out, in), by the full names of their linears
 
@@ -37,7 +39,7 @@ def write_map(path: Path, quant_map: QuantMap, comment: str) -> None:
     lines += [f"double: {str(quant_map.double).lower()}", "layers:"]
     for name, blocksize in quant_map.blocksizes.items():
         lines.append(f"  {name}: {{shape: {list(quant_map.shapes[name])}, blocksize: {blocksize}}}")
-    write_atomically(path, "\n".join(lines) + "\n")
+    write_atomically(path, with_checksum("\n".join(lines) + "\n"))
 
 
 def read_map(path: Path) -> QuantMap:
@@ -47,17 +49,25 @@ def read_map(path: Path) -> QuantMap:
         UserError: no such file, or not such a map.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_checked(path))
     except FileNotFoundError as error:
         raise UserError(f"quant.map={path}: no such file: python -m experiments.tune_blocks writes one") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Damaged as error:
+        raise UserError(f"quant.map={error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not text, or 2026-99-99
         raise UserError(f"quant.map={path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("double"), bool) or not values.get("layers"):
+    if (
+        not isinstance(values, dict)
+        or not isinstance(values.get("double"), bool)
+        or not _is_table(values.get("layers"))
+    ):
         raise UserError(f"quant.map={path} is not a map of block sizes: it needs `double` and `layers`")
     shapes, blocksizes = {}, {}
     for name, layer in values["layers"].items():
         try:
             (out_features, in_features), blocksize = layer["shape"], layer["blocksize"]
+            if not all(type(size) is int for size in (out_features, in_features, blocksize)):
+                raise TypeError
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"quant.map={path}: {name} needs {{shape: [out, in], blocksize: …}}") from error
         if blocksize not in BLOCKSIZES:
@@ -66,6 +76,10 @@ def read_map(path: Path) -> QuantMap:
             )
         shapes[name], blocksizes[name] = (out_features, in_features), blocksize
     return QuantMap(values["double"], shapes, blocksizes)
+
+
+def _is_table(layers: object) -> bool:
+    return isinstance(layers, dict) and layers != {} and all(isinstance(name, str) for name in layers)
 
 
 def blocksizes(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:

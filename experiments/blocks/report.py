@@ -13,6 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from experiments.blocks.choice import bits_per_weight
 from experiments.blocks.profile import SENSITIVITIES, Profile
 from experiments.blocks.trials import Trial
+from experiments.system.files import write_figure
 from experiments.system.palette import BLUE, GREEN, ORANGE
 
 
@@ -135,6 +136,4 @@ def plot(path: Path, what: str, profile: Profile, trials: list[Trial]) -> None:
         for axes in (upper, lower):
             axes.grid(alpha=0.3)
         upper.legend(frameon=False)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    write_figure(path, figure)

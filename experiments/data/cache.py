@@ -10,10 +10,8 @@ another name and renamed, so each is whole; one that is damaged is made again.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -27,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from experiments.config import DataConfig
 from experiments.data.store import DTYPES, Examples, Samples, Writer, mapped, read_array, write_array
 from experiments.system import parallel
-from experiments.system.files import cache_dir, directory_atomically
+from experiments.system.files import alone, cache_dir, delete_partials, directory_atomically
+from modules.files.checked import read_checked, with_checksum
 
 VERSION = 1  # raise it when a change to experiments/data/ changes the tokens of some data
 ABOUT, PLACES = "about.json", ("train", "heldout")
@@ -51,9 +50,9 @@ def cached(
         files: all that are read, each with what is said of its source.
     """
     folder = cache_dir() / f"data-{_key(cfg, tokenizer, files)}"
-    with _alone(folder.with_name(f".{folder.name}.lock")) as alone:
-        for killed in folder.parent.glob(f".{folder.name}.*.partial") if alone else ():  # of processes that were
-            shutil.rmtree(killed, ignore_errors=True)
+    with _alone(folder.with_name(f".{folder.name}.lock")) as is_alone:
+        if is_alone:
+            delete_partials(folder)
         if not _is_whole(folder):
             if folder.exists():
                 print(f"note: {folder} is damaged, so it is made again", file=sys.stderr)
@@ -61,7 +60,7 @@ def cached(
                 print(f"tokenizing once; the tokens are kept in {folder}", flush=True)
             with directory_atomically(folder) as partial:
                 _write(partial, make(Writer(partial)))
-    about = json.loads((folder / ABOUT).read_text())
+    about = json.loads(read_checked(folder / ABOUT))
     places = {name: read_array(folder, name, "int64") for name in PLACES}
     shares = about["shares"] and [tuple(share) for share in about["shares"]]
     return examples_of((mapped(folder), places, shares, about["note"]))
@@ -72,14 +71,14 @@ def _write(folder: Path, made: Made) -> None:
     for name, array in places.items():
         write_array(folder, name, array)
     files = {name: _digest(folder / f"{name}.bin") for name in (*DTYPES, *PLACES)}
-    (folder / ABOUT).write_text(json.dumps({"files": files, "shares": shares, "note": note}) + "\n")
+    (folder / ABOUT).write_text(with_checksum(json.dumps({"files": files, "shares": shares, "note": note}) + "\n"))
 
 
 def _is_whole(folder: Path) -> bool:
     try:
-        files = json.loads((folder / ABOUT).read_text())["files"]
+        files = json.loads(read_checked(folder / ABOUT))["files"]
         return all(_digest(folder / f"{name}.bin") == files[name] for name in (*DTYPES, *PLACES))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
 
 
@@ -100,16 +99,11 @@ def _key(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, files: list[tuple]
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[bool]:
-    """Inside, no other process is: the first one makes what the others find. Of the processes of one run this is
-    process 0, which shows its progress. False: the file system has no locks, so each makes its own."""
-    with lock.open("w") as file:
-        if not parallel.is_main():
-            parallel.wait()
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except OSError:
-            locked = False
+    """Inside, no other process is: the first one makes the tokens that the others find. Of the processes of one run
+    this is process 0, which shows its progress. False: the file system has no locks, so each makes its own."""
+    if not parallel.is_main():
+        parallel.wait()
+    with alone(lock) as locked:
         if parallel.is_main():
             parallel.wait()
         yield locked

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from experiments.errors import UserError
 from experiments.system.files import cache_dir, write_atomically
+from modules.files.checked import read_checked, with_checksum
 
 EXTRACTOR_VERSION = 1  # raise it when a change below changes the pairs: it is part of the cache's key
 
@@ -68,7 +69,7 @@ def docstring_pairs(stdlib: Path | None = None) -> list[Pair]:
     pairs = _read_cache(cache)
     if pairs is None:
         pairs = extract_pairs(stdlib)
-        write_atomically(cache, json.dumps([asdict(pair) for pair in pairs]))
+        write_atomically(cache, with_checksum(json.dumps([asdict(pair) for pair in pairs])))
     return pairs
 
 
@@ -143,6 +144,6 @@ def _source_without_docstring(node: ast.FunctionDef | ast.AsyncFunctionDef, line
 def _read_cache(cache: Path) -> list[Pair] | None:
     """The pairs in `cache`; None if it is absent or damaged, so that it is written again."""
     try:
-        return [Pair(**fields) for fields in json.loads(cache.read_text(encoding="utf-8"))] or None
+        return [Pair(**fields) for fields in json.loads(read_checked(cache))] or None
     except (OSError, ValueError, TypeError):
         return None

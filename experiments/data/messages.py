@@ -147,8 +147,8 @@ def _text_of_part(part: dict, at: str) -> str:
 def _parsed(text: str, at: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{at} is not JSON: {error.msg}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{at} is not JSON: {getattr(error, 'msg', 'nested too deeply')}") from error
 
 
 def kind(value: Any) -> str:

@@ -64,6 +64,9 @@ def _saved_files(folder: Path) -> list[str]:
     """The Arrow files of a folder that `datasets` saved."""
     try:
         state = json.loads((folder.expanduser() / "state.json").read_text(encoding="utf-8"))
-        return [file["filename"] for file in state["_data_files"]]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        names = [file["filename"] for file in state["_data_files"]]
+        if any(Path(name).name != name for name in names):
+            raise ValueError("it names files of another directory")
+        return names
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise UserError(f"{folder}/state.json is not as `datasets` saves it: save the data set again") from error

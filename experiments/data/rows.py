@@ -22,6 +22,7 @@ from experiments.errors import UserError
 LINES, TABLES, ARROW = (".jsonl", ".ndjson", ".json"), (".csv", ".tsv"), (".parquet", ".arrow")
 ROWS = LINES + TABLES + ARROW
 PLAIN = (".txt", ".md")
+UNZIPPED, UNZIPPED_TIMES = 2**28, 200  # bytes of a gzip file that are read in any case; beyond, times its size
 ROWS_AT_ONCE = 1000  # of a Parquet or Arrow file
 ENCODINGS = {  # by the marks that files begin with; the longer ones first
     codecs.BOM_UTF8: "utf-8",
@@ -112,7 +113,40 @@ def read_text(path: str) -> str:
 
 def _opened(path: str) -> io.BufferedIOBase:
     expanded = os.path.expanduser(path)
-    return gzip.open(expanded) if path.endswith(".gz") else open(expanded, "rb")
+    if not path.endswith(".gz"):
+        return open(expanded, "rb")
+    return io.BufferedReader(_Unzipped(gzip.open(expanded), os.path.getsize(expanded)), 2**20)
+
+
+class _Unzipped(io.RawIOBase):
+    """The content of a gzip file, as long as it is not one that was made to fill the memory: text is seldom a tenth of
+    its size when it is compressed, zeros a thousandth.
+
+    Args:
+        size: of the compressed file.
+    """
+
+    def __init__(self, file: gzip.GzipFile, size: int):
+        self.file, self.most = file, max(UNZIPPED, UNZIPPED_TIMES * size)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = self.file.readinto(buffer)
+        if self.file.tell() > self.most:
+            raise OSError(f"more than {UNZIPPED_TIMES} times as large when unzipped: unzip it first, if that is right")
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
 
 
 def _unreadable(path: str, error: OSError) -> str:

@@ -28,7 +28,8 @@ from experiments.errors import UserError
 Message = dict[str, Any]  # role and content; an assistant's reasoning_content and tool_calls, as transformers has them
 MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 QUESTION, REASON, ANSWER = "lorem", "ipsum", "dolor"  # of conversations that a template is tried on
-REFUSALS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)  # a template's code raises any
+REFUSALS = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)  # a template's code raises any,
+REFUSALS += (ArithmeticError, MemoryError, RecursionError)  # and a stranger's may mean harm
 
 
 @dataclass(frozen=True)

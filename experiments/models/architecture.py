@@ -24,7 +24,7 @@ def load_architecture(cfg: ModelConfig) -> PreTrainedConfig:
         path = model_directory(cfg, weights=False)
         if path.is_dir() and not (path / "config.json").is_file():
             raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"model={cfg.name}: {' '.join(str(error).split())}") from error
     if hasattr(config, "quantization_config"):

@@ -22,6 +22,8 @@ from experiments.models.hub import hub_directory, is_name
 from experiments.models.whole import check_whole, first_three
 from experiments.system.quiet import quiet
 from modules.files.bitsandbytes import load_bnb4, quantization_of
+from modules.files.checked import Damaged, verify_directory
+from modules.files.tensors import INDEX_FILE
 
 # Files of old transformers hold masks and frequencies that are computed now.
 COMPUTED = r"(^|\.)(rotary_emb\.inv_freq|position_ids|(attn|attention)\.(bias|masked_bias))$"
@@ -37,6 +39,7 @@ UNTRAINABLE = {
     "musicgen_melody": _CODEBOOKS,
     "reformer": "Reformer takes whole chunks of tokens alone in training, and batches here have any length",
 }
+OFFLINE = {"local_files_only": True, "trust_remote_code": False}  # unless told so transformers asks whether to run code
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")  # one of them is in each tokenizer's directory
 
 
@@ -85,13 +88,18 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         raise UserError(f"model.path={path}: no config.json, so this is not a Hugging Face model directory")
     packed = is_packed(path)
     _check_kind(path)
+    _check_index(path)
     if not list(path.glob("*.safetensors")):
         raise UserError(f"model.path={path}: no weights (*.safetensors) in this directory")
     if not any(list(path.glob(pattern)) for pattern in TOKENIZERS):  # transformers would make an empty one
         raise UserError(f"model.path={path}: no tokenizer in this directory: copy tokenizer.json and the like there")
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            verify_directory(path)
+            _check_size(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, **OFFLINE)
+        except (UserError, Damaged) as error:
+            raise UserError(str(error)) from error
         except Exception as error:  # its code meets damaged files with any error
             _check_config(path)
             raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
@@ -113,9 +121,39 @@ def _check_config(path: Path) -> None:
     """Raise UserError if transformers makes no model of config.json: its code meets wrong values with any error."""
     try:
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, local_files_only=True))
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **OFFLINE))
     except Exception as error:
         raise UserError(f"transformers makes no model of {path / 'config.json'}: {_one_line(error)}") from error
+
+
+def _check_index(path: Path) -> None:
+    """Raise UserError if the index of shards names files of another directory."""
+    index = path / INDEX_FILE
+    if not index.is_file():
+        return
+    try:
+        named = {str(shard) for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{index} is not an index of shards: {error!r}") from error
+    if elsewhere := sorted(shard for shard in named if Path(shard).name != shard):
+        raise UserError(f"{index} names {elsewhere[0]}, a file of another directory")
+
+
+def _check_size(path: Path) -> None:
+    """Raise UserError if config.json means a model that is far larger than the files: it would fill the memory."""
+    stored = mapped.stored_dtypes(path)
+    held = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    config = AutoConfig.from_pretrained(path, **OFFLINE)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(stored):
+        raise UserError(f"{path / 'config.json'} says {layers:,} layers, and the files hold {len(stored)} tensors")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    needed = sum(parameter.numel() for parameter in model.parameters())
+    if needed > 2 * held:  # two parameters a byte, as in four bits
+        raise UserError(
+            f"{path / 'config.json'} means a model of {needed:,} parameters, and the files hold {held:,} bytes"
+        )
 
 
 def _one_line(error: Exception) -> str:
@@ -164,7 +202,7 @@ def _whole(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     model, report = AutoModelForCausalLM.from_pretrained(
         path,
         dtype=dtype,
-        local_files_only=True,
+        **OFFLINE,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # or they end in a traceback
         output_loading_info=True,

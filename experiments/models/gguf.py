@@ -4,14 +4,11 @@ A GGUF file is dequantized in full. Reading one takes transformers half a minute
 kept as a Hugging Face directory in the cache (`.cache/`, or `$QDORA_CACHE`), from which the next load takes a second.
 """
 
-import contextlib
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import shutil
-import tempfile
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +26,12 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from experiments.errors import UserError
+from experiments.models.gguf_header import check_header
 from experiments.models.whole import check_whole, first_three
 from experiments.system import parallel
-from experiments.system.files import cache_dir
+from experiments.system.files import alone, cache_dir, delete_directory, delete_partials, directory_atomically
 from experiments.system.quiet import quiet
+from modules.files.checked import Damaged, seal_directory, verify_directory
 
 
 def wheel_directory(package: str) -> Path:
@@ -60,7 +59,15 @@ def gguf_as_directory(path: Path) -> Path:
     stat = path.stat()
     identity = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__])
     directory = cache_dir() / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    with parallel.main_first():
+    with parallel.main_first(), alone(directory.with_name(f".{directory.name}.lock")) as is_alone:
+        if is_alone:
+            delete_partials(directory)
+        if directory.exists():
+            try:
+                verify_directory(directory)
+            except Damaged as error:
+                print(f"note: {error}: it is made again", file=sys.stderr)
+                delete_directory(directory)
         if not directory.exists():
             _dequantize_gguf(path, directory)
     return directory
@@ -70,19 +77,16 @@ def _dequantize_gguf(path: Path, directory: Path) -> None:
     print(f"Reading {path.name} (once: the dequantized weights are kept in {directory.parent})", flush=True)
     with quiet():
         model, tokenizer = _read(path)
-        partial = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{path.stem}-"))
-        try:
+        with directory_atomically(directory) as partial:
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            with contextlib.suppress(OSError):  # another process was faster: its directory serves as well
-                os.rename(partial, directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            seal_directory(partial)
 
 
 def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in fp32 and its tokenizer. UserError: the file is damaged, or transformers does not read all of it."""
-    where = {"gguf_file": path.name, "local_files_only": True}
+    check_header(path)
+    where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
         # dequantize=True: transformers would otherwise keep the packed weights of some formats

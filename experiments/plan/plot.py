@@ -14,6 +14,7 @@ from experiments.plan.budget import Budget, budget
 from experiments.plan.cards import CARDS
 from experiments.plan.table import heading
 from experiments.runs.identity import identity
+from experiments.system.files import write_figure
 from experiments.system.palette import BLUE, ORANGE
 from experiments.system.progress import bar
 
@@ -71,7 +72,5 @@ def plot(cfg: Config, dtype: torch.dtype, batch: int, seq: int, needs: Budget) -
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")
     path = Path(cfg.output_dir) / file_name(cfg)
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
-    partial.replace(path)
+    write_figure(path, figure)
     return path

@@ -46,9 +46,7 @@ def report(folder: Path, copy: Path | None = None) -> tuple[Path, int, list[str]
     parts = page.sections(folder.name or str(folder), groups, problems, [pictures(one) for one in groups])
     images = {file: _png(picture.figure) for part in parts for file, picture in part.pictures.items()}
     for file, image in images.items():
-        partial = directory / f".{file}.partial"
-        partial.write_bytes(image)
-        partial.replace(directory / file)
+        write_atomically(directory / file, image)
     write_atomically(directory / "runs.csv", page.as_csv(groups))
     write_atomically(directory / "report.md", page.markdown(parts))
     write_atomically(directory / "report.html", page.page(parts, images))

@@ -16,13 +16,12 @@ data need not be kept: the batches of a step are a function of its number (exper
 import contextlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.config import Config
@@ -35,6 +34,7 @@ from experiments.system.files import delete_directory, directory_atomically
 from experiments.training.evaluation import Evaluation
 from experiments.training.loop import Trained, Trainer, checkpoints_by_time
 from modules import save_adapter
+from modules.files.checked import Damaged, save_tensors, seal_directory, verify_file
 
 FOLDER, LATEST = "checkpoints", "latest"
 KEPT = "a run that has finished keeps some with trainer.checkpoint_every=N"
@@ -74,7 +74,7 @@ class Checkpoints:
         }
 
         def write_training(directory: Path) -> None:
-            save_file(tensors, directory / TENSORS)
+            save_tensors(tensors, directory / TENSORS)
             (directory / STATE).write_text(json.dumps(state) + "\n")
 
         self._write(trainer, self.folder / f"step-{trainer.trained.steps:08}", write_training)
@@ -93,21 +93,22 @@ class Checkpoints:
             UserError: a file is missing or damaged, or was written for another model, dtype or data.
         """
         state = read_state(checkpoint)
-        if state["dtype"] != str(trainer.dtype):
-            was, now = (name.removeprefix("torch.") for name in (state["dtype"], str(trainer.dtype)))
-            raise UserError(f"{checkpoint} computed in {was}, this run does in {now}: set trainer.dtype={was}")
-        if state["data_fingerprint"] != self.data.fingerprint:
-            raise UserError(f"{checkpoint} was trained on other data than {self.cfg.data.name} is now")
-        tensors = read_tensors(checkpoint / TENSORS)
-        if missing := set(state["tensors"]) - tensors.keys():
-            raise UserError(f"{checkpoint / TENSORS} lacks {', '.join(sorted(missing)[:3])}")
-        load_trained(trainer.model, checkpoint, trainer.engine)
-        trainer.trained = state["trained"]
-        trainer.schedule.load_state_dict(state["schedule"])
-        trainer.scaler.load_state_dict(state["scaler"])
-        _load_optimizer(trainer, state["optimizer"], tensors)
-        _restore_random(state["random"], tensors, self.cfg.seed + trainer.trained.steps)
-        return state["story"]
+        with _as_written(checkpoint / STATE):
+            if state["dtype"] != str(trainer.dtype):
+                was, now = (name.removeprefix("torch.") for name in (state["dtype"], str(trainer.dtype)))
+                raise UserError(f"{checkpoint} computed in {was}, this run does in {now}: set trainer.dtype={was}")
+            if state["data_fingerprint"] != self.data.fingerprint:
+                raise UserError(f"{checkpoint} was trained on other data than {self.cfg.data.name} is now")
+            tensors = read_tensors(checkpoint / TENSORS)
+            if missing := set(state["tensors"]) - tensors.keys():
+                raise UserError(f"{checkpoint / TENSORS} lacks {', '.join(sorted(missing)[:3])}")
+            load_trained(trainer.model, checkpoint, trainer.engine)
+            trainer.trained = state["trained"]
+            trainer.schedule.load_state_dict(state["schedule"])
+            trainer.scaler.load_state_dict(state["scaler"])
+            _load_optimizer(trainer, state["optimizer"], tensors)
+            _restore_random(state["random"], tensors, self.cfg.seed + trainer.trained.steps)
+            return state["story"]
 
     def _write(self, trainer: Trainer, path: Path, write_more: Callable[[Path], None]) -> None:
         """Write the weights and more to `path`, where every process finds them afterwards."""
@@ -120,6 +121,7 @@ class Checkpoints:
                     if self.cfg.method.adapter != "none":
                         save_adapter(model, directory / ADAPTER, base_name(self.cfg, self.folder.parent))
                     write_more(directory)
+                    seal_directory(directory)
                 self._prune(trainer.trained.best_step)
         parallel.wait()
 
@@ -170,17 +172,35 @@ def find(resume: str, output_dir: Path) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The content of training.json; "trained" is a `Trained`."""
+    """The content of training.json; "trained" is a `Trained`.
+
+    Raises:
+        UserError: the file is damaged, or not one that this program can have written.
+    """
+    path = checkpoint / STATE
     try:
-        state = json.loads((checkpoint / STATE).read_text())
-    except (OSError, ValueError) as error:  # ValueError: not JSON, not text
-        raise UserError(f"{checkpoint / STATE} cannot be read: {error}") from error
-    # until there was `evaluated`, a checkpoint came after the evaluation of its step
-    trained = Trained(**{"evaluated": state["trained"]["steps"]} | state["trained"])
-    for name in ("evaluation", "best"):
-        if value := getattr(trained, name):
-            setattr(trained, name, Evaluation(**value))
-    return state | {"trained": trained}
+        verify_file(path)
+        state = json.loads(path.read_text())
+    except Damaged as error:
+        raise UserError(str(error)) from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not JSON, not text
+        raise UserError(f"{path} cannot be read: {error}") from error
+    with _as_written(path):
+        # until there was `evaluated`, a checkpoint came after the evaluation of its step
+        trained = Trained(**{"evaluated": state["trained"]["steps"]} | state["trained"])
+        for name in ("evaluation", "best"):
+            if value := getattr(trained, name):
+                setattr(trained, name, Evaluation(**value))
+        return state | {"trained": trained}
+
+
+@contextlib.contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Inside, a value in `path` that is missing or of another kind than this program writes is a UserError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{path} is not as this program writes it: {error!r}") from error
 
 
 def _training_state(trainer: Trainer) -> tuple[dict[str, Tensor], dict]:

@@ -7,8 +7,21 @@ from experiments.runs.model_files import ADAPTER, BASE, MODEL
 from experiments.runs.tracking import TENSORBOARD
 from experiments.system.directory import INSTEAD, earlier_results
 from experiments.system.files import METRICS, RESULT, SPECTRUM
+from modules.files.checked import SUMS
 
-FILES = (RESULT, METRICS, SPECTRUM, "loss.png", "samples.md", ADAPTER, MODEL, BASE, checkpoints.FOLDER, TENSORBOARD)
+FILES = (
+    RESULT,
+    METRICS,
+    SPECTRUM,
+    "loss.png",
+    "samples.md",
+    SUMS,
+    ADAPTER,
+    MODEL,
+    BASE,
+    checkpoints.FOLDER,
+    TENSORBOARD,
+)
 
 
 def earlier_run(path: Path) -> str | None:

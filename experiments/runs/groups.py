@@ -16,6 +16,7 @@ from typing import Any
 from experiments.config import RENAMED_METHODS
 from experiments.errors import UserError
 from experiments.system.files import METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
+from modules.files.checked import verify_file
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
 MEASURES = {
@@ -158,11 +159,13 @@ def _copy_run(run: Run, original: Path, directory: Path) -> None:
 
 def _read(path: Path, folder: Path) -> Run:
     """Read a result.json. Raises ValueError if it is not the whole result of a run."""
+    for name in (RESULT, METRICS, SPECTRUM):
+        verify_file(path.with_name(name))
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError("not UTF-8") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(result, dict):
         raise ValueError("not a JSON object")
@@ -221,7 +224,7 @@ def _curve(path: Path) -> list[dict]:
     for line in lines:
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and _is_number(record.get("step")):
             records.append(record)

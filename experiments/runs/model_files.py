@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,6 +23,7 @@ from modules import save_adapter, set_adapter
 from modules.adapters.config import changes_base
 from modules.adapters.state import DEFAULT
 from modules.files.bitsandbytes import load_bnb4, save_bnb4
+from modules.files.checked import load_tensors, save_tensors, seal_directory
 
 ADAPTER, MODEL, BASE, WEIGHTS = "adapter", "model", "base", "weights.safetensors"
 
@@ -35,6 +34,7 @@ def save_weights(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedToken
         with directory_atomically(run / MODEL) as directory, quiet():
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
+            seal_directory(directory)
     else:
         with directory_atomically(run / ADAPTER) as directory:
             save_adapter(model, directory, base_name(cfg, run))
@@ -58,6 +58,7 @@ def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         except ValueError as error:
             raise UserError(f"init={cfg.init} keeps a base of its own, which cannot be done here: {error}") from error
         tokenizer.save_pretrained(directory)
+        seal_directory(directory)
     set_adapter(model, DEFAULT)
 
 
@@ -86,7 +87,7 @@ def over_own_base(cfg: Config, run: Path) -> Config:
 
 def save_trained(model: nn.Module, directory: Path) -> None:
     """Write the parameters that train, and tensors of the adapter that they depend on, to weights.safetensors."""
-    save_file({name: p.detach().contiguous() for name, p in _trained(model).items()}, directory / WEIGHTS)
+    save_tensors({name: p.detach().contiguous() for name, p in _trained(model).items()}, directory / WEIGHTS)
 
 
 @torch.no_grad()
@@ -119,9 +120,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: it cannot be read.
     """
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+        return load_tensors(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def _trained(model: nn.Module) -> dict[str, Tensor]:

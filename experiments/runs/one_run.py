@@ -74,6 +74,7 @@ class BeforeStop:
         seconds: the time of the run until the stop.
         joules: the energy of the run until the stop; None: the machine does not tell.
         tracker_id: the tracker's name for the run.
+        metrics: the checksum of the records of metrics.jsonl.
     """
 
     before: Evaluation | None = None
@@ -82,6 +83,7 @@ class BeforeStop:
     seconds: float = 0.0
     joules: float | None = 0.0
     tracker_id: str | None = None
+    metrics: str | None = None
 
     @classmethod
     def of_checkpoint(cls, saved: dict) -> "BeforeStop":
@@ -140,7 +142,7 @@ class _Run:
         self.before_stop = BeforeStop.of_checkpoint(self.checkpoints.restore(self.checkpoint, self.trainer))
         self.trained = self.trainer.trained
         if parallel.is_main():
-            self.files.rewind(self.cfg, self.trained.steps)
+            self.files.rewind(self.cfg, self.trained.steps, self.before_stop.metrics)
         print(f"going on after step {self.trained.steps} of {self.files.path}")
 
     @contextlib.contextmanager
@@ -264,6 +266,7 @@ class _Run:
 
     def _checkpoint(self) -> None:
         now = asdict(self.before_stop) | {"seconds": self._seconds(), "joules": self._joules()}
+        now["metrics"] = self.files.settled() if parallel.is_main() else None
         self.checkpoints.save(self.trainer, now)
 
     def _answers(self) -> list[str]:

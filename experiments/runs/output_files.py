@@ -5,10 +5,11 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs.config_file import write_config
+from experiments.runs.config_file import CONFIG, write_config
 from experiments.runs.spectrum import COLUMNS
-from experiments.system.files import METRICS, RESULT, SPECTRUM, as_csv, write_atomically
+from experiments.system.files import METRICS, RESULT, SPECTRUM, as_csv, sync, write_atomically, write_figure
 from experiments.system.palette import BLUE, ORANGE
+from modules.files.checked import SUMS, checksum_of, seal_files
 
 
 class OutputFiles:
@@ -21,20 +22,41 @@ class OutputFiles:
 
     def begin(self, cfg: Config) -> None:
         """Start anew: write config.yaml."""
+        (self.path / SUMS).unlink(missing_ok=True)  # of an earlier end
         write_config(cfg, self.path)
 
-    def rewind(self, cfg: Config, step: int) -> None:
-        """Go on after `step`: keep the records up to there. Later records of a killed run come again."""
-        write_config(cfg, self.path)
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+    def rewind(self, cfg: Config, step: int, checksum: str | None) -> None:
+        """Go on after `step`: keep the records up to there. Later records of a killed run come again.
+
+        Args:
+            checksum: of these records; None: of a checkpoint that has none.
+        """
+        try:
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.metrics} cannot be read: {error}") from error
         for number, line in enumerate(lines, start=1):
             try:
                 self.records.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 if number < len(lines):  # the last one may be half written
-                    raise UserError(f"{self.metrics}:{number}: not JSON: {error.msg}") from error
-        self.records = [record for record in self.records if record["step"] <= step]
-        write_atomically(self.metrics, "".join(json.dumps(record) + "\n" for record in self.records))
+                    raise UserError(f"{self.metrics}:{number}: not JSON: {error}") from error
+        try:
+            self.records = [record for record in self.records if record["step"] <= step]
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{self.metrics} has a line that is not a record of a step: {error!r}") from error
+        if checksum not in (None, checksum_of(self._text())):
+            raise UserError(f"{self.metrics} is damaged: up to step {step} it is not as the run had written it")
+        self.begin(cfg)
+        write_atomically(self.metrics, self._text())
+
+    def settled(self) -> str:
+        """Have the records so far on the disk; returns their checksum, for a checkpoint that goes on after them."""
+        sync(self.metrics)
+        return checksum_of(self._text())
+
+    def _text(self) -> str:
+        return "".join(json.dumps(record) + "\n" for record in self.records)
 
     def log(self, record: dict) -> None:
         self.records.append(record)
@@ -43,6 +65,7 @@ class OutputFiles:
 
     def write_result(self, result: dict) -> None:
         write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
+        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM))
 
     def write_spectra(self, rows: list[dict]) -> None:
         """Write spectrum.csv, a line an adapted linear (experiments/runs/spectrum.py); nothing without an adapter."""
@@ -75,6 +98,4 @@ class OutputFiles:
         axes.set(title=title, xlabel="optimizer step", ylabel="loss (nats a token)")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        partial = self.path / ".loss.png.partial"
-        figure.savefig(partial, dpi=130, format="png")
-        partial.replace(self.path / "loss.png")
+        write_figure(self.path / "loss.png", figure)

@@ -6,7 +6,11 @@ peak memory is without packing, which result.json says (`shared_base`) and a rep
 
 import contextlib
 import json
-import tempfile
+import secrets
+import shutil
+import signal
+import weakref
+from collections.abc import Iterator
 from dataclasses import asdict
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -15,20 +19,25 @@ from experiments.config import Config
 from experiments.errors import UserError
 from experiments.models.directory import is_packed, model_directory
 from experiments.models.load import load_base
-from experiments.system import machine
-from experiments.system.files import cache_dir
+from experiments.system import machine, signals
+from experiments.system.files import cache_dir, claim, is_free
 from experiments.system.quiet import quiet
 from modules.adapters.config import quantized_start
 from modules.files.bitsandbytes import load_bnb4, save_bnb4
 
+PREFIX, LOCKS = ".base-", ".locks"  # in the cache
+
 
 class SharedBase:
     """The base of the newest job that has a packed one, in a temporary directory: one at a time, for a sweep of block
-    sizes has many. The directory ends with this object or its process."""
+    sizes has many. The directory ends with this object or its process; those of processes that were killed, whose locks
+    the system has released, with the next object that makes one."""
 
     def __init__(self):
         self.key: str | None = None
-        self.directory: tempfile.TemporaryDirectory | None = None
+        self.directory: Path | None = None
+        self.held = contextlib.ExitStack()
+        weakref.finalize(self, self.held.close)
 
     def of(self, cfg: Config, context: ForkServerContext) -> Path | None:
         """The directory of the packed base of `cfg`, in bitsandbytes' format. It is packed now if it differs from the
@@ -43,19 +52,37 @@ class SharedBase:
         parts = [asdict(cfg.model), asdict(cfg.quant), cfg.trainer.dtype, cfg.trainer.device, seed]
         key = json.dumps(parts, sort_keys=True)
         if key != self.key:
-            if self.directory is not None:
-                self.directory.cleanup()
-            self.key, self.directory = key, tempfile.TemporaryDirectory(prefix=".base-", dir=cache_dir())
-            process = context.Process(target=_pack, args=(cfg, Path(self.directory.name)), daemon=True)
+            self.held.close()
+            self.key, self.directory = key, self.held.enter_context(_temporary_directory())
+            process = context.Process(target=_pack, args=(cfg, self.directory), daemon=True)
             process.start()
             process.join()
-        packed = Path(self.directory.name) / "packed"
+        packed = self.directory / "packed"
         return packed if packed.exists() else None
+
+
+@contextlib.contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    """A directory in the cache until the block ends. Those that killed processes left are deleted first."""
+    for left in cache_dir().glob(f"{PREFIX}*"):
+        lock = cache_dir() / LOCKS / left.name
+        if is_free(lock):
+            shutil.rmtree(left, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+    name = f"{PREFIX}{secrets.token_hex(4)}"
+    with claim(cache_dir() / LOCKS / name):
+        directory = cache_dir() / name
+        directory.mkdir()
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _pack(cfg: Config, directory: Path) -> None:
     """Write `packed` into `directory`. Write nothing where the base is packed already, is wrong, or cannot be read
     back: the job itself will say so, or pack for itself."""
+    signals.end_with_parent(signal.SIGKILL)
     with contextlib.suppress(UserError, OSError, ValueError):
         if (
             cfg.model.source == "hf"

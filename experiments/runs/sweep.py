@@ -39,6 +39,7 @@ from experiments.runs.shared_base import SharedBase
 from experiments.runs.start import configured
 from experiments.system import parallel, signals
 from experiments.system.files import NAME_LENGTH, RESULT, claim, write_atomically
+from modules.files.checked import Damaged, verify_file
 
 DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
 STOPPED = "stopped"  # by whoever watched it
@@ -126,6 +127,7 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to every process; the sweep's passes them on
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signals.interrupt)
+    signals.end_with_parent(signal.SIGTERM)  # which ends with the sweep's process, also if that is killed
     sys.stdout.reconfigure(line_buffering=True)
     directory = Path(cfg.output_dir)
     try:
@@ -153,8 +155,12 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
 
 def _has_result(directory: Path, identity: str) -> bool:
     try:
+        verify_file(directory / RESULT)
         return json.loads((directory / RESULT).read_text(encoding="utf-8"))["config_hash"] == identity
-    except (OSError, ValueError, KeyError, TypeError):
+    except Damaged as error:
+        print(f"note: {error}: the run is done again", file=sys.stderr)
+        return False
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

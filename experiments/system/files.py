@@ -10,10 +10,14 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from experiments.errors import UserError
+
+if TYPE_CHECKING:  # importing it takes time and memory
+    from matplotlib.figure import Figure
 
 RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
 NAME_LENGTH = 120  # of the varied keys in the name of a run's directory; a file name may have 255 bytes
@@ -41,11 +45,32 @@ def writable_dir(path: Path, instead: str) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` under a temporary name, then rename: whoever reads `path` never sees half of it."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write the content under a temporary name, then rename: whoever reads `path` never sees half of it."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(path.parent)
+
+
+def write_figure(path: Path, figure: "Figure", dpi: int = 130) -> None:
+    """Write a figure of matplotlib as PNG, likewise."""
+    image = io.BytesIO()
+    figure.savefig(image, dpi=dpi, format="png")
+    write_atomically(path, image.getvalue())
+
+
+def sync(path: Path) -> None:
+    """Have a file or a directory on the disk: after a loss of power a new name must not stand for old bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def as_csv(columns: Sequence[str], rows: Iterable[dict]) -> str:
@@ -71,9 +96,12 @@ def directory_atomically(path: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
+        for entry in [*partial.rglob("*"), partial]:
+            sync(entry)
         if path.exists():
             delete_directory(path)
         os.rename(partial, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -101,6 +129,35 @@ def claim(lock: Path) -> Iterator[bool]:
         if file is not None:
             lock.unlink(missing_ok=True)
             file.close()
+
+
+@contextlib.contextmanager
+def alone(lock: Path) -> Iterator[bool]:
+    """Inside, no other process is: the next one waits. False: the file system has no locks."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+
+
+def is_free(lock: Path) -> bool:
+    """Whether no process has the file `lock` to itself; False where the file system cannot tell."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
+def delete_partials(path: Path) -> None:
+    """Delete the directories that processes which were killed have left on the way to `path`."""
+    for left in path.parent.glob(f".{path.name}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _locked(lock: Path) -> io.TextIOWrapper | None:

@@ -1,6 +1,7 @@
 """The signals that end a command: Ctrl-C, a scheduler's SIGTERM, and SIGHUP when its terminal closes."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+_PDEATHSIG = 1  # Linux's PR_SET_PDEATHSIG
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -40,6 +42,12 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
         for number, old in before.items():
             if old is not None:
                 signal.signal(number, old)
+
+
+def end_with_parent(number: int) -> None:
+    """Have Linux send this process the signal when the process that started it has ended, however that was."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, number)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,21 +1,19 @@
 """Work on many small parts, shared out among processes of this machine."""
 
 import collections
-import ctypes
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from experiments.errors import UserError
+from experiments.system import signals
 
 T, R = TypeVar("T"), TypeVar("R")
 WAITING = 3  # parts a process that are read before their results are taken
-DIES_WITH_PARENT = 1  # Linux's PR_SET_PDEATHSIG
 
 _work: Callable = None  # of a process that was started here
 
@@ -57,8 +55,7 @@ def _begin(work: Callable) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends the others
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    signals.end_with_parent(signal.SIGKILL)
 
 
 def _do(part: object) -> object:

@@ -21,6 +21,7 @@ from kernels.codebook import BITSANDBYTES_TYPES
 from modules.adapters.model_code import left_out
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import wrapped_linears
+from modules.files.checked import Damaged, seal_directory, verify_file
 from modules.files.conversion import are_joined, bring_into_memory
 from modules.files.packed_weight import is_packed, packed_tensors, read_packed
 from modules.files.tensors import TensorFiles, describe
@@ -37,8 +38,11 @@ def quantization_of(directory: str | Path) -> dict | None:
     """
     path = Path(directory) / "config.json"
     try:
+        verify_file(path)
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except Damaged:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} cannot be read: it is not a JSON object")
@@ -64,7 +68,7 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
     quant_type = _quant_type(directory)
     files = TensorFiles(directory)
     try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"{directory}: {error}") from error
     del config.quantization_config  # or transformers takes the model for one that its own quantizer made
@@ -94,7 +98,11 @@ def load_bnb4(directory: str | Path, dtype: torch.dtype | None = None) -> PreTra
         if not any(re.search(pattern, name) for pattern in expected_leftovers):
             raise ValueError(f"{files.path(name)}: {name} belongs to no tensor of {type(model).__name__}")
     if (directory / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # values of other types end in any error
+            told = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"{directory / 'generation_config.json'} cannot be read: {told}") from error
     return model.eval()
 
 
@@ -138,6 +146,7 @@ def save_bnb4(model: PreTrainedModel, directory: str | Path) -> None:
         partial.mkdir(parents=True)
         joined = are_joined(model, [f"{name}.weight" for name in packed])
         model.save_pretrained(partial, state_dict=tensors, save_original_format=not joined)
+        seal_directory(partial)
         os.rename(partial, directory)
     finally:
         del model.config.quantization_config

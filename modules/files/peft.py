@@ -18,8 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
@@ -39,12 +37,14 @@ from modules.files.baselines import (
     read_our_config,
     read_prompt_tuning,
 )
+from modules.files.checked import Damaged, load_tensors, save_tensors, seal_files, verify_file
 from modules.files.peft_config import read_config, targets_in_file, write_config
 from modules.linear import DoRALinear, LoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_FILES = (CONFIG_FILE, OUR_CONFIG_FILE)
 PREFIX = "base_model.model."
+LARGE_RANK = 4096  # settings up to here need no more memory than models have
 _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 
 
@@ -93,11 +93,12 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{WEIGHTS_FILE}.partial"
-    save_file(state, partial, metadata={"format": "pt"})
+    save_tensors(state, partial)
     os.replace(partial, directory / WEIGHTS_FILE)
     partial = directory / f".{file}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(partial, directory / file)
+    seal_files(directory, [file, WEIGHTS_FILE])
 
 
 def _config_file(
@@ -138,6 +139,7 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     active = prepare_to_add(model, name)
     try:
         config, names, own, unknown = _contents(model, raw, tensors)
+        _check_sizes(config, tensors)
         add_adapter(model, name, config, names, own)
     except ValueError as error:
         set_adapter(model, active)
@@ -158,6 +160,15 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         for path in own:
             model.get_submodule(path).requires_grad_(False)
     return names
+
+
+def _check_sizes(config: AdapterConfig, tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError, before memory is taken for it, if a size in `config` is far above the tensors'."""
+    largest = max([LARGE_RANK, *(size for tensor in tensors.values() for size in tensor.shape)])
+    sizes = {"rank": config.rank, "prefix_tokens": config.prefix_tokens, "infix_tokens": config.infix_tokens}
+    for name, size in (sizes | (config.rank_pattern or {})).items():
+        if size is not None and size > largest:
+            raise ValueError(f"{name} is {size:,} in its settings, and no side of its tensors is above {largest:,}")
 
 
 def _contents(
@@ -211,13 +222,13 @@ def _read(directory: Path) -> tuple[dict, dict[str, Tensor]]:
             raise ValueError(f"{directory} holds no adapter: {name} is missing{instead}")
     name = config_file
     try:
+        verify_file(directory / name)
         raw = dict(json.loads((directory / name).read_text()))
         name = WEIGHTS_FILE
-        return raw, load_file(directory / name)
-    except SafetensorError as error:
-        reason = f"{name} is damaged or not a safetensors file: {error}"
-        raise ValueError(f"{directory} holds no readable adapter: {reason}") from error
-    except (ValueError, TypeError) as error:
+        return raw, load_tensors(directory / name)
+    except Damaged:
+        raise
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{directory} holds no readable adapter: {name}: {error}") from error
 
 

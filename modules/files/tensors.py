@@ -6,8 +6,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+from modules.files.checked import verify
 
 WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -30,7 +32,9 @@ class TensorFiles:
             try:
                 shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 shards = sorted({str(shard) for shard in shard_of.values()})
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                if elsewhere := [shard for shard in shards if Path(shard).name != shard]:
+                    raise ValueError(f"it names {elsewhere[0]}, a file of another directory")
+            except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
                 raise ValueError(f"{index} is not an index of shards: {error!r}") from error
             for shard in shards:
                 if not (directory / shard).is_file():
@@ -43,10 +47,8 @@ class TensorFiles:
             raise ValueError(f"{directory}: no weights: neither {WEIGHTS_FILE} nor {INDEX_FILE}")
 
     def _open(self, path: Path) -> None:
-        try:
-            file = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+        verify(path)
+        file = safe_open(path, framework="pt")
         names = file.keys()
         self._where |= {name: (path, partial(file.get_tensor, name)) for name in names}
 

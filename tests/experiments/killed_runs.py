@@ -29,6 +29,7 @@ def _run(overrides: list[str], at: str) -> None:
     what, step = at.split()
 
     def log(self: OutputFiles, record: dict) -> None:
+        self.records.append(record)
         line = json.dumps(record) + "\n"
         dies = what == "log" and record["step"] == int(step)
         with self.metrics.open("a") as file:

@@ -16,6 +16,7 @@ from experiments.models.generation import generate as generate_ids
 from experiments.runs.finished import load_run
 from modules import adapted_linears, unfuse
 from tests.experiments.data import templates
+from tests.experiments.helpers import unseal
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def wild_run(finished_once, tmp_path_factory) -> Path:
     """A run with a large random adapter: after a few steps of training the tiny model writes nothing but spaces."""
     out = tmp_path_factory.mktemp("wild") / "out"
     shutil.copytree(finished_once, out)
+    unseal(out)
     path = out / "adapter" / "adapter_model.safetensors"
     generator = torch.Generator().manual_seed(0)
     tensors = {

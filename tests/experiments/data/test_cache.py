@@ -16,6 +16,7 @@ from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.system import machine, progress
 from experiments.system.workers import in_order
+from modules.files.checked import read_checked
 from tests.experiments.data.conversations import chat, jsonl_config, pairs, read_conversations, write
 from tests.experiments.data.templates import QWEN3
 from tests.experiments.data.templates import tokenizer as template_tokenizer
@@ -90,7 +91,7 @@ def test_a_damaged_cache_is_made_again(tmp_path, cache, tokenizer, capsys, damag
     capsys.readouterr()
     assert load_data(cfg, tokenizer).fingerprint == fingerprint and not partial.exists()
     assert f"note: {folder} is damaged, so it is made again" in capsys.readouterr().err
-    assert (folder / "ids.bin").read_bytes() == content and json.loads((folder / "about.json").read_text())
+    assert (folder / "ids.bin").read_bytes() == content and json.loads(read_checked(folder / "about.json"))
 
 
 def test_nothing_is_left_of_what_failed(tmp_path, cache, tokenizer):

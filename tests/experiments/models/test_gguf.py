@@ -143,7 +143,9 @@ def test_damaged_files_are_one_line(tmp_path):
     (tmp_path / "half.gguf").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "start.gguf").write_bytes(whole[:200])
     write(tmp_path / "clip.gguf", llama(), arch="clip")
-    for name in ("half", "start", "clip"):
+    with pytest.raises(UserError, match=r"start.gguf is damaged: its header counts more than the file holds: "):
+        load(tmp_path / "start.gguf")
+    for name in ("half", "clip"):
         with pytest.raises(UserError, match=rf"{name}.gguf cannot be read as a language model: \w+"):
             load(tmp_path / f"{name}.gguf")
     with pytest.raises(UserError, match="is a directory: name the GGUF file in it"):

@@ -9,6 +9,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from modules import load_adapter, merge, quantize, save_adapter, trainable_parameters
 from modules.files.baselines import OUR_CONFIG_FILE, prefix_tuning
 from modules.files.bitsandbytes import save_bnb4
+from modules.files.checked import SUMS
 from tests.modules.architectures import ARCHITECTURES, IDS, dense_model, logits, scramble
 from tests.modules.baseline_cases import BASELINE_SETTINGS, with_baseline
 from tests.modules.prefix_cases import with_prefix
@@ -45,6 +46,7 @@ def test_unsupported_uses_and_bad_files_are_refused(tmp_path):
             save_bnb4(model, tmp_path / "out")
     save_adapter(model, tmp_path)
     raw = json.loads((tmp_path / OUR_CONFIG_FILE).read_text())
+    (tmp_path / SUMS).unlink()
     for change, message in (
         ({"rank": 4}, "rank is not a setting of adapter 'prefix_layer'"),
         ({"adapter": "ia3"}, "is not a setting of adapter 'ia3'"),

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modules import quantize
 from modules.files.bitsandbytes import by_definition, load_bnb4, save_bnb4
+from modules.files.checked import SUMS
 from tests.survey.small import build
 
 IDS = torch.arange(3, 23).unsqueeze(0)
@@ -47,5 +48,6 @@ def test_an_expert_that_is_missing_is_named(tmp_path):
     path = tmp_path / "packed" / "model.safetensors"
     kept = {name: tensor for name, tensor in load_file(path).items() if "layers.1.mlp.experts.3.down_proj" not in name}
     save_file(kept, path, metadata={"format": "pt"})
+    (tmp_path / "packed" / SUMS).unlink()
     with pytest.raises(ValueError, match=r"layers.1.mlp.experts.down_proj is float32 \[3, 64, 32\]; the model needs"):
         load_bnb4(tmp_path / "packed")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from modules import adapted_linears, adapters, attach, load_adapter, quantize, save_adapter, trainable_parameters
+from modules.files.checked import SUMS
 from tests.modules.architectures import dense_model, logits, scramble
 from tests.modules.peft_cases import peft_model, refusal, saved
 from tests.survey.small import build
@@ -41,7 +42,11 @@ def test_peft_computes_the_same_logits(base, tmp_path, adapter, targets):
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert (logits(model) - logits(base)).abs().max() > 1e-2
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checksums.json",
+    ]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
@@ -75,6 +80,7 @@ def test_no_adapter_to_save(base, tmp_path):
 
 def _damage(directory, how):
     weights, config = directory / "adapter_model.safetensors", directory / "adapter_config.json"
+    (directory / SUMS).unlink()
     if how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "no weights":
@@ -94,7 +100,7 @@ def _damage(directory, how):
     [
         (
             "truncated",
-            "holds no readable adapter: adapter_model.safetensors is damaged or not a safetensors file: Error",
+            "adapter_model.safetensors is damaged or not a safetensors file: Error",
         ),
         ("no weights", "adapter_model.safetensors is missing"),
         ("no config", "adapter_config.json is missing"),
@@ -234,7 +240,7 @@ def test_pickles_are_not_read(tmp_path):
     assert "adapter_model.safetensors is missing: adapter_model.bin is a pickle, which can run code" in message
     (tmp_path / "adapter_model.bin").rename(tmp_path / "adapter_model.safetensors")
     message = refusal(dense_model("llama"), tmp_path)
-    assert "holds no readable adapter: adapter_model.safetensors is damaged or not a safetensors file: Error" in message
+    assert f"{tmp_path / 'adapter_model.safetensors'} is damaged or not a safetensors file: Error" in message
     (tmp_path / "adapter_config.json").write_text("[1]")
     assert "holds no readable adapter: adapter_config.json: " in refusal(dense_model("llama"), tmp_path)
 

@@ -1,0 +1,173 @@
+"""Runs and sweeps that are ended at a random moment, and gone on with until they have finished.
+
+They must end as if nothing had happened: the same numbers and tensors bit for bit, no other files, no process left,
+nothing left in the cache. A process is forked from one that has torch and transformers imported already, in a session
+of its own: whatever is left of that session is an orphan.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from random import Random
+
+from experiments import run
+from experiments.runs.checkpoints import of_run
+from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, assert_same, write_chats
+from tests.torture.damaged import shown
+
+METHODS = ("full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby", "prefix_embed", "prefix_layer")
+KINDS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGINT twice")
+LIMIT = 600  # seconds that a process may take on a busy machine
+SECONDS_TO_END = 60  # of what is left of a session after its first process has gone
+
+
+@dataclass
+class Ended:
+    code: int  # minus the signal that it died of
+    text: str
+    orphans: list[str]
+
+
+class Command:
+    """`experiments.run` with these arguments in a process of its own."""
+
+    def __init__(self, arguments: list[str], folder: Path, cache: Path | None = None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.torture.killed"])
+        self.log = folder / "printed.txt"
+        ours, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(arguments, self.log, cache or folder / "cache", theirs))
+        self.process.start()
+        theirs.close()
+        ours.recv()  # it begins
+        self.began = time.monotonic()
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
+
+    def end(self) -> Ended:
+        self.process.join(LIMIT)
+        if self.process.exitcode is None:
+            self.signal(signal.SIGKILL)
+            return Ended(1, f"it did not end in {LIMIT} s", [])
+        waited, left = time.monotonic(), members(self.process.pid)
+        while left and time.monotonic() - waited < SECONDS_TO_END:
+            time.sleep(0.05)
+            left = members(self.process.pid)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return Ended(self.process.exitcode, self.log.read_text(), list(left.values()))
+
+
+def _work(arguments: list[str], log: Path, cache: Path, ready: Connection) -> None:
+    os.setsid()
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)  # until the command has its own
+    os.environ["QDORA_CACHE"] = str(cache)
+    sys.argv = ["experiments.run", *arguments]
+    ready.send(None)
+    try:
+        run.main()
+    finally:
+        atexit._run_exitfuncs()  # which a process of multiprocessing leaves out
+
+
+def members(session: int) -> dict[int, str]:
+    """The processes of a session, with their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] != "Z":
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")[:100]
+    return found
+
+
+def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
+    """End `count` runs, every tenth a sweep; a line for each that did not go on as if nothing had happened."""
+    findings, whole, took = [], {}, {}
+    chats = write_chats(folder)
+    begin = [*TINY, "data=jsonl", f"data.path={chats}", *CHECKPOINTS, *SMALL, "trainer.keep_best=true", "lr=1e-2"]
+    for number in range(count):
+        rng = Random(f"{seed} {number}")
+        is_sweep = number % 10 == 9
+        method = "sweep" if is_sweep else METHODS[number % len(METHODS)]
+        kind = KINDS[number // 10 % len(KINDS) if is_sweep else number % len(KINDS)]
+        if is_sweep:  # two jobs over one packed base
+            arguments = [f"output_dir={folder / 'out'}", *begin, "+method=qlora", "seed=0", "dropout=0,0.1", "-m"]
+        else:
+            dropout = ["dropout=0.1"] if method.endswith(("lora", "dora")) else []
+            arguments = [f"output_dir={folder / 'out'}", *begin, f"+method={method}", *dropout]
+        if method not in whole:
+            whole[method] = folder / f"whole-{method}" / "out"  # the folder's name is in a sweep's configuration
+            command = Command([f"output_dir={whole[method]}", *arguments[1:]], folder)
+            ended = command.end()
+            took[method] = time.monotonic() - command.began
+            if ended.code or ended.orphans:
+                return [*findings, f"killed: {method} does not run at all: {ended.code} {ended.text}"]
+        told = f"killed {number} ({method}, {kind})"
+        findings += [f"{told}: {found}" for found in _once(arguments, kind, rng.random() * took[method], folder, rng)]
+        try:
+            if is_sweep:
+                for one in sorted(path.name for path in whole[method].iterdir() if not path.name.startswith(".")):
+                    if (whole[method] / one).is_dir():
+                        _same(folder / "out" / one, whole[method] / one)
+            else:
+                _same(folder / "out", whole[method])
+        except (AssertionError, OSError, ValueError) as error:
+            findings.append(f"{told}: not as if nothing had happened: {shown(error)}")
+        if left := [path.name for path in (folder / "cache").glob(".base*")]:
+            findings.append(f"{told}: left in the cache: {left}")
+    return findings
+
+
+def _once(arguments: list[str], kind: str, moment: float, folder: Path, rng: Random) -> list[str]:
+    """End the command after `moment` seconds, then go on until it has finished; what was wrong on the way."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    findings = []
+    command = Command(arguments, folder)
+    command.process.join(moment)
+    number = signal.Signals[kind.split()[0]]
+    command.signal(number)
+    if kind.endswith("twice"):
+        command.process.join(rng.random() / 2)
+        command.signal(number)
+    ended = command.end()
+    if ended.orphans:
+        findings.append(f"left running: {ended.orphans}")
+    if "Traceback" in ended.text:
+        findings.append(f"traceback: {ended.text[-600:]}")
+    if ended.code not in (0, -number, 128 + number):
+        findings.append(f"exit code {ended.code}: {ended.text[-300:]}")
+    if "-m" in arguments:
+        again = arguments
+    elif (folder / "out" / "result.json").exists():
+        return findings
+    elif of_run(folder / "out"):
+        again = [f"resume={folder / 'out'}"]
+    else:
+        again = [*arguments, "overwrite=true"]
+    ended = Command(again, folder).end()
+    if ended.code or ended.orphans or "Traceback" in ended.text:
+        findings.append(f"going on: {ended.code} {ended.orphans} {ended.text[-600:]}")
+    return findings
+
+
+def _same(one: Path, other: Path) -> None:
+    assert_same(one, other)
+    files = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (one, other)]
+    assert files[0] == files[1], f"other files: {sorted(files[0] ^ files[1])}"
