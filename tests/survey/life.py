@@ -25,7 +25,7 @@ from experiments.errors import UserError
 from experiments.export import export
 from experiments.models.directory import UNTRAINABLE
 from experiments.models.generation import Sampling, generate
-from experiments.models.load import CHATML
+from experiments.models.tiny import CHATML
 from experiments.runs.finished import load_run
 from experiments.runs.one_run import run
 from experiments.system.cli import composed

@@ -10,6 +10,7 @@ from experiments.data import sources
 from experiments.data.docstrings import docstring_pairs
 from experiments.data.samples import load_data
 from experiments.errors import UserError
+from modules.files.checked import read_checked, with_checksum
 
 
 @pytest.fixture
@@ -50,9 +51,11 @@ def test_docstring_cache(stdlib, monkeypatch):
     [cache] = (stdlib.parent / "cache").iterdir()
     content = cache.read_text()
 
-    cache.write_text(content.replace("Return the first book", "Read from the cache"))
+    changed = read_checked(cache).replace("Return the first book", "Read from the cache")
+    cache.write_text(with_checksum(changed))
     assert docstring_pairs(stdlib)[0].summary.startswith("Read from the cache")
-    for damaged in content[: len(content) // 2], "", "[]", '[{"module": "m"}]', "7":
+    flipped = content.replace("Return the first book", "Return the last book")
+    for damaged in content[: len(content) // 2], "", "[]", '[{"module": "m"}]', "7", flipped:
         cache.write_text(damaged)
         assert docstring_pairs(stdlib) == pairs
         assert cache.read_text() == content

@@ -79,7 +79,7 @@ def test_a_damaged_packed_directory_is_one_line(packed_tiny):
     with pytest.raises(UserError, match=r"model.safetensors is damaged or not a safetensors file"):
         load(source="hf", path=str(packed_tiny))
     (packed_tiny / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json cannot be read"):
+    with pytest.raises(UserError, match=r"config.json is damaged, or was changed"):
         load(source="hf", path=str(packed_tiny))
 
 

@@ -108,7 +108,9 @@ def test_samples_are_a_table_and_the_adapter_an_artifact(offline, command, tmp_p
     }
     kept = {content.path: Path(content.local_path) for content in artifacts["adapter"].manifest.contents}
     adapter = tmp_path / "out" / "adapter"
-    assert kept == {name: adapter / name for name in ("adapter_config.json", "adapter_model.safetensors")}
+    assert kept == {
+        name: adapter / name for name in ("adapter_config.json", "adapter_model.safetensors", "checksums.json")
+    }
     [table] = path.parent.glob("files/media/table/samples_*.table.json")
     shown = json.loads(table.read_text())
     assert shown["columns"] == ["prompt", "reference", "before", "after"] and len(shown["data"]) == 2
