@@ -163,6 +163,7 @@ def test_ctrl_c_during_the_imports_ends_in_one_line(tmp_path, command):
     (tmp_path / "torch" / "__init__.py").write_text("import time; print('begun', flush=True); time.sleep(60)")
     process = [sys.executable, "-m", command, *["."] * (command == "experiments.report")]  # it asks for a folder
     environment = {"cwd": PROJECT_ROOT, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    environment["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
     begun = subprocess.Popen(process, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **environment)
     assert begun.stdout.readline() == "begun\n"
     begun.send_signal(signal.SIGINT)
