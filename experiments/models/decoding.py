@@ -18,6 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from experiments.training.graphs import Eager, Graphs
+
 COLUMNS = 64  # the length of a cache is a multiple of this, so that batches of similar lengths share one
 PROBE_TOKENS = 9
 SHARE = 0.25  # of the change that one more token at the beginning makes. Rounding stays far below it.
@@ -55,7 +57,7 @@ class Rows:
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=device)  # the last ones
         self.done = torch.zeros(batch, dtype=torch.bool, device=device)
         self.stops = torch.tensor(ends.stops, dtype=torch.int64, device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graphs = Graphs(device) if device.type == "cuda" else Eager()
 
     @property
     def length(self) -> int:
@@ -83,15 +85,7 @@ class Rows:
     def write(self) -> None:
         """Choose the next tokens."""
         self.columns += 1
-        if self.graph is not None:
-            self.graph.replay()
-            return
-        self._step()
-        if self.mask.is_cuda:  # all that a first step sets up is there now
-            torch.cuda.synchronize()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._step()
+        self.graphs.run("step", self._step)
 
     def _step(self) -> None:
         self._advance(self.tokens, self.positions)
