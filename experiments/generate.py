@@ -34,7 +34,16 @@ from experiments.data.sources import TASKS
 from experiments.data.template import chat_template
 from experiments.data.tokens import begin_and_end, tokenize
 from experiments.errors import UserError
-from experiments.models.generation import Generated, Kept, Sampling, decode, generate, own_settings, without_reasoning
+from experiments.models.generation import (
+    Generated,
+    Kept,
+    Sampling,
+    decode,
+    decodes_in_place,
+    generate,
+    own_settings,
+    without_reasoning,
+)
 from experiments.runs.finished import FinishedRun, load_run
 from experiments.system import machine
 from experiments.system.cli import command, read_options
@@ -201,6 +210,8 @@ def main() -> None:
     writer = Writer(run, options)
     if options.temperature and (own := own_settings(run.model)):
         print("from the model's generation_config.json:", *(f"{k}={v}" for k, v in own.items()), file=sys.stderr)
+    if not decodes_in_place(run.model, writer.sampling):
+        print("transformers' own loop writes this: slower, see experiments/README.md", file=sys.stderr)
     if not prompts:
         converse(writer)
     elif len(prompts) == 1:
