@@ -1,9 +1,9 @@
 """4-bit quantize and dequantize on a CPU: see kernels/nf4.py.
 
-Quantize is one pass over whole blocks of fp32 or bf16, and so is dequantize. If bitsandbytes is installed, its compiled
-CPU routine dequantizes NF4. The package itself is not imported. On loading, the routine's results are compared with the definition for
-every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to bf16 a value
-below the smallest normal number, 1.2e-38, is 0.
+Quantize is one pass over whole blocks of fp32 or bf16. If bitsandbytes is installed, its compiled CPU routine
+dequantizes NF4. The package itself is not imported. On loading, the routine's results are compared with the definition
+for every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to bf16 a
+value below the smallest normal number, 1.2e-38, is 0.
 """
 
 import ctypes

@@ -189,7 +189,7 @@ def sums_of_squares(
     (n, k), state, device = weight.shape, weight.quant_state, weight.device
     rank = 0 if lora_A is None else lora_A.shape[0]
     tiles = _tiles(rank, k, dtype, weight.packed)
-    if weight.packed and state.blocksize == 32:
+    if weight.packed and state.blocksize <= 32:  # blocks of 16 in wider tiles would spill
         tiles["BLOCK_K"] = 32
     rows = cdiv(n, tiles["BLOCK_N"])
     columns, splits = split_columns(k, tiles["BLOCK_K"], rows)

@@ -146,12 +146,12 @@ def _eight(ptrs, inside, TOKENS: tl.constexpr, WARPS: tl.constexpr):
         return x0, x1, x2, x3, x4, x5, x6, x7
 
 
-def _tiles(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+def _tiles(m: int, n: int, k: int, dtype: torch.dtype, blocksize: int) -> dict[str, int]:
     """Rows and warps of a program. Every choice fits the registers (see CASES)."""
     parts = cdiv(k, WARP_COLUMNS)
     # as many warps a row as leave at most an eighth of them without columns
     warps = next(w for w in (4, 2, 1) if 7 * w * cdiv(parts, w) <= 8 * parts)
-    rows = MAX_ROWS // 2 if m > 2 and dtype == torch.float32 else MAX_ROWS
+    rows = MAX_ROWS // 2 if m > 2 and (dtype == torch.float32 or blocksize == 16) else MAX_ROWS
     while rows > MIN_ROWS and cdiv(n, rows) * warps < WARPS_WANTED:
         rows //= 2
     return {"TOKENS": next_power_of_2(m), "ROWS": rows, "WARPS": warps, "num_warps": warps, "num_stages": 1}
@@ -182,7 +182,7 @@ def gemv(
     (m, k), n, device = x.shape, weight.shape[0], x.device
     y = torch.empty(m, n, dtype=x.dtype, device=device)
     z = torch.empty(m, n, dtype=x.dtype, device=device) if keep_z else None
-    rank, tiles = 0 if s is None else s.shape[1], _tiles(m, n, k, x.dtype)
+    rank, tiles = 0 if s is None else s.shape[1], _tiles(m, n, k, x.dtype, state.blocksize)
     launch(
         _gemv_kernel, (cdiv(n, tiles["ROWS"]),),
         x, packed, state.absmax, state.nested_absmax, state.nested_offset,
@@ -218,7 +218,7 @@ def _case(
         values=lambda a: a.ROWS * a.WARPS * WARP_COLUMNS,
         bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double_quant else 4) / weight.quant_state.blocksize,
         loop=True,
-        max_instr={1: 5.6, 2: 6.5, 4: 9.1 if dtype == "bf16" else 10.0}[tokens],
+        max_instr={1: 5.6, 2: 6.5, 4: 9.1 if dtype == "bf16" else 10.0}[tokens] + (quant_type == "nvfp4"),
         max_registers=160 if tokens <= 2 else 200,
         min_load_bits=128,
     )

@@ -177,7 +177,7 @@ BAD = {  # and in tests/modules/adapters/test_config.py
     ),
     "base without a format": (
         ["init=qpissa", "quant=int4"],
-        "init=qpissa keeps its base as bitsandbytes does, which has no int4: choose quant=nf4 or quant=fp4",
+        "init=qpissa keeps its base in a file, and no file holds int4: choose quant=nf4, fp4, mxfp4, nvfp4",
     ),
     "data type": (["quant=nf4", "quant.type=fp4"], "quant.type=fp4 is not quant=nf4: choose quant=fp4"),
     "no data type": (["quant=tuned", "quant.type=int5"], "quant.type=int5: choose nf4, fp4, int4"),

@@ -155,7 +155,7 @@ def test_save_overwrites_nothing_and_drops_nothing(llama, tmp_path):
     with pytest.raises(ValueError, match="old exists already: nothing is overwritten"):
         save_bnb4(llama, tmp_path / "old")
     attach(llama, "lora", rank=4)
-    with pytest.raises(ValueError, match="a bitsandbytes directory cannot hold adapters: detach or merge them first"):
+    with pytest.raises(ValueError, match="a directory of packed weights cannot hold adapters: detach or merge"):
         save_bnb4(llama, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
