@@ -1,7 +1,7 @@
 """4-bit quantize and dequantize on a CPU: see kernels/nf4.py.
 
-Quantize is one pass over whole blocks of fp32 or bf16. If bitsandbytes is installed, its compiled CPU routine
-dequantizes NF4. The package itself is not imported. On loading, the routine's results are compared with the definition
+Each is one pass over whole blocks of fp32 or bf16. If bitsandbytes is installed, its compiled CPU routine dequantizes
+NF4, which is faster. The package itself is not imported. On loading, the routine's results are compared with the definition
 for every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to bf16 a
 value below the smallest normal number, 1.2e-38, is 0.
 """
@@ -19,10 +19,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kernels.codebook import decision_bounds, levels
+from kernels.codebook import decision_bounds, level_pairs, levels
 from kernels.cpu import supports
 from kernels.cpu.absmax import dequantize_absmax
-from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, larger, octets, share, wide
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, ints, larger, narrow, octets, share, wide
 from kernels.op import supports_if
 from kernels.weight import Weight, packed_sizes
 
@@ -171,11 +171,35 @@ def _routine(dtype: torch.dtype) -> Callable[..., None] | None:
     return routine if torch.equal(out.view(torch.uint8), expected.view(torch.uint8)) else None
 
 
-def _has_routine(weight: Weight, dtype: torch.dtype) -> bool:
-    state = weight.quant_state
-    n = state.shape.numel()
-    whole_blocks = n > 0 and n % state.blocksize == 0 and not weight.values.is_meta
-    return state.quant_type == "nf4" and whole_blocks and _routine(dtype) is not None
+@functools.partial(Kernel, exact=True)
+def _decode(pointer):
+    # a: 0 packed, 1 absmax, 2 the two levels of each byte, 3 out (written), 4 blocks, 5 blocksize, 6 whether out is bf16
+    a = arguments(pointer, 7)
+    blocks, blocksize, is_bf16 = a[4], a[5], a[6]
+    absmax, table = floats(a[1], 0, blocks), ints(a[2], 0, 256)
+    pairs = np.empty(blocksize // 2, np.int64)
+    level = pairs.view(np.float32)
+    first, behind = share(blocks)
+    for block in range(first, behind):
+        start, scale = block * blocksize, absmax[block]
+        packed = octets(a[0], start // 2, blocksize // 2)
+        for i in range(blocksize // 2):
+            pairs[i] = table[packed[i]]
+        if is_bf16:
+            halves = bf16s(a[3], start, blocksize)
+            for i in range(blocksize):
+                halves[i] = narrow(level[i] * scale)
+        else:
+            singles = floats(a[3], start, blocksize)
+            for i in range(blocksize):
+                singles[i] = level[i] * scale
+
+
+def _supports(weight: Weight, dtype: torch.dtype) -> bool:
+    n = weight.shape.numel()
+    if n == 0 or n % weight.quant_state.blocksize or weight.values.is_meta:
+        return False
+    return dtype != torch.float16 or (weight.quant_state.quant_type == "nf4" and _routine(dtype) is not None)
 
 
 def _dequantize(weight: Weight, out: Tensor) -> Tensor:
@@ -183,11 +207,16 @@ def _dequantize(weight: Weight, out: Tensor) -> Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_absmax(absmax, state.nested_absmax, state.nested_offset, state.quant_type)
-    _blocks(_routine(out.dtype), weight.values, absmax, out, state.blocksize)
+    routine = _routine(out.dtype) if state.quant_type == "nf4" else None
+    if routine is not None:
+        _blocks(routine, weight.values, absmax, out, state.blocksize)
+    else:
+        is_bf16 = int(out.dtype == torch.bfloat16)
+        _decode(weight.values, absmax, level_pairs(state.quant_type), out, len(absmax), state.blocksize, is_bf16)
     return out.view(state.shape)
 
 
-@supports_if(_has_routine)
+@supports_if(_supports)
 def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
     return _dequantize(weight, torch.empty(weight.shape.numel(), dtype=dtype, device="cpu"))
 
@@ -200,7 +229,7 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """
     if not weight.packed:
         return weight.values
-    if _has_routine(weight, dtype):
+    if _supports(weight, dtype):
         return _dequantize(weight, _buffer(weight.shape.numel(), dtype))
     return weight.dense(dtype)
 
