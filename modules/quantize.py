@@ -11,6 +11,7 @@ from modules.adapters.init import pack
 from modules.adapters.linear4bit import take_over_linear4bit
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import decoder_linears
+from modules.experts import pack_linear, take_over_experts
 from modules.linear import NF4Linear
 
 
@@ -38,6 +39,7 @@ def quantize(
     refuse_parts(model)
     check_quant_type(quant_type)
     take_over_linear4bit(model)
+    take_over_experts(model)
     linears = decoder_linears(model)
     state = state_of(model)
     if state is not None:
@@ -64,7 +66,7 @@ def quantize(
         for adapter in over:
             if quantized_start(adapter.config.init):
                 packed = pack(adapter.modules[name], adapter.config.init, linear, *how)
-        packed = packed or NF4Linear.from_linear(linear, *how)
+        packed = packed or pack_linear(linear, *how)
         packed.train(linear.training)
         if linear is model.get_submodule(name):
             replace_module(model, name, packed)
