@@ -43,8 +43,17 @@ class ExpertsLinear(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """Rows [S, in] sorted by expert to rows [S, out]. `ends` is as in kernels/experts.py."""
+        if self.weight.requires_grad:  # the op is for frozen weights
+            return self._by_torch(x, ends)
         x, weight = operands(x, self)
         return kernels.experts_linear(x, ends, weight, self.bias)
+
+    def _by_torch(self, x: Tensor, ends: Tensor) -> Tensor:
+        ends = ends.tolist()
+        *parts, others = x.tensor_split(ends)
+        biases = [None] * len(parts) if self.bias is None else self.bias
+        results = [nn.functional.linear(part, *of) for part, *of in zip(parts, self.weight, biases)]
+        return torch.cat([*results, others.new_zeros(len(others), self.out_features)])
 
     def own_weight(self) -> Tensor:
         """The weight in the layout that the model keeps it in."""
@@ -56,15 +65,11 @@ class ExpertsLinear(nn.Module):
         if self.bias is not None:
             destination[f"{key}_bias"] = self.bias if keep_vars else self.bias.detach()
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        key, here = prefix.removesuffix("."), {}
-        if key in state_dict:
-            here["weight"] = state_dict[key].transpose(1, 2) if self.in_out else state_dict[key]
-        if f"{key}_bias" in state_dict:
-            here["bias"] = state_dict[f"{key}_bias"]
-        lacking: list[str] = []
-        super()._load_from_state_dict(here, "", local_metadata, strict, lacking, unexpected, errors)
-        missing += [key if name == "weight" else f"{key}_{name}" for name in lacking]
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key = f"{prefix}weight"
+        if self.in_out and key in state_dict:
+            state_dict = state_dict | {key: state_dict[key].transpose(1, 2)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return _extra_repr(self)
@@ -154,8 +159,20 @@ class DoRAExperts(DoRALinear):
     merge, train_bias = LoRAExperts.merge, LoRAExperts.train_bias
 
 
-class Experts(nn.Module):
-    """The code of a layer's experts whose weights are modules: beside the own class among a module's bases."""
+class _OfModules(nn.Module):
+    """The code of a layer's experts whose weights are modules, before the own class among the bases of its class."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in PROJECTIONS:
+            if name in self._modules:
+                for key, new in ((name, f"{name}.weight"), (f"{name}_bias", f"{name}.bias")):
+                    if prefix + key in state_dict:
+                        state_dict[prefix + new] = state_dict.pop(prefix + key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Experts(_OfModules):
+    """Experts as transformers marks them (`use_experts_implementation`)."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Σ over the experts of each token of weight · expert(token).
@@ -180,8 +197,8 @@ class Experts(nn.Module):
         return kernels.combine(y, order, top_k_weights).to(hidden_states.dtype)
 
 
-class AllExperts(nn.Module):
-    """The same for Llama 4, which shows every token to every expert, scaled by a gate that is often zero."""
+class AllExperts(_OfModules):
+    """Experts of Llama 4, which shows every token to every expert, scaled by a gate that is often zero."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         rows = hidden_states.shape[0] // self.num_experts
@@ -193,12 +210,12 @@ class AllExperts(nn.Module):
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The full names and modules of `model` whose experts can be taken over, or are already."""
     for name, module in model.named_modules():
-        if isinstance(module, Experts | AllExperts) or _is_known(module):
+        if isinstance(module, _OfModules) or _is_known(module):
             yield name, module
 
 
 def _is_known(module: nn.Module) -> bool:
-    """True for classes that transformers marks as experts (`use_experts_implementation`), and for Llama 4's."""
+    """True for classes that transformers marks as experts, and for Llama 4's."""
     marked = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
     return (marked or type(module).__name__ in IN_OUT) and any(
         name in PROJECTIONS and parameter is not None and parameter.dim() == 3
@@ -215,7 +232,7 @@ def _with_modules(own: type[nn.Module]) -> type[nn.Module]:
 def take_over_experts(model: nn.Module) -> None:
     """Put an ExpertsLinear in the place of every parameter of `model` that holds the weights of several experts."""
     for _, module in list(experts_modules(model)):
-        if not isinstance(module, Experts | AllExperts):
+        if not isinstance(module, _OfModules):
             _take_over(module)
 
 
@@ -236,7 +253,7 @@ def _take_over(module: nn.Module) -> None:
 def give_back_experts(model: nn.Module) -> None:
     """Undo `take_over_experts` for each layer whose experts are all dense and have no adapter."""
     for _, module in list(experts_modules(model)):
-        if isinstance(module, Experts | AllExperts):
+        if isinstance(module, _OfModules):
             linears = {name: module._modules[name] for name in PROJECTIONS if name in module._modules}
             if all(isinstance(linear, ExpertsLinear) for linear in linears.values()):
                 _give_back(module, linears)

@@ -21,9 +21,7 @@ from modules.linear import LoRALinear
 
 def of_experts(adapter: Adapter) -> list[str]:
     """The full names of the experts' linears that `adapter` adapts."""
-    return [
-        path for path, layer in adapter.modules.items() if isinstance(layer, LoRALinear) and is_experts(layer.base)
-    ]
+    return [path for path, layer in adapter.modules.items() if isinstance(layer, LoRALinear) and is_experts(layer.base)]
 
 
 def fits_peft(adapter: Adapter) -> bool:
@@ -91,12 +89,11 @@ def experts_in_file(raw: dict, linears: Mapping[str, nn.Module]) -> list[str]:
     """The full names of those of `linears` that `target_parameters` in `raw`, an adapter_config.json, means.
 
     Raises:
-        ValueError: it means another parameter, or none.
+        ValueError: a suffix matches no experts: it means another parameter, or none.
     """
     asked = raw.get("target_parameters") or []
-    names = [name for name in linears if any(f".{name}".endswith(f".{suffix}") for suffix in asked)]
-    if other := [name for name in names if not is_experts(linears[name])]:
-        raise ValueError(f"target_parameters: {other[0]} has no weights of experts; others are not supported")
+    experts = [name for name, linear in linears.items() if is_experts(linear)]
+    names = [name for name in experts if any(f".{name}".endswith(f".{suffix}") for suffix in asked)]
     if idle := [suffix for suffix in asked if not any(f".{name}".endswith(f".{suffix}") for name in names)]:
         raise ValueError(f"target_parameters: {idle[0]} matches no experts of the model")
     return names

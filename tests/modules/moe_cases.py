@@ -32,6 +32,9 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def by_formula(plain: nn.Module, adapted: nn.Module) -> nn.Module:
     """A copy of `plain` in float64 whose weights are those of `adapted`, with its update, by the definition."""
     model = copy.deepcopy(plain).double()
+    for module in model.modules():
+        if hasattr(module, "has_gate"):  # transformers' grouped products have no float64, its loop over experts has
+            module.config._experts_implementation = "eager"
     for path, layer in adapted_linears(adapted).items():
         parent, _, name = path.rpartition(".")
         w = weight_of(layer.base).dense(torch.float32).double()

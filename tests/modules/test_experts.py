@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_formula(kind, adapter, packed):
     want = outputs(by_formula(plain, model))
     assert (want - outputs(plain)).abs().max() > 1e-2
     for training in (False, True):
-        torch.testing.assert_close(outputs(model.train(training)).double(), want, rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(outputs(model.train(training)).double(), want.double(), rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
@@ -262,3 +262,17 @@ def test_biases_of_experts_stay_frozen():
     trained = trainable_parameters(model)
     assert any(name.endswith("q_proj.bias") for name in trained)
     assert not any("experts" in name and "bias" in name for name in trained)
+
+
+def test_experts_that_train_whole():
+    """modules_to_save: the weights themselves train, and have the gradients of transformers' own code."""
+    model = moe_model("qwen3_moe")
+    plain = copy.deepcopy(model).requires_grad_(True)
+    attach(model, "lora", rank=2, target_modules=["q_proj"], modules_to_save=["gate_up_proj"])
+    gradients(model)
+    gradients(plain)
+    trained = {name: p for name, p in trainable_parameters(model).items() if "experts" in name}
+    assert len(trained) == 2
+    for name, parameter in trained.items():
+        want = plain.get_parameter(name.removesuffix(".weight")).grad
+        assert (parameter.grad - want).norm() < 1e-4 * want.norm()
