@@ -6,7 +6,7 @@ by expert once, and each linear takes them so. `give_back_experts` undoes it.
 
 state_dict keys
     ExpertsLinear              those of transformers' parameters, in their layout: <path>, <path>_bias
-    NF4Experts                 as NF4Linear; the tensor of weights is [experts, out, in]
+    NF4Experts                 as NF4Linear, of a weight [experts, out, in]; but <path>_bias
     LoRAExperts, DoRAExperts   base.*, lora_A [experts, rank, in], lora_B [experts, out, rank], magnitude [experts, out]
 """
 
@@ -92,6 +92,11 @@ class NF4Experts(NF4Linear):
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         x, weight = operands(x, self)
         return kernels.experts_linear(x, ends, weight, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias is not None:  # under transformers' name, which a model with dense experts has too
+            destination[f"{prefix.removesuffix('.')}_bias"] = destination.pop(f"{prefix}bias")
 
     def dequantize(self) -> ExpertsLinear:
         return dense_experts(self, dense_weight(self), self.bias)
@@ -229,6 +234,16 @@ def _with_modules(own: type[nn.Module]) -> type[nn.Module]:
     return type(own.__name__, (code, own), {"own_class": own, "__module__": own.__module__})
 
 
+def experts_weights(model: nn.Module) -> list[str]:
+    """The full names of the parameters of `model` that `take_over_experts` puts an ExpertsLinear in the place of."""
+    return [
+        f"{path}.{name}"
+        for path, module in experts_modules(model)
+        for name in PROJECTIONS
+        if module._parameters.get(name) is not None
+    ]
+
+
 def take_over_experts(model: nn.Module) -> None:
     """Put an ExpertsLinear in the place of every parameter of `model` that holds the weights of several experts."""
     for _, module in list(experts_modules(model)):
@@ -244,7 +259,7 @@ def _take_over(module: nn.Module) -> None:
             continue
         bias = module._parameters.pop(f"{name}_bias", None)
         if in_out:
-            weight = nn.Parameter(weight.detach().transpose(1, 2).contiguous(), weight.requires_grad)
+            weight.data = weight.data.transpose(1, 2).contiguous()
         linear = ExpertsLinear(weight, bias, in_out)
         module.add_module(name, linear.train(module.training))
     module.__class__ = _with_modules(type(module))
@@ -263,10 +278,9 @@ def _give_back(module: nn.Module, linears: dict[str, ExpertsLinear]) -> None:
     module.__class__ = module.own_class
     for name, linear in linears.items():
         del module._modules[name]
-        weight = linear.weight
         if linear.in_out:
-            weight = nn.Parameter(linear.own_weight().detach(), weight.requires_grad)
-        module.register_parameter(name, weight)
+            linear.weight.data = linear.own_weight().detach()
+        module.register_parameter(name, linear.weight)
         if linear.bias is not None:
             module.register_parameter(f"{name}_bias", linear.bias)
 

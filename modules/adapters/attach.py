@@ -33,7 +33,7 @@ from modules.adapters.targets import (
     fitted,
     wrapped_linears,
 )
-from modules.experts import DoRAExperts, LoRAExperts, is_experts, take_over_experts
+from modules.experts import DoRAExperts, LoRAExperts, give_back_experts, is_experts, take_over_experts
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
@@ -88,7 +88,7 @@ def attach(
         eva = {} if calibration is None else principal_inputs(model, {n: config.rank_of(n) for n in names}, calibration)
         add_adapter(model, name, config, names, own)
     except ValueError:
-        set_adapter(model, active)
+        give_up_adding(model, active)
         raise
     for target in progress(names):
         layer = model.get_submodule(target)
@@ -118,6 +118,13 @@ def prepare_to_add(model: nn.Module, name: str) -> str | None:
     active = state.active
     set_adapter(model, None)
     return active
+
+
+def give_up_adding(model: nn.Module, active: str | None) -> None:
+    """Undo `prepare_to_add`, which returned `active`."""
+    set_adapter(model, active)
+    if state_of(model) is None:
+        give_back_experts(model)
 
 
 def refuse_parts(model: nn.Module) -> None:

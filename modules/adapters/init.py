@@ -162,7 +162,8 @@ class _Components:
 
 
 def check_init(init: str, bases: Mapping[str, nn.Module], calibration: Iterable[dict] | None) -> None:
-    """Raise ValueError if `init` needs dense bases or calibration batches, and they are not given, or is not for experts.
+    """Raise ValueError if `init` needs dense bases or calibration batches, and they are not given; or experts are among
+    the bases, and it is not for them.
 
     Args:
         bases: the linears that get an adapter, by full name.

@@ -2,7 +2,7 @@
 
 <linear>.weight                      the codes: uint8 [ceil(n / 2), 1], or the same bytes as another dtype
 <linear>.weight.absmax               fp32 [blocks]; with double quantization uint8 [blocks]
-<linear>.weight.quant_map            fp32 [16]: the levels of NF4 or FP4
+<linear>.weight.quant_map            fp32 [16]: the levels of the data type
 <linear>.weight.nested_absmax        fp32 [ceil(blocks / 256)]   } only with double
 <linear>.weight.nested_quant_map     fp32 [256]: the 8-bit map   } quantization
 <linear>.weight.quant_state.bitsandbytes__nf4 or …__fp4
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels import QuantState, Weight
-from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.codebook import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE, dynamic_map, levels
 from kernels.weight import FLOATS, nested_blocks, packed_sizes
 from modules.files.tensors import TensorFiles, describe
 
@@ -35,13 +35,13 @@ def read_packed(files: TensorFiles, weight: str, shape: torch.Size, quant_type: 
     """The packed weight called `weight`. Its tensors are copied as they are and never unpacked.
 
     Args:
-        shape: [out, in], the model's.
-        quant_type: "nf4" or "fp4".
+        shape: [out, in], the model's; of experts [experts, out, in].
+        quant_type: the data type, a key of `kernels.codebook.CODEBOOKS`.
 
     Raises:
         ValueError: a tensor is missing, or does not fit the others or the model.
     """
-    for other in BITSANDBYTES_TYPES:
+    for other in CODEBOOKS:
         if other != quant_type and f"{weight}.{QUANT_STATE}{other}" in files:
             raise ValueError(f"{files.path(weight)}: {weight} is packed in {other}, not in {quant_type}")
     state = _read_quant_state(files, weight, shape, quant_type)

@@ -6,9 +6,9 @@
     base_model.model.<path>.base_layer.bias         [out], an adapted linear's bias that trained
     base_model.model.<path>.<tensor>                a tensor of another module that trained whole
 
-The files of the baselines: baselines.py; LoRA on experts: peft_experts.py. PEFT has no DoRA on experts: that is written
-under the names above, in the shapes of the layers, with qdora_config.json in place of adapter_config.json. A file is written under a temporary name and then renamed, so an interrupted
-write leaves no partial file.
+The files of the baselines: baselines.py; LoRA on experts: peft_experts.py. PEFT has no DoRA on experts. That is written
+under the names above, in the shapes of the layers, with qdora_config.json in place of adapter_config.json. A file is
+written under a temporary name and then renamed, so an interrupted write leaves no partial file.
 """
 
 import json
@@ -21,13 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
+from modules.adapters.attach import add_adapter, give_up_adding, own_tensors, prepare_to_add
 from modules.adapters.config import BASELINES, AdapterConfig
 from modules.adapters.init import initialise
 from modules.adapters.model_code import left_out
 from modules.adapters.own import own_tensor
 from modules.adapters.saving import saves_adapters
-from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, set_adapter
+from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter
 from modules.adapters.targets import all_linears, find_targets, matches
 from modules.files.baselines import (
     OUR_CONFIG_FILE,
@@ -53,7 +53,8 @@ _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter under the names in its file, which are PEFT's if PEFT has this kind of adapter.
 
-    Those of experts are not yet in PEFT's layout, see peft_experts.py. PiSSA and OLoRA become a plain LoRA of twice the rank, which computes the same.
+    Those of experts are not yet in PEFT's layout, see peft_experts.py. PiSSA and OLoRA become a plain LoRA of twice the
+    rank, which computes the same.
 
     Args:
         name: of the adapter; None: the active adapter.
@@ -149,12 +150,12 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         _check_sizes(config, tensors)
         add_adapter(model, name, config, names, own)
     except ValueError as error:
-        set_adapter(model, active)
+        give_up_adding(model, active)
         raise ValueError(f"{directory}: {error}") from error
     state = adapter_state(model, name)
     if wrong := _differences(state, tensors, left_out(model)) | unknown:
         detach(model, name)
-        set_adapter(model, active)
+        give_up_adding(model, active)
         if ranks := _other_ranks(state, tensors, wrong):
             raise ValueError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree: {_first_three(ranks)}")
         raise ValueError(f"{directory} is an adapter for another model: {_first_three(wrong)}")

@@ -45,7 +45,7 @@ def read_config(raw: dict) -> AdapterConfig:
         adapter="dora" if raw.get("use_dora") else "lora",
         rank=raw["r"],
         lora_alpha=raw["lora_alpha"],
-        target_modules=raw["target_modules"] or [],
+        target_modules=raw["target_modules"] or ([] if raw.get("target_parameters") else None),
         dropout=raw.get("lora_dropout", 0.0),
         exclude_modules=raw.get("exclude_modules"),
         rank_pattern=raw.get("rank_pattern"),

@@ -206,7 +206,7 @@ def test_inits(init):
     before = outputs(model)
     attach(model, "lora", rank=4, init=init)
     torch.testing.assert_close(outputs(model), before, rtol=2e-4, atol=2e-4)
-    for path, layer in experts_of(model).items():
+    for layer in experts_of(model).values():
         if init in ("pissa", "olora"):
             w = layer.base.weight[1]
             update = layer.scaling * layer.lora_B[1] @ layer.lora_A[1]
@@ -233,7 +233,7 @@ def test_bad_settings_are_refused_by_name():
         attach(model, "houlsby", rank=4)
     with pytest.raises(ValueError, match=r"target_modules.*w1"):
         attach(model, "lora", rank=4, target_modules=["w1"])
-    with pytest.raises(ValueError, match="rank 33 is out of range: .*experts.down_proj can have 1 to 32"):
+    with pytest.raises(ValueError, match=r"rank 33 is out of range: .*experts.down_proj can have 1 to 32"):
         attach(model, "lora", rank=33, target_modules=["down_proj"])
 
 

@@ -98,5 +98,5 @@ def test_parameters_that_are_not_there_are_refused(tmp_path, parameters):
     (tmp_path / "checksums.json").unlink()
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"target_parameters": parameters}))
-    with pytest.raises(ValueError, match="target_parameters: .* matches no experts of the model"):
+    with pytest.raises(ValueError, match=r"target_parameters: .* matches no experts of the model"):
         load_adapter(model, tmp_path)
