@@ -119,16 +119,16 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
 def unknown_experts(model: nn.Module) -> dict[str, int]:
     """The parameters that hold the weights of several experts in a way that modules/experts.py does not know, by full
     name, and their numbers of values."""
-    known = {*experts_weights(model)}
-    modules = dict(model.named_modules())
-    return {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3
-        and name not in known
-        and any(word in name.lower() for word in ("expert", "moe"))
-        and not isinstance(modules[name.rpartition(".")[0]], ExpertsLinear | LoRALinear)
-    }
+    known, found = {*experts_weights(model)}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | ExpertsLinear | LoRALinear) or is_conv1d(module):
+            continue
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}"
+            words = f"{full} {type(module).__name__}".lower()
+            if parameter is not None and parameter.dim() > 1 and "expert" in words and full not in known:
+                found[full] = parameter.numel()
+    return found
 
 
 def changed_in_place(model: nn.Module) -> set[str]:
