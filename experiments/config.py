@@ -12,9 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments.errors import UserError
-from kernels.codebook import BITSANDBYTES_TYPES, BLOCK_FORMATS, BLOCKSIZES, CODEBOOKS, quant_types
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, CODEBOOKS, quant_types
 from modules import AdapterConfig
-from modules.adapters.config import BASELINES, AdapterSettings, changes_base, quantized_start
+from modules.adapters.config import BASELINES, AdapterSettings, quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -226,12 +226,6 @@ def _check_adapter(cfg: Config) -> None:
         raise UserError(str(error)) from error
     if quantized_start(cfg.init) and cfg.quant.name == "none":
         raise UserError(f"init={cfg.init} makes up for the error of quantizing: choose +method=qlora or +method=qdora")
-    with_files = (*BITSANDBYTES_TYPES, *BLOCK_FORMATS)
-    if changes_base(cfg.init) and cfg.quant.name != "none" and cfg.quant.type not in with_files:
-        raise UserError(
-            f"init={cfg.init} keeps its base in a file, and no file holds {cfg.quant.type}: "
-            f"choose quant={', '.join(with_files)}"
-        )
 
 
 # The keys whose numbers have bounds, and what these are in words. Not a number is in none of them.

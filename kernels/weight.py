@@ -8,6 +8,7 @@ tensors, from the meta device and from graph capture. So op.py hands a Weight to
 one string (`flatten`), and the op gets it back as a Weight (`unflatten`). `Weight.dense` uses `flatten` too.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -97,6 +98,13 @@ class Weight:
         # by its name, because the op is defined over weights (nf4.py)
         return torch.ops.qdora.dequantize_4bit(*flatten(self), dtype)
 
+    def rows(self) -> "Weight":
+        """The same weight [E, out, in] as [E · out, in]: a view, but of a dense one whose memory lies otherwise."""
+        if self.quant_state is None:
+            return Weight(self.values.flatten(0, -2))
+        shape = torch.Size((self.shape[:-1].numel(), self.shape[-1]))
+        return checked_before(self.values, dataclasses.replace(self.quant_state, shape=shape))
+
 
 def as_weight(weight: Tensor | Weight, quant_state: QuantState | None = None) -> Weight:
     """The Weight that public functions take in place of a tensor and its quant_state."""
@@ -146,6 +154,25 @@ def tensor_count(text: str) -> int:
 def _parsed(text: str) -> tuple[str, int, torch.dtype, torch.Size]:
     quant_type, blocksize, dtype, shape = text.removesuffix(_DOUBLE).split(" ")
     return quant_type, int(blocksize), getattr(torch, dtype), torch.Size(map(int, shape.split("x")) if shape else ())
+
+
+def holding(weight: Weight, start: int, end: int) -> tuple[Weight, int]:
+    """(a packed part that holds the values start … end - 1 of a flattened packed weight, where `start` is in it).
+
+    The part is a view of [n] values. It begins with a whole block, of double quantization with a whole nested one.
+    """
+    state = weight.quant_state
+    blocksize, unit = state.blocksize, NESTED_BLOCKSIZE if state.nested else 1
+    first_block = start // blocksize // unit * unit
+    first, n = first_block * blocksize, min(-(-end // blocksize) * blocksize, weight.shape.numel())
+    blocks = -(-n // blocksize)
+    changed = {"absmax": state.absmax[first_block:blocks], "shape": torch.Size((n - first,))}
+    if state.nested:
+        changed["nested_absmax"] = state.nested_absmax[first_block // unit : nested_blocks(blocks)]
+    # blocks have even sizes, so a part begins with a byte
+    return checked_before(
+        weight.values.view(-1)[first // 2 : -(-n // 2)], dataclasses.replace(state, **changed)
+    ), start - first
 
 
 def check_quant_type(quant_type: str) -> None:

@@ -12,6 +12,7 @@ from modules.adapters.init import pack
 from modules.adapters.linear4bit import take_over_linear4bit
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import decoder_linears
+from modules.experts import give_back_experts, pack_linear, take_over_experts
 from modules.linear import NF4Linear
 
 
@@ -24,8 +25,9 @@ def quantize(
 ) -> None:
     """Pack every decoder linear of `model` in four bits, in place. Each dense weight is released once it is packed.
 
-    The model keeps its adapters. Those with init="loftq" or "qpissa" are initialised here. qpissa and loftq_iter_N
-    choose codes for the adapter, not the codes nearest to the weights, so the model must have no other adapter.
+    The experts of a layer are linears too: their weight [experts, out, in] is packed as one. The model keeps its
+    adapters. Those with init="loftq" or "qpissa" are initialised here. qpissa and loftq_iter_N choose codes for the
+    adapter, not the codes nearest to the weights, so the model must have no other adapter.
 
     Args:
         blocksize: see `kernels.quantize_4bit`: one for all linears, or one for each linear by its full name; by
@@ -41,6 +43,7 @@ def quantize(
     check_quant_type(quant_type)
     check_double_quant(double_quant, quant_type)
     take_over_linear4bit(model)
+    take_over_experts(model)
     linears = decoder_linears(model)
     state = state_of(model)
     if state is not None:
@@ -68,7 +71,7 @@ def quantize(
         for adapter in over:
             if quantized_start(adapter.config.init):
                 packed = pack(adapter.modules[name], adapter.config.init, linear, *how)
-        packed = packed or NF4Linear.from_linear(linear, *how)
+        packed = packed or pack_linear(linear, *how)
         packed.train(linear.training)
         if linear is model.get_submodule(name):
             replace_module(model, name, packed)
@@ -79,7 +82,12 @@ def quantize(
 
 
 def dequantize(model: nn.Module) -> None:
-    """Unpack every packed linear of `model` that has no adapter, in place, to the dtype it computes in."""
+    """Unpack every packed linear of `model` that has no adapter, in place, to the dtype it computes in.
+
+    Experts are parameters of three dimensions again, unless they have an adapter.
+    """
     for name, linear in decoder_linears(model).items():
         if linear is model.get_submodule(name) and isinstance(linear, NF4Linear):
             replace_module(model, name, linear.dequantize().train(linear.training))
+    if state_of(model) is None:
+        give_back_experts(model)

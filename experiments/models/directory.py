@@ -21,8 +21,9 @@ from experiments.models.gguf import gguf_as_directory, wheel_directory
 from experiments.models.hub import hub_directory, is_name
 from experiments.models.whole import check_whole, first_three
 from experiments.system.quiet import quiet
+from modules.files.bitsandbytes import OURS, load_bnb4
+from modules.files.block_formats import load_block_format
 from modules.files.checked import Damaged, verify_directory
-from modules.files.four_bits import load_4bit
 from modules.files.packed_model import quantization_of
 from modules.files.tensors import INDEX_FILE
 
@@ -105,7 +106,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             _check_config(path)
             raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
         try:
-            return load_4bit(path, dtype) if packed else _load_dense(path, dtype), tokenizer
+            return (_load_packed if packed else _load_dense)(path, dtype), tokenizer
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -179,6 +180,11 @@ def is_packed(path: Path) -> bool:
         return quantization_of(path) is not None
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _load_packed(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    method = quantization_of(path).get("quant_method")
+    return (load_bnb4 if method in ("bitsandbytes", OURS) else load_block_format)(path, dtype)
 
 
 def _load_dense(path: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -27,8 +27,9 @@ from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
 from modules.adapters.config import quantized_start
-from modules.adapters.model_code import experts, left_out
+from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules
+from modules.experts import take_over_experts
 from modules.fused import compute_mlps_in_parts
 from modules.linear import weight_shape
 
@@ -110,6 +111,7 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
     packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
     if not packed:
         if cfg.quant.name != "none":
+            take_over_experts(model)
             shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
             quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, bar("quantizing"), cfg.quant.type)
             release_file(model)
@@ -228,8 +230,9 @@ def say_left_out(cfg: Config, model: PreTrainedModel) -> None:
     how = "not adapted" if cfg.quant.name == "none" else "neither packed nor adapted"
     for reason, names in reasons.items():
         print(f"{how}: {_ends(names)}: {reason}")
-    if values := sum(experts(model).values()):
-        print(f"{how}: experts, {values:,} parameters: transformers keeps them in one tensor, not in linears")
+    if values := unknown_experts(model):
+        count = sum(values.values())
+        print(f"{how}: experts of a class not known here, {_ends(values)}: {count:,} weights stay dense and untrained")
     asked = AdapterConfig(cfg.method.adapter, **adapter_settings(cfg))
     if narrow := [name for name, layer in adapted_linears(model).items() if layer.rank < asked.rank_of(name)]:
         print(f"of the largest rank they can have: {_ends(narrow)}")

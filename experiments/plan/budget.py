@@ -227,7 +227,7 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     found = storage(model)
     return Budget(
         longest=_longest(model),
-        widest=min(min(weight_shape(linear)) for linear in decoder_linears(model).values()),
+        widest=min(min(weight_shape(linear)[-2:]) for linear in decoder_linears(model).values()),
         parameters=found["total_params"],
         trained=found["trainable_params"],
         bits=found["bits_per_weight"],

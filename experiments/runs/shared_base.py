@@ -23,7 +23,7 @@ from experiments.system import machine, signals
 from experiments.system.files import cache_dir, claim, is_free
 from experiments.system.quiet import quiet
 from modules.adapters.config import quantized_start
-from modules.files.four_bits import load_4bit, save_4bit
+from modules.files.bitsandbytes import load_bnb4, save_packed
 
 PREFIX, LOCKS = ".base-", ".locks"  # in the cache
 
@@ -40,7 +40,7 @@ class SharedBase:
         weakref.finalize(self, self.held.close)
 
     def of(self, cfg: Config, context: ForkServerContext) -> Path | None:
-        """The directory of the packed base of `cfg`. It is packed now if it differs from the
+        """The directory of the packed base of `cfg`, in bitsandbytes' format. It is packed now if it differs from the
         last one. None: nothing can be shared.
 
         Args:
@@ -94,7 +94,7 @@ def _pack(cfg: Config, directory: Path) -> None:
         _, dtype = machine.set_up(cfg.trainer)
         model, tokenizer = load_base(cfg, dtype)
         with quiet():
-            save_4bit(model, directory / "partial")
-            load_4bit(directory / "partial")  # or all jobs would fail
+            save_packed(model, directory / "partial")
+            load_bnb4(directory / "partial")  # or all jobs would fail
             tokenizer.save_pretrained(directory / "partial")
         (directory / "partial").rename(directory / "packed")

@@ -1,9 +1,9 @@
 """4-bit quantize and dequantize on a CPU: see kernels/nf4.py.
 
 Each is one pass over whole blocks of fp32 or bf16. If bitsandbytes is installed, its compiled CPU routine dequantizes
-NF4, which is faster. The package itself is not imported. On loading, the routine's results are compared with the definition
-for every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to bf16 a
-value below the smallest normal number, 1.2e-38, is 0.
+NF4, in less time. The package itself is not imported. On loading, the routine's results are compared with the
+definition for every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to
+bf16 a value below the smallest normal number, 1.2e-38, is 0.
 """
 
 import ctypes
@@ -173,7 +173,8 @@ def _routine(dtype: torch.dtype) -> Callable[..., None] | None:
 
 @functools.partial(Kernel, exact=True)
 def _decode(pointer):
-    # a: 0 packed, 1 absmax, 2 the two levels of each byte, 3 out (written), 4 blocks, 5 blocksize, 6 whether out is bf16
+    # a: 0 packed, 1 absmax, 2 the two levels of each byte, 3 out (written), 4 blocks, 5 blocksize,
+    #    6 whether out is bf16
     a = arguments(pointer, 7)
     blocks, blocksize, is_bf16 = a[4], a[5], a[6]
     absmax, table = floats(a[1], 0, blocks), ints(a[2], 0, 256)

@@ -33,9 +33,11 @@ from modules.adapters.targets import (
     fitted,
     wrapped_linears,
 )
+from modules.experts import DoRAExperts, LoRAExperts, give_back_experts, is_experts, take_over_experts
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
+OF_EXPERTS: dict[str, type[LoRALinear]] = {"lora": LoRAExperts, "dora": DoRAExperts}
 
 PEFT_NAMES = {"r": "rank", "lora_dropout": "dropout", "use_rslora": "rslora", "init_lora_weights": "init"}
 PEFT_NAMES |= {"use_dora": "adapter", "peft_type": "adapter", "adapter_name": "name"}
@@ -81,12 +83,12 @@ def attach(
         names = find_targets(model, config)
         config = fitted(model, config, names)
         linears = all_linears(model)
-        check_init(config.init, [linears[target] for target in names], calibration)
+        check_init(config.init, {target: linears[target] for target in names}, calibration)
         own = own_tensors(model, config, names)
         eva = {} if calibration is None else principal_inputs(model, {n: config.rank_of(n) for n in names}, calibration)
         add_adapter(model, name, config, names, own)
     except ValueError:
-        set_adapter(model, active)
+        give_up_adding(model, active)
         raise
     for target in progress(names):
         layer = model.get_submodule(target)
@@ -99,7 +101,7 @@ def attach(
 def prepare_to_add(model: nn.Module, name: str) -> str | None:
     """Check that an adapter `name` can be added, deactivate the active adapter and return its name.
 
-    Linears of bitsandbytes become NF4Linears.
+    Linears of bitsandbytes become NF4Linears, and the experts of a layer modules.
 
     Raises:
         ValueError: the name is taken, a part of the model has an adapter of its own, or a linear of bitsandbytes cannot
@@ -107,6 +109,7 @@ def prepare_to_add(model: nn.Module, name: str) -> str | None:
     """
     refuse_parts(model)
     take_over_linear4bit(model)
+    take_over_experts(model)
     state = state_of(model)
     if state is None:
         return None
@@ -115,6 +118,13 @@ def prepare_to_add(model: nn.Module, name: str) -> str | None:
     active = state.active
     set_adapter(model, None)
     return active
+
+
+def give_up_adding(model: nn.Module, active: str | None) -> None:
+    """Undo `prepare_to_add`, which returned `active`."""
+    set_adapter(model, active)
+    if state_of(model) is None:
+        give_back_experts(model)
 
 
 def refuse_parts(model: nn.Module) -> None:
@@ -187,7 +197,8 @@ def _layer(linear: nn.Module, path: str, config: AdapterConfig) -> LoRALinear | 
     """The module that replaces `linear`, whose full name in the model is `path`."""
     if config.adapter == "houlsby":
         return BottleneckLinear(linear, config.rank_of(path))
-    layer = ADAPTERS[config.adapter](
+    kinds = OF_EXPERTS if is_experts(linear) else ADAPTERS
+    layer = kinds[config.adapter](
         linear, config.rank_of(path), config.lora_alpha_of(path), config.dropout, config.rslora
     )
     layer.lora_A.requires_grad_(not config.freeze_A)

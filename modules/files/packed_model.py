@@ -1,30 +1,24 @@
-"""Load and save a model whose linears are packed. The formats are in the files beside this one.
-
-All tensors that are not packed are as in a dense model's directory. config.json, or ModelOpt's hf_quant_config.json,
-says which format it is.
-"""
+"""Load a model whose linears are packed in its files. The formats are in the files beside this one."""
 
 import contextlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from kernels import Weight
 from modules.adapters.model_code import left_out
-from modules.adapters.state import replace_module, state_of
-from modules.adapters.targets import wrapped_linears
-from modules.files.checked import Damaged, seal_directory, verify_file
-from modules.files.conversion import are_joined, bring_into_memory
+from modules.adapters.state import replace_module
+from modules.experts import NF4Experts, experts_weights, take_over_experts
+from modules.files.checked import Damaged, verify_file
+from modules.files.conversion import bring_into_memory
 from modules.files.tensors import TensorFiles, describe
-from modules.linear import NF4Linear, weight_of
+from modules.linear import NF4Linear
 
 ROTARY = r"rotary_emb\.inv_freq$"  # files of old transformers hold it, but it is computed from the config
 MODELOPT_FILE = "hf_quant_config.json"
@@ -69,8 +63,8 @@ def load_packed(
 
     Args:
         dtype: of everything that is not packed, and to compute in. The default is the files' dtype.
-        is_packed: called with the files and the full name of a linear.
-        read: the packed weight of a linear, called with its name, shape [out, in] and dtype too.
+        is_packed: called with the files and the full name of a linear, or of a layer's linears of experts.
+        read: the packed weight of such linears, called with their shape and dtype too.
         leftovers: patterns of the names of tensors that may stay unread.
 
     Returns:
@@ -94,10 +88,11 @@ def load_packed(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and is_packed(files, name)
     }
-    if not packed:
-        raise ValueError(f"{directory}: config.json says that weights are packed, but no linear of the model is")
+    experts = [name for name in experts_weights(model) if is_packed(files, name)]
+    if not packed and not experts:
+        raise ValueError(f"{directory}: config.json says that linears are packed, but none of the model's is")
     stay_dense = left_out(model)  # others pack them all the same
-    _load_dense(model, files, {f"{name}.weight" for name in packed})
+    _load_dense(model, files, {f"{name}.weight" for name in packed} | set(experts))
     for name, module in packed.items():
         shape = module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1]
         weight = read(files, name, shape, module.weight.dtype)
@@ -107,6 +102,13 @@ def load_packed(
             module.weight = linear.dequantize().weight
         else:
             replace_module(model, name, linear)
+    if experts:
+        take_over_experts(model)
+    for name in experts:
+        dense = model.get_submodule(name)
+        weight = read(files, name, dense.weight.shape, dense.weight.dtype)
+        linear = NF4Experts(weight.values, weight.quant_state, dense.bias, dense.in_out)
+        replace_module(model, name, linear if dtype is None else linear.to(dtype))
     expected_leftovers = [*(model._keys_to_ignore_on_load_unexpected or ()), ROTARY, *leftovers]
     for name in sorted(files.unread()):
         if not any(re.search(pattern, name) for pattern in expected_leftovers):
@@ -118,53 +120,6 @@ def load_packed(
             told = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"{directory / 'generation_config.json'} cannot be read: {told}") from error
     return model.eval()
-
-
-def packed_linears(model: nn.Module) -> dict[str, NF4Linear]:
-    """The packed linears of `model` by their full names. ValueError: there are none."""
-    packed = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    if not packed:
-        raise ValueError("no linear of the model is packed: quantize it first")
-    return packed
-
-
-def save_packed(
-    model: PreTrainedModel, directory: Path, quantization: dict, tensors_of: Callable[[Weight], dict[str, Tensor]]
-) -> None:
-    """Write `model` with its packed linears as they are.
-
-    Args:
-        quantization: the quantization_config for config.json.
-        tensors_of: the tensors of a packed weight, by their names after the linear's.
-
-    Raises:
-        ValueError: `directory` exists, the model has an adapter, or `tensors_of` refuses a weight. Nothing is written
-            then.
-    """
-    packed, state = packed_linears(model), state_of(model)
-    if wrapped_linears(model) or (state is not None and state.active is not None):
-        raise ValueError("a directory of packed weights cannot hold adapters: detach or merge them first")
-    if directory.exists():
-        raise ValueError(f"{directory} exists already: nothing is overwritten")
-    tensors = model.state_dict()
-    for name, linear in packed.items():
-        for key in linear.state_dict().keys() - {"bias"}:
-            del tensors[f"{name}.{key}"]
-        try:
-            tensors |= {f"{name}.{key}": tensor for key, tensor in tensors_of(weight_of(linear)).items()}
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    model.config.quantization_config = quantization
-    try:
-        partial.mkdir(parents=True)
-        joined = are_joined(model, [f"{name}.weight" for name in packed])
-        model.save_pretrained(partial, state_dict=tensors, save_original_format=not joined)
-        seal_directory(partial)
-        os.rename(partial, directory)
-    finally:
-        del model.config.quantization_config
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager

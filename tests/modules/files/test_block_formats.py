@@ -12,9 +12,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kernels import Weight, quantize_4bit
 from modules import NF4Linear, quantize
-from modules.files.block_formats import load_block_format, mxfp4_names, mxfp4_tensors, parts_of_weight, read_mxfp4
-from modules.files.four_bits import load_4bit, save_4bit
+from modules.files.bitsandbytes import load_bnb4, save_bnb4, save_packed
+from modules.files.block_formats import GPT_OSS, load_block_format, parts_of_weight, read_parts
 from modules.files.tensors import TensorFiles
+from modules.linear import weight_of
 from tests.modules.architectures import logits
 from tests.modules.files.conftest import CONFIGS
 
@@ -94,7 +95,7 @@ def change(directory, **tensors: torch.Tensor | None) -> None:
 @pytest.mark.parametrize("writer", WRITERS)
 def test_linears_are_read_as_they_are(writer, written):
     directory, dense = written(writer)
-    model = load_4bit(directory)
+    model = load_block_format(directory)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
     assert len(linears) == 14 and not isinstance(model.lm_head, NF4Linear)
     for name, linear in linears.items():
@@ -103,7 +104,7 @@ def test_linears_are_read_as_they_are(writer, written):
         if writer != "compressed-tensors nvfp4":
             assert torch.equal(linear.dequantize().weight, exact)
     torch.testing.assert_close(logits(model), logits(dense), rtol=1e-5, atol=1e-5)
-    assert load_4bit(directory, torch.bfloat16).get_submodule(LINEAR).dtype == torch.bfloat16
+    assert load_block_format(directory, torch.bfloat16).get_submodule(LINEAR).dtype == torch.bfloat16
 
 
 def test_modelopts_own_configuration_file(written):
@@ -111,37 +112,34 @@ def test_modelopts_own_configuration_file(written):
     set_config(directory, None)
     found = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
     (directory / "hf_quant_config.json").write_text(json.dumps(found))
-    assert torch.equal(logits(load_4bit(directory)), logits(load_block_format(directory)))
-    torch.testing.assert_close(logits(load_4bit(directory)), logits(dense), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(load_block_format(directory)), logits(dense), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("writer", ["modelopt", "compressed-tensors mxfp4"])
-def test_every_byte_comes_back(writer, written, tmp_path):
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_byte_comes_back(writer, written):
     directory, _ = written(writer)
-    save_4bit(load_4bit(directory), tmp_path / "again")
-    before, after = (load_file(path / "model.safetensors") for path in (directory, tmp_path / "again"))
-    before = {
-        name: tensor
-        for name, tensor in before.items()
-        if not name.endswith(".input_scale") and "input_global" not in name
-    }
-    assert before.keys() == after.keys()
-    for name, tensor in before.items():
-        assert tensor.dtype == after[name].dtype and torch.equal(tensor.view(-1), after[name].view(-1)), name
-    assert torch.equal(logits(load_4bit(tmp_path / "again")), logits(load_4bit(directory)))
+    tensors = load_file(directory / "model.safetensors")
+    for name, linear in load_block_format(directory).named_modules():
+        if isinstance(linear, NF4Linear):
+            codes, scales, number = parts_of_weight(weight_of(linear))
+            codes_name = "weight" if writer == "modelopt" else "weight_packed"
+            assert torch.equal(codes.flatten(1), tensors[f"{name}.{codes_name}"])
+            assert torch.equal(scales.view(torch.uint8), tensors[f"{name}.weight_scale"].view(torch.uint8))
+            if writer == "modelopt":
+                assert torch.equal(number, tensors[f"{name}.weight_scale_2"])
 
 
 @pytest.mark.parametrize("quant_type", ["mxfp4", "nvfp4"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "opt"])
 def test_what_quantize_packs_is_saved_and_loaded(quant_type, architecture, tmp_path):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.bfloat16).eval()
     quantize(model, quant_type=quant_type)
-    save_4bit(model, tmp_path / "saved")
-    again = load_4bit(tmp_path / "saved")
+    with pytest.raises(ValueError, match=f"packed in {quant_type}: bitsandbytes supports one of nf4, fp4"):
+        save_bnb4(model, tmp_path / "theirs")
+    save_packed(model, tmp_path / "saved")
+    again = load_bnb4(tmp_path / "saved")
     assert torch.equal(logits(again), logits(model)) and again.dtype == torch.bfloat16
-    entries = (tmp_path / "saved" / "checksums.json").read_text()
-    assert "model.safetensors" in entries and not hasattr(model.config, "quantization_config")
 
 
 BAD = {
@@ -167,46 +165,44 @@ def test_a_damaged_file(tensors, message, written):
     directory, _ = written("modelopt")
     change(directory, **tensors)
     with pytest.raises(ValueError) as error:
-        load_4bit(directory)
+        load_block_format(directory)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, r"packed with modelopt \(FP8\); bitsandbytes' NF4 and FP4"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, r"packed with modelopt \(FP8\); bitsandbytes' NF4"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, r"compressed-tensors \(pack-quantized\)"),
-        ({"quant_method": "gptq"}, r"packed with gptq \(None\); .* modelopt's NVFP4"),
+        ({"quant_method": "gptq"}, "packed with gptq; .* ModelOpt's NVFP4"),
     ],
 )
 def test_other_ways_to_pack_are_refused(quantization, message, written):
     directory, _ = written("modelopt")
     set_config(directory, quantization)
     with pytest.raises(ValueError, match=message):
-        load_4bit(directory)
+        load_block_format(directory)
 
 
-def test_blocks_across_rows_fit_no_file(tmp_path):
-    config = CONFIGS["llama"].__class__(**CONFIGS["llama"].to_dict() | {"intermediate_size": 72})
-    model = AutoModelForCausalLM.from_config(config)
-    quantize(model, quant_type="nvfp4")
-    with pytest.raises(ValueError, match=r"mlp.down_proj: 72 columns are not a whole number of nvfp4's blocks of 16"):
-        save_4bit(model, tmp_path / "saved")
-    assert not (tmp_path / "saved").exists() and not list(tmp_path.iterdir())
+def test_blocks_across_rows_fit_no_file():
+    packed, state = quantize_4bit(torch.randn(4, 72), quant_type="nvfp4")
+    with pytest.raises(ValueError, match="72 columns are not a whole number of nvfp4's blocks of 16"):
+        parts_of_weight(Weight(packed, state))
 
 
 # ------------------------------------------------------------------------------------------- gpt-oss
+
+SHAPES = {"gate_up_proj": torch.Size([3, 12, 64]), "down_proj": torch.Size([3, 64, 32])}  # [experts, out, in]
 
 
 @pytest.fixture
 def experts(tmp_path):
     """A file with one layer's experts as gpt-oss is shipped, and its tensors."""
     torch.manual_seed(0)
-    name, tensors = "model.layers.0.mlp.experts.", {}
-    for part, (rows, columns) in {"gate_up_proj": (12, 64), "down_proj": (64, 32)}.items():
-        tensors[f"{name}{part}_blocks"] = torch.randint(256, (3, rows, columns // 32, 16), dtype=torch.uint8)
-        tensors[f"{name}{part}_scales"] = torch.randint(110, 135, (3, rows, columns // 32), dtype=torch.uint8)
-        tensors[f"{name}{part}_bias"] = torch.randn(3, rows)
+    tensors = {}
+    for name, (*rows, columns) in SHAPES.items():
+        tensors[f"{name}_blocks"] = torch.randint(256, (*rows, columns // 32, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(110, 135, (*rows, columns // 32), dtype=torch.uint8)
     save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path, tensors
 
@@ -214,43 +210,34 @@ def experts(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_experts_are_transformers(experts, dtype):
     directory, tensors = experts
-    files = TensorFiles(directory)
-    names = mxfp4_names(files)
-    assert [name.rpartition(".")[2] for name in names] == ["down_proj", "gate_up_proj"]
-    for name in names:
-        weight = read_mxfp4(files, name, dtype)
+    for name, shape in SHAPES.items():
+        weight = read_parts(TensorFiles(directory), name, shape, dtype, "mxfp4", GPT_OSS)
         blocks, scales = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
         theirs = convert_moe_packed_tensors(blocks, scales, dtype=dtype)  # [experts, in, out]
         assert torch.equal(weight.dense(), theirs.transpose(1, 2)) and weight.dtype == dtype
-        assert weight.values.numel() == blocks.numel() and weight.shape == theirs.transpose(1, 2).shape
-        again = mxfp4_tensors(weight)
-        assert torch.equal(again["_blocks"], blocks) and torch.equal(again["_scales"], scales)
+        codes, again, number = parts_of_weight(weight)
+        assert torch.equal(codes, blocks) and torch.equal(again.view(torch.uint8), scales) and number == 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"down_proj_scales": None}, "experts.down_proj_scales is missing, and .*experts.down_proj_blocks is there"),
-        ({"down_proj_blocks": None}, "experts.down_proj_blocks is missing, and .*experts.down_proj_scales is there"),
+        ({"down_proj_scales": None}, "down_proj_scales is missing"),
+        ({"down_proj_blocks": None}, "down_proj_blocks is missing"),
         (
             {"down_proj_scales": torch.zeros(3, 64, 2, dtype=torch.uint8)},
-            r"experts.down_proj: codes uint8 \[3, 64, 1, 16\] do not belong to scales uint8 \[3, 64, 2\] of mxfp4",
+            r"down_proj_scales is uint8 \[3, 64, 2\]; the model needs uint8 \[3, 64, 1\]",
         ),
-        (
-            {"down_proj_scales": torch.zeros(3, 64, 1)},
-            r"experts.down_proj_scales is float32 \[3, 64, 1\]; the model needs uint8",
-        ),
+        ({"down_proj_scales": torch.zeros(3, 64, 1)}, r"down_proj_scales is float32 \[3, 64, 1\]; the model needs"),
+        ({"down_proj_blocks": torch.zeros(3, 64, 16)}, r"down_proj_blocks is float32 \[3, 64, 16\]; the model needs"),
     ],
 )
 def test_damaged_experts(experts, changes, message):
     directory, tensors = experts
-    tensors |= {f"model.layers.0.mlp.experts.{name}": tensor for name, tensor in changes.items()}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    tensors = {name: tensor for name, tensor in (tensors | changes).items() if tensor is not None}
     save_file(tensors, directory / "model.safetensors")
     with pytest.raises(ValueError, match=message):
-        files = TensorFiles(directory)
-        for name in mxfp4_names(files):
-            read_mxfp4(files, name, torch.bfloat16)
+        read_parts(TensorFiles(directory), "down_proj", SHAPES["down_proj"], torch.bfloat16, "mxfp4", GPT_OSS)
 
 
 def test_parts_with_numbers_of_their_own_fit_no_file():
