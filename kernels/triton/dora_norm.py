@@ -260,7 +260,7 @@ def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64, quant_
         flops_per_value=(lambda a: 2 * a.BLOCK_R) if rank else 0.0,
         loop=lambda a: a.BLOCK_R >= a.R,  # else the innermost loop runs over ranks, not over weights
         launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
-        max_instr=budgets.get(rank) if blocksize == 64 else None,
+        max_instr=budgets.get(rank, 0.0) + 1.9 * (blocksize == 16) if blocksize in (16, 64) and rank in budgets else None,
         min_load_bits=128 if rank else 64,
         mma=rank > 0 and dtype != "fp32",
     )
