@@ -26,7 +26,7 @@ from experiments.models.tiny import tiny_model
 from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
-from modules.adapters.config import quantized_start
+from modules.adapters.config import REACHED, quantized_start
 from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules
 from modules.experts import take_over_experts
@@ -171,7 +171,7 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Pack `model` and put adapters on it as `cfg` says, in place, and bring it to `device`.
 
     Args:
-        tokenizer: for init=eva alone, which reads data.
+        tokenizer: for init=eva and experts=reached alone, which read data.
     """
     _check_positions(cfg, model)
     if quantized_start(cfg.init):  # it begins with the error of packing
@@ -205,7 +205,7 @@ def _check_positions(cfg: Config, model: PreTrainedModel) -> None:
 
 def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     more = {}
-    if cfg.init == "eva":
+    if cfg.init == "eva" or cfg.experts == REACHED:
         more["calibration"] = _calibration(cfg, model, tokenizer)
     if cfg.init.startswith(("pissa", "olora")):
         more["progress"] = bar("initialising")

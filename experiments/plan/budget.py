@@ -18,6 +18,7 @@ from experiments.plan.simulate import Allocations, Step, loss_of, simulate
 from experiments.runs.result_numbers import nbytes, storage
 from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, fuse, parameter_groups
+from modules.adapters.config import REACHED
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
 
@@ -175,9 +176,11 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0) -> PreTrainedMo
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
     fuse(model)
-    # eva reads data, and gives tensors of the default's shapes
+    # eva reads data, and gives tensors of the default's shapes; and data may reach all experts
+    cfg = replace(cfg, init="default") if cfg.init == "eva" else cfg
+    cfg = replace(cfg, experts=None) if cfg.experts == REACHED else cfg
     with Allocations():
-        adapt(replace(cfg, init="default") if cfg.init == "eva" else cfg, model, None, torch.device("meta"))
+        adapt(cfg, model, None, torch.device("meta"))
     return model
 
 
