@@ -85,7 +85,7 @@ class NF4Experts(NF4Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: ExpertsLinear, blocksize: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+        cls, linear: ExpertsLinear, blocksize: int | None = None, double_quant: bool = True, quant_type: str = "nf4"
     ) -> "NF4Experts":
         packed, quant_state = kernels.quantize_4bit(linear.weight.detach(), blocksize, double_quant, quant_type)
         return cls(packed, quant_state, linear.bias, linear.in_out)

@@ -85,7 +85,7 @@ def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear whose weight [out, in] is packed in NF4, or in another data type of `kernels.codebook`.
+    """A frozen linear whose weight [out, in] is packed in NF4, or in another of `kernels.codebook.quant_types()`.
 
     Args:
         packed, quant_state: uint8 codes and their state, as `kernels.quantize_4bit` returns them.
@@ -112,7 +112,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, blocksize: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+        cls, linear: nn.Module, blocksize: int | None = None, double_quant: bool = True, quant_type: str = "nf4"
     ) -> "NF4Linear":
         """Pack nn.Linear or Conv1D."""
         packed, quant_state = kernels.quantize_4bit(dense_weight(linear), blocksize, double_quant, quant_type)
