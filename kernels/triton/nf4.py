@@ -192,6 +192,18 @@ def _dequantize_kernel(
     STEP: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    dequantize_program(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, out_ptr, n,
+        BLOCKSIZE, STEP, STEPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_program(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, out_ptr,
+    n, BLOCKSIZE: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The values of this program."""
     levels = tl.load(levels_ptr + tl.arange(0, 16))
     first = tl.program_id(0).to(tl.int64) * STEPS
     if (first + STEPS) * STEP <= n:
@@ -212,16 +224,19 @@ def _dequantize_kernel(
         )
 
 
-def _tiles(step: int, blocksize: int) -> dict[str, int]:
+def tiles_of(step: int, blocksize: int) -> dict[str, int]:
     """Constexprs that cut a program of PROGRAM values into steps of `step` values, or of one larger block."""
     step = max(step, blocksize)
     return {"BLOCKSIZE": blocksize, "STEP": step, "STEPS": PROGRAM // step}
 
 
+def words(packed: Tensor) -> Tensor:
+    """`packed` where 32-bit words begin: a slice of a bigger buffer may not, and kernels read words."""
+    return packed.clone() if packed.data_ptr() % 4 else packed
+
+
 def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
-    packed, state = weight.values, weight.quant_state
-    if packed.data_ptr() % 4:  # a slice of a bigger buffer: the kernel reads words
-        packed = packed.clone()
+    packed, state = words(weight.values), weight.quant_state
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     n = out.numel()
     launch(
@@ -235,7 +250,7 @@ def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
         levels(state.quant_type, packed.device),
         out,
         n,
-        **_tiles(STEP, state.blocksize),
+        **tiles_of(STEP, state.blocksize),
         fp_fusion=False,
     )
     return out
@@ -252,7 +267,7 @@ def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, T
     packed = torch.empty(n_bytes, dtype=torch.uint8, device=device)
     absmax = torch.empty(blocks, dtype=torch.float32, device=device)
     codes, bounds, by_bin = code_table(quant_type, device)
-    tiles = _tiles(QUANTIZE_STEP, blocksize)
+    tiles = tiles_of(QUANTIZE_STEP, blocksize)
     grid = (cdiv(n, PROGRAM),)
     launch(_quantize_kernel, grid, w, codes, bounds, packed, absmax, n, BINS=by_bin, **tiles, fp_fusion=False)
     return packed, absmax
