@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels import Weight, dequantize_4bit, quantize_4bit
 from kernels.dropout import seed_of
-from tests.kernels.linear_cases import dropout_seed, plain_linear, randn
+from tests.kernels.linear_cases import BASES, dropout_seed, plain_linear, randn
 
 KINDS = ("linear", "lora", "dora")
 SCALING = 1.5
@@ -39,12 +39,12 @@ class Shape:
         return "-".join(parts)
 
 
-SHAPES = (
-    Shape((3, 0, 9, 1)),  # one without a row
-    Shape((0, 0, 11, 0), columns=33, out=17, rank=3, bias=True),  # all on one
-    Shape((0, 1), columns=130, out=95, rank=1, bias=True, p=0.3),  # one row in all
-    Shape((5, 4, 3), nobody=4, columns=96, out=80, rank=33, p=0.1),
-    Shape((2, 20), nobody=1, columns=64, out=40, rank=64, bias=True),
+CASES = (  # with the kind of weight
+    *[(Shape((3, 0, 9, 1), columns=64, out=48), kind) for kind in BASES],  # one without a row
+    (Shape((0, 0, 11, 0), columns=33, out=17, rank=3, bias=True), "nf4-double"),  # all on one
+    (Shape((0, 1), columns=130, out=95, rank=1, bias=True, p=0.3), "nf4"),  # one row in all
+    (Shape((5, 4, 3), nobody=4, columns=96, out=40, rank=33, p=0.1), "dense"),
+    (Shape((2, 20), nobody=1, columns=64, out=40, rank=64, bias=True), "nf4-double"),
 )
 
 
