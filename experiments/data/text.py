@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from experiments.config import DataConfig
 from experiments.data.cache import Made
 from experiments.data.messages import kind, read_text_of
+from experiments.data.opened import kind_of, read_text
 from experiments.data.prepare import Bad, bad_row, in_parts, shares_of
-from experiments.data.rows import ROWS, Row, kind_of, read_text, rows_of
+from experiments.data.rows import ROWS, Row, rows_of
 from experiments.data.sources import Source
 from experiments.data.store import NONE, Samples, Writer
 from experiments.data.tokens import begin_and_end, tokenize_document
