@@ -50,7 +50,9 @@ def hydra_command(config_name: str, schema: type) -> Callable[[Callable[[DictCon
                 return main(cfg)
             except (UserError, OSError) as error:  # here, not in `command`: Hydra would print a second message
                 sys.exit(last_words(f"error: {error}"))
-            except RuntimeError as error:  # likewise
+            except (MemoryError, RuntimeError) as error:  # likewise
+                if told := _out_of_memory(error):
+                    sys.exit(last_words(told))
                 if not parallel.lost_another(error):
                     raise
                 sys.exit(parallel.outlived())
@@ -107,10 +109,20 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(last_words(f"error: {_one_line(error)}"))
         except OSError as error:
             sys.exit(last_words(f"error: {error}"))
+        except (MemoryError, RuntimeError) as error:
+            if not (told := _out_of_memory(error)):
+                raise
+            sys.exit(last_words(told))
         except KeyboardInterrupt as stop:
             _end(stop)
 
     return run
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> str | None:
+    from experiments.system.memory import out_of_memory  # here, for `--help` goes without torch
+
+    return out_of_memory(error)
 
 
 def _end(stop: KeyboardInterrupt) -> None:

@@ -1,4 +1,4 @@
-"""The machine: device, compute dtype, memory, threads, versions."""
+"""The machine: device, compute dtype, allocator, threads, versions."""
 
 import ctypes
 import importlib.metadata
@@ -167,18 +167,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated there; None: the system does not tell."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def versions() -> dict[str, str]:
