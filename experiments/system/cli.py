@@ -52,7 +52,7 @@ def hydra_command(config_name: str, schema: type) -> Callable[[Callable[[DictCon
                 sys.exit(last_words(f"error: {error}"))
             except (MemoryError, RuntimeError) as error:  # likewise
                 if told := _out_of_memory(error):
-                    sys.exit(last_words(told))
+                    sys.exit(last_words(f"error: {told}"))
                 if not parallel.lost_another(error):
                     raise
                 sys.exit(parallel.outlived())
@@ -112,7 +112,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except (MemoryError, RuntimeError) as error:
             if not (told := _out_of_memory(error)):
                 raise
-            sys.exit(last_words(told))
+            sys.exit(last_words(f"error: {told}"))
         except KeyboardInterrupt as stop:
             _end(stop)
 

@@ -120,8 +120,10 @@ def _allocator(mapped_from: int, trimmed_from: int = 2**17) -> None:
 
 
 def _huge_pages() -> None:
-    """Ask for huge pages where the heap will grow, by taking addresses in advance: they cost no memory until used."""
-    if libc := _glibc():
+    """Ask for huge pages where the heap will grow, by taking addresses in advance: they cost no memory until used. A
+    limit of the process counts them all the same, and then none would be left for anything but the heap."""
+    limits = {resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)}
+    if (libc := _glibc()) and limits == {resource.RLIM_INFINITY}:
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
         libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         blocks = [block for _ in range(HEAP_BLOCKS) if (block := libc.malloc(2**29))]

@@ -26,8 +26,8 @@ def free_bytes(device: torch.device) -> int | None:
         return None
 
 
-def out_of_memory(error: MemoryError | RuntimeError) -> str | None:
-    """A line for the user; None: it is another error. torch has a class of its own for a GPU's memory alone."""
+def out_of_memory(error: Exception) -> str | None:
+    """Words for the user; None: it is another error. torch has a class of its own for a GPU's memory alone."""
     asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
     if asked is None and not isinstance(error, MemoryError):
         free = free_bytes(torch.device("cpu"))
@@ -35,7 +35,7 @@ def out_of_memory(error: MemoryError | RuntimeError) -> str | None:
             return None
     more = f", {asked[1]} more were asked for" if asked else ""
     return (
-        f"error: out of memory{more}: free some, or take less with a smaller trainer.batch_size or data.max_length, or "
+        f"out of memory{more}: free some, or take less with a smaller trainer.batch_size or data.max_length, or "
         "trainer.gradient_checkpointing=true"
     )
 

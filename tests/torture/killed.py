@@ -29,7 +29,7 @@ METHODS = ("full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby", "prefi
 KINDS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGINT twice", "no memory")
 LEFT = 2**19  # bytes that a process may have on top when it has no memory
 LIMIT = 600  # seconds that a process may take on a busy machine
-SECONDS_TO_END = 60  # of what is left of a session after its first process has gone
+SECONDS_TO_END = 300  # on a busy machine, of what is left of a session after its first process has gone
 
 
 @dataclass
