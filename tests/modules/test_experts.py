@@ -19,9 +19,11 @@ from modules import (
     save_adapter,
     set_adapter,
     trainable_parameters,
+    unfuse,
     unmerge,
 )
 from modules.experts import ExpertsLinear, NF4Experts, take_over_experts
+from modules.fused import compute_mlps_in_parts
 from modules.norms import Norms
 from tests.modules.architectures import scramble
 from tests.modules.moe_cases import IDS, MODELS, by_formula, experts_of, moe_model, outputs
@@ -357,3 +359,20 @@ def test_bad_choices_of_experts_are_refused(settings, error):
     with pytest.raises(ValueError, match=error):
         attach(model, "lora", rank=2, **settings)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_experts_in_parts_give_the_same(kind):
+    model = moe_model(kind)
+    quantize(model)
+    adapted(model)
+    want = gradients(model)
+    grads = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+    model.zero_grad()
+    names = compute_mlps_in_parts(model, 7)
+    assert any(name.endswith("experts") for name in names)
+    torch.testing.assert_close(gradients(model), want, rtol=1e-4, atol=1e-4)
+    for name, parameter in trainable_parameters(model).items():
+        assert (parameter.grad - grads[name]).norm() <= 1e-4 * grads[name].norm()
+    unfuse(model)
+    assert torch.equal(outputs(model), want)
