@@ -104,7 +104,7 @@ class TrainerConfig:
     gradient_checkpointing: bool = False  # keep the inputs of blocks only, compute the rest again in backward
     # on a GPU: keep these inputs in pinned host memory, copied while the GPU computes. With gradient_checkpointing
     offload_activations: bool = False
-    # tokens that a gated MLP computes at a time; the rest of each part is computed again in backward. For long texts:
+    # tokens that an MLP computes at a time; the rest of each part is computed again in backward. For long texts:
     # packed weights are dequantized once more for each part. Unset: all at once
     mlp_tokens: int | None = None
     warmup: float = 0.1  # share of the steps in which lr rises from 0

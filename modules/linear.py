@@ -288,6 +288,10 @@ class DoRALinear(LoRALinear):
         """‖W‖² of each row, fp32 [out]."""
         return kernels.weight_norm_sq(weight_of(self.base))
 
+    def whole_magnitude(self) -> Tensor:
+        """The magnitude of every row."""
+        return self.magnitude
+
     def norm(self, weight: Weight) -> Tensor:
         """‖W + sBA‖ of each row of the base's `weight`, fp32 [out]."""
         return kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
@@ -339,4 +343,4 @@ class DoRALinear(LoRALinear):
         lora_A, lora_B = self.factors()
         v = w.float() + self.scaling * lora_B @ lora_A
         norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return (self.magnitude.unsqueeze(-1) / norm * v).to(w.dtype)
+        return (self.whole_magnitude().unsqueeze(-1) / norm * v).to(w.dtype)

@@ -56,10 +56,25 @@ def _norm_nf4_kernel(
     BLOCK_K: tl.constexpr,  # divides BLOCKSIZE, or a multiple of it: a row of a tile lies in PARTS whole blocks
     BLOCK_R: tl.constexpr,
 ):
-    PARTS: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
-    HALF: tl.constexpr = BLOCK_K // 2
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
+    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
+    total = squares_nf4(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, a_ptr, b_ptr,
+        rows, N, K, split * K_SPLIT, end, scaling, R, BLOCKSIZE, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def squares_nf4(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, a_ptr, b_ptr,
+    rows, N, K, start, end, scaling, R: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Σ (W + sBA)² over columns start to end, for `rows` below N: fp32 [BLOCK_N]."""
+    PARTS: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
+    HALF: tl.constexpr = BLOCK_K // 2
     byte = tl.arange(0, HALF)
     r = tl.arange(0, BLOCK_R)
     levels = tl.load(levels_ptr + tl.arange(0, 16))
@@ -69,7 +84,7 @@ def _norm_nf4_kernel(
         if BLOCK_R >= R:
             b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_N, HALF], tl.float32)
-    for k in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+    for k in range(start, end, BLOCK_K):
         even = tl.zeros([BLOCK_N, HALF], tl.float32)
         odd = tl.zeros([BLOCK_N, HALF], tl.float32)
         if a_ptr is not None:
@@ -90,7 +105,7 @@ def _norm_nf4_kernel(
         even = tl.fma(tl.reshape(high, [BLOCK_N, HALF]), scale, even)
         odd = tl.fma(tl.reshape(low, [BLOCK_N, HALF]), scale, odd)
         total = tl.fma(odd, odd, tl.fma(even, even, total))
-    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -110,11 +125,22 @@ def _norm_dense_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
+    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
+    total = squares_dense(w_ptr, a_ptr, b_ptr, rows, N, K, split * K_SPLIT, end, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R)
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def squares_dense(
+    w_ptr, a_ptr, b_ptr, rows, N, K, start, end, scaling, R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """As `squares_nf4`, of a dense W."""
     r = tl.arange(0, BLOCK_R)
     if a_ptr is not None and BLOCK_R >= R:
         b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+    for k0 in range(start, end, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + rows[:, None] * K + k[None, :], mask=(rows < N)[:, None] & (k < K)[None, :], other=0.0)
         w = w.to(tl.float32)  # [BLOCK_N, BLOCK_K]
@@ -126,11 +152,11 @@ def _norm_dense_kernel(
                 a = tl.load(a_ptr + (r0 + r)[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
                 w = tl.dot(b, a, w, input_precision="ieee")
         total = tl.fma(w, w, total)
-    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
+    return tl.sum(total, 1)
 
 
 @triton.jit
-def _finish_kernel(
+def finish_kernel(
     partial_ptr,  # fp32 [splits, N]: sums of squares; or None
     known_ptr,  # fp32 [N], or None: the norm, where it is known
     magnitude_ptr,  # [N], or None
@@ -160,7 +186,7 @@ def divide(x, norm):
     return tl.where(norm == 0.0, 0.0, tl.math.div_rn(x, tl.where(norm == 0.0, 1.0, norm)))
 
 
-def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
+def norm_tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
     """Tile sizes and stages. Every choice fits 99 KiB of shared memory and 255 registers (see CASES)."""
     padded = max(16, next_power_of_2(rank))
     if dtype == torch.float32:  # no matrix units: small products, or their operands spill
@@ -188,7 +214,7 @@ def sums_of_squares(
     """Σ_k (W + sBA)² of the rows of W [N, K], or of W alone, in splits of K: fp32 [splits, N]."""
     (n, k), state, device = weight.shape, weight.quant_state, weight.device
     rank = 0 if lora_A is None else lora_A.shape[0]
-    tiles = _tiles(rank, k, dtype, weight.packed)
+    tiles = norm_tiles(rank, k, dtype, weight.packed)
     if weight.packed and state.blocksize <= 32:  # blocks of 16 in wider tiles would spill
         tiles["BLOCK_K"] = 32
     rows = cdiv(n, tiles["BLOCK_N"])
@@ -234,7 +260,7 @@ def norm_and_gain(
     known = None if known is None else known.contiguous()
     magnitude = None if magnitude is None else magnitude.contiguous()
     args = (partial, known, magnitude, norm, gain, n, 0 if partial is None else len(partial))
-    launch(_finish_kernel, (cdiv(n, FINISH_BLOCK),), *args, BLOCK=FINISH_BLOCK, fp_fusion=False)
+    launch(finish_kernel, (cdiv(n, FINISH_BLOCK),), *args, BLOCK=FINISH_BLOCK, fp_fusion=False)
     return norm, gain
 
 
@@ -274,7 +300,7 @@ def _finish(known: bool) -> Case:
         kernel="dora_norm_finish",
         config="known" if known else "gain",
         call=lambda: norm_and_gain(weight, torch.bfloat16, *adapter, 2.0, meta(4096), norm),
-        fn=_finish_kernel,
+        fn=finish_kernel,
         values=FINISH_BLOCK,
         bytes_per_value=16.0 if known else 4.0,
         launches=1 if known else 3,

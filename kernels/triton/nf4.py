@@ -215,6 +215,18 @@ def _dequantize_kernel(
     STEP: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    dequantize_program(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, out_ptr, n,
+        BLOCKSIZE, STEP, STEPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_program(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, out_ptr,
+    n, BLOCKSIZE: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The values of this program."""
     levels = tl.load(levels_ptr + tl.arange(0, 16))
     first = tl.program_id(0).to(tl.int64) * STEPS
     if (first + STEPS) * STEP <= n:
@@ -235,16 +247,19 @@ def _dequantize_kernel(
         )
 
 
-def _tiles(step: int, blocksize: int) -> dict[str, int]:
+def tiles_of(step: int, blocksize: int) -> dict[str, int]:
     """Constexprs that cut a program of PROGRAM values into steps of `step` values, or of one larger block."""
     step = max(step, blocksize)
     return {"BLOCKSIZE": blocksize, "STEP": step, "STEPS": PROGRAM // step}
 
 
+def words(packed: Tensor) -> Tensor:
+    """`packed` where 32-bit words begin: a slice of a bigger buffer may not, and kernels read words."""
+    return packed.clone() if packed.data_ptr() % 4 else packed
+
+
 def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
-    packed, state = weight.values, weight.quant_state
-    if packed.data_ptr() % 4:  # a slice of a bigger buffer: the kernel reads words
-        packed = packed.clone()
+    packed, state = words(weight.values), weight.quant_state
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     n = out.numel()
     launch(
@@ -258,7 +273,7 @@ def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
         levels(state.quant_type, packed.device),
         out,
         n,
-        **_tiles(STEP, state.blocksize),
+        **tiles_of(STEP, state.blocksize),
         fp_fusion=False,
     )
     return out
@@ -285,7 +300,7 @@ def _codes(w: Tensor, absmax: Tensor | None, scale: Tensor | None, blocksize: in
     codes, bounds, by_bin = code_table(quant_type, device)
     launch(
         _quantize_kernel, (cdiv(n, PROGRAM),),
-        w, codes, bounds, packed, absmax, scale, n, BINS=by_bin, **_tiles(QUANTIZE_STEP, blocksize), fp_fusion=False,
+        w, codes, bounds, packed, absmax, scale, n, BINS=by_bin, **tiles_of(QUANTIZE_STEP, blocksize), fp_fusion=False,
     )  # fmt: skip
     return packed
 
