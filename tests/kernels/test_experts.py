@@ -85,6 +85,16 @@ def test_a_packed_expert_is_that_part_of_the_whole(blocksize, columns, out, doub
         assert torch.equal(part.dense().view(-1)[first : first + end - start], want)
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4-double"])
+def test_rows_of_a_weight_are_those_of_its_experts(kind):
+    shape = Shape((0, 0, 0), columns=33, out=5)
+    weight, w = make_experts(kind, shape, torch.float32)
+    rows = weight.rows()
+    assert rows.shape == (15, 33) and torch.equal(rows.dense(), w.flatten(0, 1))
+    assert rows.values.data_ptr() == weight.values.data_ptr()
+    torch.testing.assert_close(norm_sq_3d(weight), w.square().sum(2))
+
+
 @pytest.mark.parametrize(("rank", "columns"), [(1, 96), (3, 33), (16, 128), (64, 96)])
 @pytest.mark.parametrize("kind", ["dense", "nf4-double"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
