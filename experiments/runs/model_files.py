@@ -22,7 +22,7 @@ from experiments.training.engines import Engine
 from modules import save_adapter, set_adapter
 from modules.adapters.config import changes_base
 from modules.adapters.state import DEFAULT
-from modules.files.bitsandbytes import load_bnb4, save_bnb4
+from modules.files.bitsandbytes import load_bnb4, save_packed
 from modules.files.checked import load_tensors, save_tensors, seal_directory
 
 ADAPTER, MODEL, BASE, WEIGHTS = "adapter", "model", "base", "weights.safetensors"
@@ -51,9 +51,9 @@ def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         return
     set_adapter(model, None)
     with directory_atomically(run / BASE) as directory, quiet():
-        directory.rmdir()  # save_bnb4 makes it
+        directory.rmdir()  # save_packed makes it
         try:
-            save_bnb4(model, directory)
+            save_packed(model, directory)
             load_bnb4(directory)
         except ValueError as error:
             raise UserError(f"init={cfg.init} keeps a base of its own, which cannot be done here: {error}") from error

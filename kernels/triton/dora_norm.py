@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.codebook import NESTED_BLOCKSIZE, absmax_map, levels
 from kernels.triton.absmax import load_row_absmax
 from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch, next_power_of_2, split_columns
@@ -53,7 +53,7 @@ def _norm_nf4_kernel(
     R: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides BLOCKSIZE: a row of a tile lies in one block
+    BLOCK_K: tl.constexpr,  # divides BLOCKSIZE, or a multiple of it: a row of a tile lies in PARTS whole blocks
     BLOCK_R: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -73,6 +73,7 @@ def squares_nf4(
     BLOCKSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Σ (W + sBA)² over columns start to end, for `rows` below N: fp32 [BLOCK_N]."""
+    PARTS: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
     HALF: tl.constexpr = BLOCK_K // 2
     byte = tl.arange(0, HALF)
     r = tl.arange(0, BLOCK_R)
@@ -95,10 +96,9 @@ def squares_nf4(
                 a_odd = tl.load(a_ptrs + (R + r0) * (K // 2) + k // 2, mask=inside, other=0.0)
                 even = tl.dot(b, a_even, even, input_precision="ieee")
                 odd = tl.dot(b, a_odd, odd, input_precision="ieee")
-        absmax = load_row_absmax(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, (rows * K + k) // BLOCKSIZE, rows < N
-        )
-        scale = tl.broadcast_to(absmax[:, None], [BLOCK_N, HALF])
+        blocks = ((rows * K + k)[:, None] + tl.arange(0, PARTS)[None, :] * BLOCKSIZE) // BLOCKSIZE  # [BLOCK_N, PARTS]
+        absmax = load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, blocks, (rows < N)[:, None])
+        scale = tl.reshape(tl.broadcast_to(absmax[:, :, None], [BLOCK_N, PARTS, HALF // PARTS]), [BLOCK_N, HALF])
         codes = tl.load(byte_ptrs + k // 2, mask=(rows < N)[:, None], other=0).to(tl.int32)
         high = tl.gather(levels, tl.reshape(codes >> 4, [BLOCK_N * HALF]), 0)
         low = tl.gather(levels, tl.reshape(codes & 15, [BLOCK_N * HALF]), 0)
@@ -215,7 +215,7 @@ def sums_of_squares(
     (n, k), state, device = weight.shape, weight.quant_state, weight.device
     rank = 0 if lora_A is None else lora_A.shape[0]
     tiles = norm_tiles(rank, k, dtype, weight.packed)
-    if weight.packed and state.blocksize == 32:
+    if weight.packed and state.blocksize <= 32:  # blocks of 16 in wider tiles would spill
         tiles["BLOCK_K"] = 32
     rows = cdiv(n, tiles["BLOCK_N"])
     columns, splits = split_columns(k, tiles["BLOCK_K"], rows)
@@ -230,7 +230,7 @@ def sums_of_squares(
         launch(
             _norm_nf4_kernel, grid,
             weight.values, state.absmax, state.nested_absmax, state.nested_offset,
-            dynamic_map(device) if state.nested else None, levels(state.quant_type, device),
+            absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device),
             lora_A, lora_B, partial, n, k, columns, scaling, BLOCKSIZE=state.blocksize, **options,
         )  # fmt: skip
     else:  # a row of a tile would cross NF4 blocks, or bytes
@@ -264,12 +264,12 @@ def norm_and_gain(
     return norm, gain
 
 
-def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64) -> Case:
+def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64, quant_type: str = "nf4") -> Case:
     """`sums_of_squares` for a rank, over a "double", "single" or "dense" weight."""
     if kind == "dense":
         weight, bytes_per_value = Weight(meta(4096, 4096, dtype=dtype)), DTYPES[dtype].itemsize
     else:
-        weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=kind == "double")
+        weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=kind == "double", quant_type=quant_type)
         bytes_per_value = 0.5 + (1 + 4 / NESTED_BLOCKSIZE if kind == "double" else 4) / blocksize
     # the norm of a packed W alone is computed in fp32 (`weight_norm_sq` in dora.py)
     compute = DTYPES[dtype] if rank or kind == "dense" else torch.float32
@@ -277,7 +277,8 @@ def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64) -> Cas
     budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != "fp32" else {}
     return Case(
         kernel="dora_norm_dense" if kind == "dense" else "dora_norm_nf4",
-        config=f"r{rank}-b{blocksize}-{'nf4' if kind == 'single' else kind}-{dtype}",
+        config=f"r{rank}-b{blocksize}-{'nf4' if kind == 'single' else kind}-{dtype}"
+        + ("" if quant_type == "nf4" else f"-{quant_type}"),
         call=lambda: sums_of_squares(weight, compute, *adapter, 2.0),
         fn=_norm_dense_kernel if kind == "dense" else _norm_nf4_kernel,
         values=lambda a: a.BLOCK_N * a.BLOCK_K,
@@ -310,6 +311,7 @@ CASES = [
     *[_finish(known) for known in (False, True)],
     *[_case(rank, "double") for rank in (0, 16, 64, 128, 256, 512, 1024)],
     *[_case(64, "single"), _case(64, "double", blocksize=32), _case(64, "double", "fp32")],
+    *[_case(rank, "double", blocksize=16, quant_type="nvfp4") for rank in (0, 16, 64)],
     *[_case(rank, "dense") for rank in (0, 64, 128, 256, 512)],
     _case(64, "dense", "fp32"),
 ]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import dynamic_map, levels
+from kernels.codebook import absmax_map, levels
 from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.dora_norm import FINISH_BLOCK, NUM_WARPS, finish_kernel, norm_tiles, squares_dense, squares_nf4
 from kernels.triton.launch import cdiv, launch, split_columns
@@ -126,7 +126,7 @@ def dense_experts(weight: Weight, ends: Tensor, dtype: torch.dtype) -> Tensor:
     launch(
         _dequantize_kernel, (cdiv(n, PROGRAM),),
         words(weight.values), state.absmax, state.nested_absmax, state.nested_offset,
-        dynamic_map(device) if state.nested else None, levels(state.quant_type, device), ends, out,
+        absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device), ends, out,
         n, n // len(ends), **tiles_of(STEP, state.blocksize), fp_fusion=False,
     )  # fmt: skip
     return out
@@ -168,7 +168,7 @@ def _sums_of_squares(
     (experts, n, k), state, device = weight.shape, weight.quant_state, weight.device
     rank = lora_A.shape[1]
     tiles = norm_tiles(rank, k, dtype, weight.packed)
-    if weight.packed and state.blocksize == 32:
+    if weight.packed and state.blocksize <= 32:  # blocks of 16 in wider tiles would spill
         tiles["BLOCK_K"] = 32
     rows = cdiv(n, tiles["BLOCK_N"])
     columns, splits = split_columns(k, tiles["BLOCK_K"], rows * experts)
@@ -183,7 +183,7 @@ def _sums_of_squares(
         launch(
             _norm_nf4_kernel, grid,
             weight.values, state.absmax, state.nested_absmax, state.nested_offset,
-            dynamic_map(device) if state.nested else None, levels(state.quant_type, device),
+            absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device),
             halves, lora_B, ends, partial, *numbers, BLOCKSIZE=state.blocksize, **options,
         )  # fmt: skip
     else:  # a row of a tile would cross NF4 blocks, or bytes

@@ -175,10 +175,6 @@ BAD = {  # and in tests/modules/adapters/test_config.py
         ["init=qpissa"],
         "init=qpissa makes up for the error of quantizing: choose +method=qlora",
     ),
-    "base without a format": (
-        ["init=qpissa", "quant=int4"],
-        "init=qpissa keeps its base as bitsandbytes does, which has no int4: choose quant=nf4 or quant=fp4",
-    ),
     "data type": (["quant=nf4", "quant.type=fp4"], "quant.type=fp4 is not quant=nf4: choose quant=fp4"),
     "no data type": (["quant=tuned", "quant.type=int5"], "quant.type=int5: choose nf4, fp4, int4"),
     "rank pattern": (["rank_pattern={q_proj:x}"], "rank of q_proj=x is not a rank: choose a whole number"),
