@@ -21,6 +21,7 @@ import kernels
 from kernels import QuantState, Weight
 from modules import seeds
 from modules.linear import DoRALinear, LoRALinear, NF4Linear, dense_weight, operands, weight_of
+from modules.parts import in_parts
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 IN_OUT = ("Llama4TextExperts",)  # classes that keep weights as [experts, in, out] and do not say so
@@ -227,6 +228,8 @@ class _OfModules(nn.Module):
 class Experts(_OfModules):
     """Experts as transformers marks them (`use_experts_implementation`)."""
 
+    tokens: int | None = None  # to compute at a time; None: all
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Σ over the experts of each token of weight · expert(token).
 
@@ -238,6 +241,10 @@ class Experts(_OfModules):
         Returns:
             [T, hidden] in the dtype of `hidden_states`.
         """
+        tensors = hidden_states, top_k_index, top_k_weights
+        return self._rows(*tensors) if self.tokens is None else in_parts(self._rows, tensors, self.tokens)
+
+    def _rows(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         order, ends = kernels.route(top_k_index, self.num_experts)
         x = kernels.gather(hidden_states, order, top_k_index.shape[-1])
         if self.has_gate:

@@ -30,7 +30,7 @@ from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_l
 from modules.adapters.config import REACHED, quantized_start
 from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules, decoder_blocks
-from modules.experts import take_over_experts
+from modules.experts import AllExperts, take_over_experts
 from modules.fused import compute_mlps_in_parts
 from modules.linear import weight_shape
 
@@ -195,7 +195,8 @@ def _in_parts(model: PreTrainedModel, tokens: int) -> None:
         UserError: none can.
     """
     found, told = compute_mlps_in_parts(model, tokens), f"trainer.mlp_tokens={tokens}: "
-    whole = {name.rpartition(".")[0] for name in experts(model)}
+    whole = {name.rpartition(".")[0] for name in unknown_experts(model)}
+    whole |= {name for name, module in model.named_modules() if isinstance(module, AllExperts)}
     with contextlib.suppress(ValueError):  # the model has no decoder blocks
         inside = found + list(whole)
         whole |= {one for one in decoder_blocks(model)[1] if not any(name.startswith(f"{one}.") for name in inside)}
