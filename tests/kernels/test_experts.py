@@ -175,6 +175,21 @@ def test_non_contiguous_inputs(op):
         torch.testing.assert_close(leaf.grad, want[f"d{name}"])
 
 
+def test_one_factor_for_all_experts():
+    """A view of one A [1, rank, in] as that of each expert: its gradient is their sum."""
+    shape = Shape((3, 0, 2), columns=32, out=24, rank=4)
+    weight, _ = make_experts("nf4", shape, torch.float32)
+    tensors, _, dy = make_tensors("dora", shape, torch.float32)
+    one = tensors["lora_A"][:1]
+    run = make_op("dora", weight, shape)
+    leaves = tensors | {"lora_A": one}
+    got = with_gradients(lambda lora_A, **others: run(lora_A=lora_A.expand(3, -1, -1), **others), leaves, dy)
+    want = with_gradients(run, tensors | {"lora_A": one.repeat(3, 1, 1)}, dy)
+    want["dlora_A"] = want["dlora_A"].sum(0, keepdim=True)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
+
+
 def test_no_rows_at_all():
     shape = Shape((0, 0))
     weight, _ = make_experts("nf4-double", shape, torch.float32)
