@@ -21,26 +21,29 @@ context, and what an allocator loses to fragmentation.
 
 import contextlib
 import functools
+import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey, DispatchKeySet
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from experiments.plan import flops
+from experiments.plan.meta_device import Casts, as_on_a_device, grouped_products
 from experiments.training.gradients import checkpoint_blocks
 from experiments.training.loss import LabelLoss
 from experiments.training.offload import Offload
 from kernels import use_backend
 from kernels.cross_entropy import by_chunks, precise
-from modules import AdamW
+from modules import AdamW, NF4Linear
+from modules.experts import experts_modules
+from modules.linear import weight_shape
 
 aten = torch.ops.aten
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -48,7 +51,7 @@ qdora = torch.ops.qdora
 ON_CPU = (  # ops that are taken apart there
     *(qdora.rms_norm, qdora.rms_norm_backward, qdora.swiglu, qdora.swiglu_backward),
     *(qdora.rotary, qdora.rotary_backward, qdora.attention, qdora.attention_backward, qdora.linear_cross_entropy),
-    *(*flops.LINEARS, qdora.joined_linears, qdora.joined_linears_backward),
+    *(*flops.LINEARS, *flops.EXPERTS, qdora.joined_linears, qdora.joined_linears_backward),
 )
 POSITIONS = (aten.index, aten.index_put, aten._index_put_impl_)  # which tokens carry labels decides shapes
 
@@ -65,6 +68,7 @@ class Step:
         weight: the largest dense weight that was made of a packed one; 0 without any.
         flops: of the step, those that checkpointing repeats included.
         host: in pinned host memory, where activations are kept there.
+        idle: parameters of experts that a token does not meet.
     """
 
     peak: int
@@ -74,6 +78,7 @@ class Step:
     weight: int
     flops: int
     host: int = 0
+    idle: int = 0
 
 
 class _OnHost:
@@ -141,9 +146,11 @@ class Allocations(TorchDispatchMode):
             with self:
                 return by_chunks(_loss_by_kernel, *args)
         if self.on_cpu and packet in ON_CPU:
+            if packet in flops.EXPERTS:
+                args = _with_even_ends(func, args)
             with self:
                 return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
-        out = func(*args, **kwargs)
+        out = (grouped_products if packet is aten._grouped_mm else func)(*args, **kwargs)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         for tensor in _tensors((out,)):
@@ -174,66 +181,31 @@ def _tensors(values: Iterable) -> Iterator[Tensor]:
 
 
 def _dense_weight(func: torch._ops.OpOverload, args: tuple) -> int:
-    """Bytes of the dense weight that one of our linears makes while it computes; 0 if it has no packed weight."""
-    if func.overloadpacket not in flops.LINEARS:
+    """Bytes of the dense weight that one of our linears makes while it computes; 0 if it has no packed weight. Of
+    experts those that have rows are dense at once."""
+    if func.overloadpacket not in (*flops.LINEARS, *flops.EXPERTS):
         return 0
-    given = dict(zip((argument.name for argument in func._schema.arguments), args))
+    given = _by_name(func, args)
     codes, *constants = given["weight"]
-    return 2 * codes.numel() * args[0].element_size() if constants else 0
+    if not constants:
+        return 0
+    dense = 2 * codes.numel() * args[0].element_size()
+    if func.overloadpacket in flops.EXPERTS:
+        experts = len(given["ends"])
+        dense = dense // experts * flops.with_rows(len(args[0]), experts)
+    return dense
 
 
-def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """F.scaled_dot_product_attention by the fused kernel, which takes a mask in the dtype of the query."""
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
-    fused = aten._scaled_dot_product_flash_attention_for_cpu
-    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+def _by_name(func: torch._ops.OpOverload, args: tuple) -> dict:
+    return dict(zip((argument.name for argument in func._schema.arguments), args))
 
 
-class _Casts:
-    """Autocast's casts of the arguments of products, and its copies of parameters until it ends.
-
-    Args:
-        dtype: to cast to; None: nothing is cast.
-
-    Attributes:
-        keeps: whether it remembers. It does through a forward pass; a block that backward computes again has an
-            autocast of its own.
-    """
-
-    def __init__(self, dtype: torch.dtype | None):
-        self.dtype, self.kept, self.keeps = dtype, {}, True
-
-    def end(self) -> None:
-        self.kept.clear()
-        self.keeps = False
-
-    def around(self, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`product`, whose tensors are cast first."""
-        if self.dtype is None:
-            return product
-        return lambda *args, **more: product(*map(self._cast, args), **{k: self._cast(v) for k, v in more.items()})
-
-    def _cast(self, value):
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == self.dtype:
-            return value
-        if not self.keeps or not isinstance(value, nn.Parameter):
-            return value.to(self.dtype)
-        if value not in self.kept:
-            self.kept[value] = value.to(self.dtype)
-        return self.kept[value]
-
-
-@contextlib.contextmanager
-def _as_on_a_device(casts: _Casts) -> Iterator[None]:
-    """Behaviour of torch on every device but the meta device: fused attention, autocast of products."""
-    attention, linear, bmm = F.scaled_dot_product_attention, F.linear, torch.bmm
-    F.scaled_dot_product_attention = casts.around(_fused_attention)
-    F.linear, torch.bmm = casts.around(linear), casts.around(bmm)
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention, F.linear, torch.bmm = attention, linear, bmm
+def _with_even_ends(func: torch._ops.OpOverload, args: tuple) -> list:
+    """`args` of an op of experts, with the ends of rows that are spread evenly over the experts."""
+    given = _by_name(func, args)
+    rows, experts = len(args[0]), len(given["ends"])
+    ends = torch.arange(1, experts + 1, device="cpu") * rows // experts
+    return [*(given | {"ends": ends.int()}).values()]
 
 
 def loss_of(model: PreTrainedModel) -> LabelLoss:
@@ -280,9 +252,9 @@ def simulate(
     tokens = {"input_ids": ids, "position_ids" if packed else "attention_mask": torch.ones_like(ids)}
     tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memory, casts = Allocations(on_cpu), _Casts(autocast)
+    memory, casts = Allocations(on_cpu), Casts(autocast)
     column = use_backend("cpu") if on_cpu else contextlib.nullcontext()
-    with memory, column, _as_on_a_device(casts):
+    with memory, column, as_on_a_device(casts):
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state
@@ -299,7 +271,11 @@ def simulate(
             nonlocal before_loss
             memory.phase, before_loss = "loss", memory.live
 
-        hook = model.get_output_embeddings().register_forward_pre_hook(loss_begins)
+        idle: dict[str, int] = {}
+        hooks = [model.get_output_embeddings().register_forward_pre_hook(loss_begins)]
+        for name, experts in experts_modules(model):
+            note = functools.partial(_note_idle, idle, name)
+            hooks.append(experts.register_forward_pre_hook(note, with_kwargs=True))
         activations = None
         for _ in range(2 if accumulating else 1):
             memory.phase, before, casts.keeps = "forward", memory.live, True
@@ -311,7 +287,8 @@ def simulate(
             memory.phase = "backward"
             loss.backward()
             del loss
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         memory.phase = "optimizer"
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -319,4 +296,23 @@ def simulate(
     phase = max(PHASES, key=memory.peaks.get)
     flops_a_pass = memory.flops // (2 if accumulating else 1)
     loss_bytes = memory.peaks["loss"] - before_loss
-    return Step(memory.peaks[phase], phase, activations, loss_bytes, memory.weight, flops_a_pass, host_bytes)
+    return Step(
+        memory.peaks[phase],
+        phase,
+        activations,
+        loss_bytes,
+        memory.weight,
+        flops_a_pass,
+        host_bytes,
+        sum(idle.values()),
+    )
+
+
+def _note_idle(idle: dict[str, int], name: str, experts: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before a forward of a layer's experts: write down how many of their parameters a token does not meet."""
+    top_k_index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+    if top_k_index is None:  # every token meets every expert
+        return
+    packed = (math.prod(weight_shape(linear)) for linear in experts.modules() if isinstance(linear, NF4Linear))
+    parameters = sum(p.numel() for p in experts.parameters()) + sum(packed)
+    idle[name] = parameters // experts.num_experts * (experts.num_experts - top_k_index.shape[-1])
