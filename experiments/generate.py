@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from experiments.config import Config
 from experiments.data.chat import Message
-from experiments.data.rows import read_text
+from experiments.data.opened import read_text
 from experiments.data.sources import TASKS
 from experiments.data.template import chat_template
 from experiments.data.tokens import begin_and_end, tokenize

@@ -109,7 +109,8 @@ def _experts_dora(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(y [S, out], xa [S, r], norm and gain fp32 [E, out], 0 without rows, z [S, out] or empty where y holds it)"""
+    """(y [S, out], xa [S, r], norm and gain fp32 [E, out], z [S, out] or empty where y holds it). Nobody reads the norm
+    and the gain of an expert without rows."""
     y = x.new_empty(x.shape[0], weight.shape[1])
     z = torch.empty_like(y) if dropout or bias is not None else x.new_empty(0)
     xa = x.new_empty(x.shape[0], lora_A.shape[1])

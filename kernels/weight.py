@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.codebook import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, NESTED_BLOCKSIZE, quant_types
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that can be quantized and dequantized to
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
@@ -27,13 +27,14 @@ class QuantState:
     """The part of a packed tensor that is not its codes.
 
     Attributes:
-        absmax: fp32 [blocks], or uint8 [blocks] codes of the dynamic map when double-quantized.
+        absmax: fp32 [blocks], or uint8 [blocks] codes when double-quantized: of the dynamic map, or of a block
+            format the bytes of its scales (absmax.py).
         shape: shape of the tensor.
         dtype: dtype it had, and the default to dequantize to.
-        blocksize: values a block, one of 32, 64, …, 4096.
+        blocksize: values a block, one of 32, 64, …, 4096, or the one that a block format has.
         nested_absmax: fp32 [ceil(blocks / 256)], or None without double quantization.
-        nested_offset: fp32 [], the mean that was subtracted from absmax, or None.
-        quant_type: the 4-bit data type, a key of `kernels.codebook.CODEBOOKS`.
+        nested_offset: fp32 [], the mean that was subtracted from absmax, or None. A block format's is 0.
+        quant_type: the 4-bit data type, one of `kernels.codebook.quant_types()`.
     """
 
     absmax: Tensor
@@ -174,14 +175,23 @@ def holding(weight: Weight, start: int, end: int) -> tuple[Weight, int]:
     ), start - first
 
 
-def check_blocksize(blocksize: int) -> None:
-    if blocksize not in BLOCKSIZES:
+def check_quant_type(quant_type: str) -> None:
+    if quant_type not in quant_types():
+        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(quant_types())}")
+
+
+def check_blocksize(blocksize: int, quant_type: str) -> None:
+    if quant_type in BLOCK_FORMATS:
+        fixed = BLOCK_FORMATS[quant_type].blocksize
+        if blocksize != fixed:
+            raise ValueError(f"blocksize {blocksize}: {quant_type} has blocks of {fixed}")
+    elif blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize {blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")
 
 
-def check_quant_type(quant_type: str) -> None:
-    if quant_type not in CODEBOOKS:
-        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(CODEBOOKS)}")
+def check_double_quant(double_quant: bool, quant_type: str) -> None:
+    if quant_type in BLOCK_FORMATS and not double_quant:
+        raise ValueError(f"double_quant=False: {quant_type} has scales of 8 bits")
 
 
 def packed_sizes(n: int, blocksize: int) -> tuple[int, int]:
@@ -196,8 +206,9 @@ def nested_blocks(blocks: int) -> int:
 
 def check_packed(packed: Tensor, state: QuantState) -> None:
     """Raise ValueError if codes and a quant_state do not belong together."""
-    check_blocksize(state.blocksize)
     check_quant_type(state.quant_type)
+    check_blocksize(state.blocksize, state.quant_type)
+    check_double_quant(state.nested, state.quant_type)
     n_bytes, blocks = packed_sizes(state.shape.numel(), state.blocksize)
     expected = [
         ("packed", packed, torch.uint8, n_bytes),

@@ -7,11 +7,12 @@ by expert once, and each linear takes them so. `give_back_experts` undoes it.
 state_dict keys
     ExpertsLinear              those of transformers' parameters, in their layout: <path>, <path>_bias
     NF4Experts                 as NF4Linear, of a weight [experts, out, in]; but <path>_bias
-    LoRAExperts, DoRAExperts   base.*, lora_A [experts, rank, in], lora_B [experts, out, rank], magnitude [experts, out]
+    LoRAExperts, DoRAExperts   base.*, lora_A [experts, rank, in], lora_B [experts, out, rank],
+                               magnitude [experts, out]; of the chosen experts alone, [1, …] where all share a factor
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ import kernels
 from kernels import QuantState, Weight
 from modules import seeds
 from modules.linear import DoRALinear, LoRALinear, NF4Linear, dense_weight, operands, weight_of
+from modules.parts import in_parts
 
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 IN_OUT = ("Llama4TextExperts",)  # classes that keep weights as [experts, in, out] and do not say so
@@ -84,7 +86,7 @@ class NF4Experts(NF4Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: ExpertsLinear, blocksize: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+        cls, linear: ExpertsLinear, blocksize: int | None = None, double_quant: bool = True, quant_type: str = "nf4"
     ) -> "NF4Experts":
         packed, quant_state = kernels.quantize_4bit(linear.weight.detach(), blocksize, double_quant, quant_type)
         return cls(packed, quant_state, linear.bias, linear.in_out)
@@ -123,26 +125,71 @@ def pack_linear(linear: nn.Module, blocksize: int, double_quant: bool, quant_typ
 
 
 class LoRAExperts(LoRALinear):
-    """LoRALinear of every expert: y = xWₑᵀ + s·(drop(x)Aₑᵀ)Bₑᵀ + biasₑ for the rows x of expert e."""
+    """LoRALinear of every expert: y = xWₑᵀ + s·(drop(x)Aₑᵀ)Bₑᵀ + biasₑ for the rows x of expert e.
+
+    Biases stay frozen.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__(base, rank, lora_alpha, dropout, rslora)
+        self.register_buffer("chosen", None, persistent=False)
+
+    def choose(self, numbers: list[int]) -> None:
+        """Have A, B and magnitude for the experts `numbers` alone. The others compute what the base does.
+
+        Raises:
+            ValueError: a number is not that of an expert.
+        """
+        if wrong := [number for number in numbers if number >= self.base.num_experts]:
+            raise ValueError(f"experts: {wrong[0]} is not one of the {self.base.num_experts}, 0 and up")
+        self.chosen = torch.tensor(sorted(numbers), device=self.lora_A.device)
+        self._take(self.chosen, "lora_A", "lora_B")
+
+    def share(self, factor: str) -> None:
+        """Have one A or one B for all experts. `factor` is "A" or "B"."""
+        self._take(self.lora_A.new_zeros(1, dtype=torch.int64), f"lora_{factor}")
+
+    @torch.no_grad()
+    def _take(self, numbers: Tensor, *names: str) -> None:
+        for name in names:
+            setattr(self, name, nn.Parameter(getattr(self, name)[numbers]))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [experts, r, in] and B [experts, out, r] of the update s·BA, with zeros for experts that have none."""
+        lora_A, lora_B = super().factors()
+        experts = max(len(lora_A), len(lora_B))
+        lora_A, lora_B = (factor.expand(experts, *factor.shape[1:]) for factor in (lora_A, lora_B))
+        return (lora_A, lora_B) if self.chosen is None else (self._among_all(lora_A), self._among_all(lora_B))
+
+    def _among_all(self, of_chosen: Tensor) -> Tensor:
+        zeros = of_chosen.new_zeros(self.base.num_experts, *of_chosen.shape[1:])
+        return zeros.index_copy(0, self.chosen, of_chosen)
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
         seed = seeds.draw(x.device) if dropout else None
         return kernels.experts_lora(
-            x, ends, weight, *self.factors(), self.scaling, self.output_bias, dropout=dropout, seed=seed
+            x, ends, weight, *self.factors(), self.scaling, self.base.bias, dropout=dropout, seed=seed
         )
 
     @torch.no_grad()
     def merge(self) -> ExpertsLinear:
-        return dense_experts(self.base, self.merged_weight(), self.output_bias)
+        weight = self.merged_weight()
+        if self.chosen is not None:
+            weight = dense_weight(self.base).index_copy(0, self.chosen, weight[self.chosen])
+        return dense_experts(self.base, weight, self.base.bias)
 
     def train_bias(self) -> None:
-        """The biases of experts stay frozen."""
+        """Leave the biases of experts frozen."""
 
 
-class DoRAExperts(DoRALinear):
+class DoRAExperts(LoRAExperts, DoRALinear):
     """DoRALinear of every expert."""
+
+    def choose(self, numbers: list[int]) -> None:
+        super().choose(numbers)
+        self._take(self.chosen, "magnitude")
 
     def weight_norm_sq(self) -> Tensor:
         weight = weight_of(self.base)
@@ -151,17 +198,19 @@ class DoRAExperts(DoRALinear):
     def norm(self, weight: Weight) -> Tensor:
         return kernels.experts_norm(weight, self.norm_sq, *self.factors(), self.scaling)
 
+    def whole_magnitude(self) -> Tensor:
+        return self.magnitude if self.chosen is None else self.norm_sq.sqrt().index_copy(0, self.chosen, self.magnitude)
+
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         x, weight = operands(x, self.base)
+        magnitude = self.whole_magnitude()
         return kernels.experts_dora(
-            *(x, ends, weight, self.norm_sq, *self.factors(), self.magnitude, self.scaling, self.output_bias),
+            *(x, ends, weight, self.norm_sq, *self.factors(), magnitude, self.scaling, self.base.bias),
             dropout=dropout,
             seed=seeds.draw(x.device) if dropout else None,
             norm=self.known_norm(weight),
         )
-
-    merge, train_bias = LoRAExperts.merge, LoRAExperts.train_bias
 
 
 class _OfModules(nn.Module):
@@ -179,6 +228,8 @@ class _OfModules(nn.Module):
 class Experts(_OfModules):
     """Experts as transformers marks them (`use_experts_implementation`)."""
 
+    tokens: int | None = None  # to compute at a time; None: all
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Σ over the experts of each token of weight · expert(token).
 
@@ -190,6 +241,10 @@ class Experts(_OfModules):
         Returns:
             [T, hidden] in the dtype of `hidden_states`.
         """
+        tensors = hidden_states, top_k_index, top_k_weights
+        return self._rows(*tensors) if self.tokens is None else in_parts(self._rows, tensors, self.tokens)
+
+    def _rows(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         order, ends = kernels.route(top_k_index, self.num_experts)
         x = kernels.gather(hidden_states, order, top_k_index.shape[-1])
         if self.has_gate:
@@ -283,6 +338,42 @@ def _give_back(module: nn.Module, linears: dict[str, ExpertsLinear]) -> None:
         module.register_parameter(name, linear.weight)
         if linear.bias is not None:
             module.register_parameter(f"{name}_bias", linear.bias)
+
+
+@torch.no_grad()
+def reached_experts(model: nn.Module, batches: Iterable[dict]) -> dict[str, list[int]]:
+    """The numbers of the experts that have a token of `batches`, by the full name of the module of the experts.
+
+    Args:
+        batches: dicts of keyword arguments of `model`, whose experts are taken over. Tokens whose `attention_mask` is 0
+            do not count.
+    """
+    found: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def see(name: str, module: nn.Module, args: tuple) -> None:
+        if isinstance(module, AllExperts):
+            tokens = args[0].view(module.num_experts, -1, args[0].shape[-1]).any(dim=2)
+            counted = tokens if mask is None else tokens & mask.flatten()
+            hit = counted.any(dim=1)
+        else:
+            index = args[1] if mask is None else args[1][mask.flatten()]
+            hit = torch.zeros(module.num_experts + 1, dtype=torch.bool, device=index.device)
+            hit[index.flatten().clamp(max=module.num_experts)] = True
+        found[name] = found.get(name, False) | hit[: module.num_experts]
+
+    training = model.training
+    model.eval()
+    hooks = [module.register_forward_pre_hook(functools.partial(see, name)) for name, module in experts_modules(model)]
+    try:
+        for batch in batches:
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return {name: hit.nonzero().flatten().tolist() for name, hit in found.items()}
 
 
 def is_experts(linear: nn.Module) -> bool:

@@ -85,7 +85,7 @@ def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear whose weight [out, in] is packed in NF4, or in another data type of `kernels.codebook`.
+    """A frozen linear whose weight [out, in] is packed in NF4, or in another of `kernels.codebook.quant_types()`.
 
     Args:
         packed, quant_state: uint8 codes and their state, as `kernels.quantize_4bit` returns them.
@@ -112,7 +112,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, blocksize: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+        cls, linear: nn.Module, blocksize: int | None = None, double_quant: bool = True, quant_type: str = "nf4"
     ) -> "NF4Linear":
         """Pack nn.Linear or Conv1D."""
         packed, quant_state = kernels.quantize_4bit(dense_weight(linear), blocksize, double_quant, quant_type)
@@ -288,6 +288,10 @@ class DoRALinear(LoRALinear):
         """‖W‖² of each row, fp32 [out]."""
         return kernels.weight_norm_sq(weight_of(self.base))
 
+    def whole_magnitude(self) -> Tensor:
+        """The magnitude of every row."""
+        return self.magnitude
+
     def norm(self, weight: Weight) -> Tensor:
         """‖W + sBA‖ of each row of the base's `weight`, fp32 [out]."""
         return kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
@@ -339,4 +343,4 @@ class DoRALinear(LoRALinear):
         lora_A, lora_B = self.factors()
         v = w.float() + self.scaling * lora_B @ lora_A
         norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return (self.magnitude.unsqueeze(-1) / norm * v).to(w.dtype)
+        return (self.whole_magnitude().unsqueeze(-1) / norm * v).to(w.dtype)

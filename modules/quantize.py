@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
-from kernels.weight import check_blocksize, check_quant_type
+from kernels.codebook import default_blocksize
+from kernels.weight import check_blocksize, check_double_quant, check_quant_type
 from modules.adapters.attach import refuse_parts
 from modules.adapters.config import changes_base, quantized_start
 from modules.adapters.init import pack
@@ -17,7 +18,7 @@ from modules.linear import NF4Linear
 
 def quantize(
     model: nn.Module,
-    blocksize: int | Mapping[str, int] = 64,
+    blocksize: int | Mapping[str, int] | None = None,
     double_quant: bool = True,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
     quant_type: str = "nf4",
@@ -29,7 +30,8 @@ def quantize(
     adapter, not the codes nearest to the weights, so the model must have no other adapter.
 
     Args:
-        blocksize: see `kernels.quantize_4bit`: one for all linears, or one for each linear by its full name.
+        blocksize: see `kernels.quantize_4bit`: one for all linears, or one for each linear by its full name; by
+            default 64, or the one that a block format has.
         double_quant, quant_type: see `kernels.quantize_4bit`.
         progress: wraps the iteration over layer names, e.g. in a progress bar.
 
@@ -39,6 +41,7 @@ def quantize(
     """
     refuse_parts(model)
     check_quant_type(quant_type)
+    check_double_quant(double_quant, quant_type)
     take_over_linear4bit(model)
     take_over_experts(model)
     linears = decoder_linears(model)
@@ -54,11 +57,12 @@ def quantize(
             init = state.named[changing[0]].config.init
             raise ValueError(f"init={init} of the adapter {changing[0]!r} changes the base: detach the other adapters")
     dense = [name for name, linear in linears.items() if not isinstance(linear, NF4Linear)]
+    blocksize = default_blocksize(quant_type) if blocksize is None else blocksize
     sizes = blocksize if isinstance(blocksize, Mapping) else dict.fromkeys(dense, blocksize)
     for name in dense:
         if name not in sizes:
             raise ValueError(f"blocksize has no entry for {name}")
-        check_blocksize(sizes[name])
+        check_blocksize(sizes[name], quant_type)
     for name in progress(dense):
         linear = linears.pop(name)
         over = [] if state is None else [a for a in state.named.values() if name in a.modules]

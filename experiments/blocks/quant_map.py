@@ -18,7 +18,7 @@ import yaml
 from experiments.config import QuantConfig
 from experiments.errors import UserError
 from experiments.system.files import write_atomically
-from kernels.codebook import BLOCKSIZES
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES
 from modules.files.checked import Damaged, read_checked, with_checksum
 
 Shapes = Mapping[str, tuple[int, ...]]  # of weights, (out, in) or (experts, out, in), by their linears' full names
@@ -97,7 +97,8 @@ def blocksizes(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:
         for name, blocksize in chosen.items():
             in_features = shapes[name][-1]
             if in_features % blocksize:
-                fitting = ", ".join(str(b) for b in BLOCKSIZES if in_features % b == 0) or "none"
+                sizes = () if cfg.type in BLOCK_FORMATS else BLOCKSIZES
+                fitting = ", ".join(str(b) for b in sizes if in_features % b == 0) or "none"
                 raise UserError(
                     f"quant.align=row: blocks of {blocksize} would run across the rows of {name}, {in_features} "
                     f"weights each; block sizes that fit: {fitting}"

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from experiments.config import DataConfig
+from experiments.data.rendering import limited
 from experiments.data.template import REFUSALS
 from experiments.errors import UserError
 
@@ -89,7 +90,8 @@ def _from_file(path: str) -> str:
             f"data.chat_template={path}: cannot read this file ({reason}): choose {', '.join(NAMED)}, or a Jinja file"
         ) from error
     try:
-        render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=source)
+        with limited():
+            render_jinja_template([[{"role": "user", "content": "a"}]], chat_template=source)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"{path}:{error.lineno}: not a Jinja template: {error.message}") from error
     except REFUSALS:  # of this conversation; those of the data may fit

@@ -10,7 +10,7 @@ import os
 import re
 from pathlib import Path
 
-from experiments.data.rows import kind_of
+from experiments.data.opened import kind_of
 from experiments.errors import UserError
 
 SPLITS = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])")  # at the start of a file's name

@@ -20,6 +20,7 @@ from experiments.data.rows import Row
 from experiments.data.sources import Source
 from experiments.data.store import Samples, Writer
 from experiments.data.user_files import conversation_of
+from experiments.data.windows import Window
 from experiments.errors import UserError
 from experiments.system.progress import Count
 from experiments.system.workers import in_order
@@ -149,7 +150,7 @@ def _conversation(row: Row, ignored: set[str]) -> Conversation:
     return row.value if isinstance(row.value, Conversation) else conversation_of(row, ignored)
 
 
-def bad_row(row: Row, error: ValueError, skip: bool) -> str:
+def bad_row(row: Row | Window, error: ValueError, skip: bool) -> str:
     """What is wrong with a row, in one line. UserError: it is not to be skipped."""
     message = f"{row.where}: {error}"
     if not skip or isinstance(error, TooLong):  # data.too_long is about these

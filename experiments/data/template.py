@@ -22,6 +22,7 @@ from numpy import ndarray
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from experiments.data.rendering import limited
 from experiments.data.tokens import tokenize
 from experiments.errors import UserError
 
@@ -147,7 +148,8 @@ class ChatTemplate:
             return None
         options = {"chat_template": source, "return_assistant_tokens_mask": True}
         options = self.tokenizer.special_tokens_map | self.options | options
-        [text], [spans] = render_jinja_template([self._content(messages)], tools, **options)
+        with limited():
+            [text], [spans] = render_jinja_template([self._content(messages)], tools, **options)
         prompts = [self.render(messages[:i], tools, True) for i, m in enumerate(messages) if m["role"] == "assistant"]
         starts = [_shared(prompt, text) for prompt in prompts]
         owned = [[] for _ in starts]
@@ -196,9 +198,10 @@ class ChatTemplate:
 
     def _apply(self, messages: list[Message], tools: list | None = None, prompt: bool = False) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
-            )
+            with limited():
+                return self.tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
+                )
         except REFUSALS as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"the tokenizer's chat template refuses this conversation: {reason}") from error

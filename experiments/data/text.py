@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from experiments.config import DataConfig
 from experiments.data.cache import Made
 from experiments.data.messages import kind, read_text_of
+from experiments.data.opened import kind_of, read_text
 from experiments.data.prepare import Bad, bad_row, in_parts, shares_of
-from experiments.data.rows import ROWS, Row, kind_of, read_text, rows_of
+from experiments.data.rows import ROWS, Row, rows_of
 from experiments.data.sources import Source
 from experiments.data.store import NONE, Samples, Writer
 from experiments.data.tokens import begin_and_end, tokenize_document
+from experiments.data.windows import Document, Tokens, Window, tokens_of, windows, without_tokens
 from experiments.errors import UserError
 from experiments.system.progress import Count
 from experiments.system.workers import in_order
@@ -39,7 +41,7 @@ def text_blocks(
         )
     bad = Bad()
     parts: dict[str, list[ndarray]] = {"train": [], "heldout": []}  # of each source
-    with Count("tokenizing", "documents") as progress:
+    with Count("tokenizing", "parts") as progress:
         for source in sources:
             ids = _tokens(source, cfg, tokenizer, bad, progress, processes)
             cut = 0 if source.heldout else len(ids)
@@ -75,30 +77,46 @@ def _tokens(
 ) -> ndarray:
     """The tokens of all documents of a source."""
     work = functools.partial(_tokenize, tokenizer=tokenizer, skip=cfg.bad == "skip")
-    found = [numpy.empty(0, "int32")]
-    for ids, wrong, count in in_order(work, in_parts(_documents(source)), processes):
-        found.append(ids)
-        bad.add(wrong)
-        progress.advance(count)
+    found, document = [numpy.empty(0, "int32")], Document(tokenizer)
+    for tokens in in_order(work, _parts(source, tokenizer), processes):
+        progress.advance(1)
+        if isinstance(tokens, Tokens):
+            document.add(tokens)
+            if tokens.end is not None:
+                continue
+            tokens = document.ids(), [document.bad] * (document.bad is not None)
+            document = Document(tokenizer)
+        found.append(tokens[0])
+        bad.add(tokens[1])
     return numpy.concatenate(found)
 
 
-def _documents(source: Source) -> Iterator[Row]:
+def _parts(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Row] | Window]:
+    """Rows, and windows of files of text, whose tokens a process makes at a time."""
     for file in source.files:
         if kind_of(file) in ROWS:
-            yield from rows_of(file)
-        else:
-            yield Row(file, read_text(file))
+            yield from in_parts(rows_of(file))
+        elif tokenizer.is_fast:
+            yield from windows(file)
+        else:  # it does not say where a token begins
+            yield [Row(file, read_text(file))]
 
 
-def _tokenize(rows: list[Row], tokenizer: PreTrainedTokenizerBase, skip: bool) -> tuple[ndarray, list[str], int]:
+def _tokenize(
+    part: list[Row] | Window, tokenizer: PreTrainedTokenizerBase, skip: bool
+) -> Tokens | tuple[ndarray, list[str]]:
+    if isinstance(part, Window):
+        try:
+            return tokens_of(part, tokenizer)
+        except ValueError as error:
+            return without_tokens(part, bad_row(part, error, skip))
     ids, bad = [], []
-    for row in rows:
+    for row in part:
         try:
             ids += tokenize_document(tokenizer, _text(row.read()))
         except ValueError as error:
             bad.append(bad_row(row, error, skip))
-    return numpy.array(ids, "int32"), bad, len(rows)
+    return numpy.array(ids, "int32"), bad
 
 
 def _text(value: object) -> str:

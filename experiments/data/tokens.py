@@ -31,9 +31,12 @@ def begin_and_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
     return whole[:start], whole[start + len(bare) :]
 
 
-def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text and EOS, or whatever the tokenizer ends a text with; without those that begin it."""
+def end_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """EOS, or whatever the tokenizer ends a text with."""
     _, end = begin_and_end(tokenizer)
-    if not end and tokenizer.eos_token_id is not None:
-        end = [tokenizer.eos_token_id]
-    return tokenize(tokenizer, text)["input_ids"] + end
+    return end or [tokenizer.eos_token_id] * (tokenizer.eos_token_id is not None)
+
+
+def tokenize_document(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text and its end; without those that begin it."""
+    return tokenize(tokenizer, text)["input_ids"] + end_of(tokenizer)

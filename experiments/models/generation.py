@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from experiments.data.template import chat_template
 from experiments.errors import UserError
 from experiments.models import decoding
-from experiments.system import machine
+from experiments.system import memory
 from modules.adapters.prefix import prompt_lengths, virtual_tokens
 
 _DRAWN = ("temperature", "top_p", "top_k")
@@ -136,7 +136,7 @@ class Kept:
 
 
 def _check_room(model: PreTrainedModel, batch: int, length: int) -> None:
-    free, row = machine.free_bytes(model.device), decoding.bytes_per_column(model) * length
+    free, row = memory.free_bytes(model.device), decoding.bytes_per_column(model) * length
     if free is not None and batch * row > free:
         raise UserError(
             f"{batch} rows of {length} tokens take {batch * row / 1e9:.1f} GB of keys and values, and "

@@ -6,6 +6,7 @@ A directory that transformers and bitsandbytes saved in 4 bits is loaded as it i
 modules/files/bitsandbytes.py; a GGUF file through the cache (gguf.py).
 """
 
+import contextlib
 import itertools
 import math
 from collections import Counter
@@ -26,10 +27,10 @@ from experiments.models.tiny import tiny_model
 from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
-from modules.adapters.config import quantized_start
+from modules.adapters.config import REACHED, quantized_start
 from modules.adapters.model_code import left_out, unknown_experts
-from modules.adapters.targets import biased_modules
-from modules.experts import take_over_experts
+from modules.adapters.targets import biased_modules, decoder_blocks
+from modules.experts import AllExperts, take_over_experts
 from modules.fused import compute_mlps_in_parts
 from modules.linear import weight_shape
 
@@ -171,7 +172,7 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Pack `model` and put adapters on it as `cfg` says, in place, and bring it to `device`.
 
     Args:
-        tokenizer: for init=eva alone, which reads data.
+        tokenizer: for init=eva and experts=reached alone, which read data.
     """
     _check_positions(cfg, model)
     if quantized_start(cfg.init):  # it begins with the error of packing
@@ -183,11 +184,27 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         model.to(device)
         if cfg.method.adapter != "none":
             _attach(cfg, model, tokenizer)
-    if cfg.trainer.mlp_tokens and not compute_mlps_in_parts(model, cfg.trainer.mlp_tokens):
-        raise UserError(
-            f"trainer.mlp_tokens={cfg.trainer.mlp_tokens}: {type(model).__name__} has no MLPs of gate, up and down "
-            "projections: leave it out"
-        )
+    if cfg.trainer.mlp_tokens:
+        _in_parts(model, cfg.trainer.mlp_tokens)
+
+
+def _in_parts(model: PreTrainedModel, tokens: int) -> None:
+    """Have MLPs compute so many tokens at a time, and print which of them cannot.
+
+    Raises:
+        UserError: none can.
+    """
+    found, told = compute_mlps_in_parts(model, tokens), f"trainer.mlp_tokens={tokens}: "
+    whole = {name.rpartition(".")[0] for name in unknown_experts(model)}
+    whole |= {name for name, module in model.named_modules() if isinstance(module, AllExperts)}
+    with contextlib.suppress(ValueError):  # the model has no decoder blocks
+        inside = found + list(whole)
+        whole |= {one for one in decoder_blocks(model)[1] if not any(name.startswith(f"{one}.") for name in inside)}
+    names = ", ".join(sorted({type(model.get_submodule(name)).__name__ for name in whole})) or type(model).__name__
+    if not found:
+        raise UserError(f"{told}no MLP of {names} can be computed in parts: leave it out")
+    if whole and parallel.is_main():
+        print(f"{told}not of {names}, for all tokens at once")
 
 
 def _check_positions(cfg: Config, model: PreTrainedModel) -> None:
@@ -205,7 +222,7 @@ def _check_positions(cfg: Config, model: PreTrainedModel) -> None:
 
 def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     more = {}
-    if cfg.init == "eva":
+    if cfg.init == "eva" or cfg.experts == REACHED:
         more["calibration"] = _calibration(cfg, model, tokenizer)
     if cfg.init.startswith(("pissa", "olora")):
         more["progress"] = bar("initialising")

@@ -14,10 +14,12 @@ from experiments.config import Config
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
 from experiments.models.load import adapt, weights_dtype
-from experiments.plan.simulate import Allocations, Step, loss_of, simulate
+from experiments.plan.allocations import Allocations
+from experiments.plan.simulate import Step, loss_of, simulate
 from experiments.runs.result_numbers import nbytes, storage
 from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, fuse, parameter_groups
+from modules.adapters.config import REACHED
 from modules.experts import ExpertsLinear
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
@@ -176,9 +178,11 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0) -> PreTrainedMo
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
     fuse(model)
-    # eva reads data, and gives tensors of the default's shapes
+    # eva reads data, and gives tensors of the default's shapes; and data may reach all experts
+    cfg = replace(cfg, init="default") if cfg.init == "eva" else cfg
+    cfg = replace(cfg, experts=None) if cfg.experts == REACHED else cfg
     with Allocations():
-        adapt(replace(cfg, init="default") if cfg.init == "eva" else cfg, model, None, torch.device("meta"))
+        adapt(cfg, model, None, torch.device("meta"))
     return model
 
 
@@ -229,7 +233,7 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     def step(checkpointing: bool) -> Step:
         fresh = OPTIMIZERS[cfg.optim.name](parameter_groups(model, cfg.lr))
         several, offloading = cfg.trainer.grad_accum > 1, cfg.trainer.offload_activations and not on_cpu
-        about = (autocast, checkpointing, several, on_cpu, cfg.data.packing, offloading)
+        about = (autocast, checkpointing, several, on_cpu, seq if cfg.data.packing else None, offloading)
         return simulate(label_loss(), fresh, rows, length, *about)
 
     found = storage(model)

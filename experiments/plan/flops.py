@@ -111,7 +111,8 @@ def _(x, lora_A, lora_B, **_):
 
 @_formula(qdora.experts_dora)
 def _(x, norm, lora_A, lora_B, dropout, **_):
-    of_norms = with_rows(x[0], lora_A[0]) * _norm(lora_A[1:], lora_B[1:]) if norm is None else 0
+    with_rows = min(x[0], lora_A[0])  # experts, if the rows are spread evenly
+    of_norms = with_rows * _norm(lora_A[1:], lora_B[1:]) if norm is None else 0
     return _forward(x, lora_A[1:], lora_B[1:], 2 if dropout else 1) + of_norms
 
 
@@ -123,11 +124,6 @@ def _(x, lora_A, lora_B, needs_dx, **_):
 @_formula(qdora.experts_dora_backward)
 def _(x, lora_A, lora_B, dropout, needs_dx, **_):
     return _backward(x, lora_A[1:], lora_B[1:], 2 if dropout else 1, needs_dx)
-
-
-def with_rows(rows: int, experts: int) -> int:
-    """How many of so many experts have rows, if these are spread evenly."""
-    return min(rows, experts)
 
 
 @register_flop_formula(aten._grouped_mm)

@@ -1,19 +1,15 @@
 """The memory and FLOPs of a training step, found by running it on the meta device.
 
 The step is the real one: the model's own code, the adapters, the loss, backward and the optimizer. On the meta device
-every tensor has its shape, dtype and lifetime but no bytes. A dispatch mode sees each operation: it adds the storages
-that come into being, takes off those that are released, and remembers the highest sum. So autograd itself decides which
-tensors live. Kept tensors, checkpointing and views are counted for any architecture. No formula is needed. FLOPs are
+every tensor has its shape, dtype and lifetime but no bytes (allocations.py). So autograd itself decides which tensors
+live. Kept tensors, checkpointing and views are counted for any architecture. No formula is needed. FLOPs are
 counted on the way, with torch's own formulas (torch.utils.flop_counter).
 
 Beside the results of operations, these are counted:
 - attention is torch's fused kernel, which keeps q, k, v, the output and fp32 log-sums; on the meta device torch would
-  take the unfused form, which no device runs;
+  take the unfused form, which no device runs but a CPU with dropout;
 - a linear over packed codes has its dense weight while it computes: the Triton launcher makes one in the compute dtype;
 - autocast, which torch does not have on the meta device, casts the arguments of products.
-
-For a CPU our ops run as kernels/cpu/ has them: torch's operations, and kernels that do nothing on meta tensors but
-write to memory that is counted. For a GPU an op is one operation, but for the loss, which is taken apart into chunks.
 
 Not seen: what libraries allocate inside one operation (cuBLAS workspaces, a GPU's blocks of attention), the CUDA
 context, and what an allocator loses to fragmentation.
@@ -22,38 +18,25 @@ context, and what an allocator loses to fragmentation.
 import contextlib
 import functools
 import math
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._C import DispatchKey, DispatchKeySet
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from experiments.plan import flops
-from experiments.plan.meta_device import Casts, as_on_a_device, grouped_products
+from experiments.plan.allocations import PHASES, Allocations
+from experiments.plan.packs import pack_inputs
 from experiments.training.gradients import checkpoint_blocks
 from experiments.training.loss import LabelLoss
 from experiments.training.offload import Offload
 from kernels import use_backend
-from kernels.cross_entropy import by_chunks, precise
 from modules import AdamW, NF4Linear
 from modules.experts import experts_modules
 from modules.linear import weight_shape
 
 aten = torch.ops.aten
-PHASES = ("forward", "loss", "backward", "optimizer")
-qdora = torch.ops.qdora
-ON_CPU = (  # ops that are taken apart there
-    *(qdora.rms_norm, qdora.rms_norm_backward, qdora.swiglu, qdora.swiglu_backward),
-    *(qdora.rotary, qdora.rotary_backward, qdora.attention, qdora.attention_backward, qdora.linear_cross_entropy),
-    *(*flops.LINEARS, *flops.EXPERTS, qdora.joined_linears, qdora.joined_linears_backward),
-)
-POSITIONS = (aten.index, aten.index_put, aten._index_put_impl_)  # which tokens carry labels decides shapes
 
 
 @dataclass
@@ -98,114 +81,63 @@ class _OnHost:
         return copy
 
 
-class Allocations(TorchDispatchMode):
-    """Counts the bytes of live meta tensors, and answers for their values, which they do not have.
+def _fused_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """F.scaled_dot_product_attention by the fused kernel, which takes a mask in the dtype of the query."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype, device=query.device)
+    fused = aten._scaled_dot_product_flash_attention_for_cpu
+    return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class _Casts:
+    """Autocast's casts of the arguments of products, and its copies of parameters until it ends.
 
     Args:
-        on_cpu: compute as a CPU does.
+        dtype: to cast to; None: nothing is cast.
+
+    Attributes:
+        keeps: whether it remembers. It does through a forward pass; a block that backward computes again has an
+            autocast of its own.
     """
 
-    def __init__(self, on_cpu: bool = False):
-        super().__init__()
-        self.on_cpu = on_cpu
-        self.live = self.weight = self.flops = 0
-        self.peaks = dict.fromkeys(PHASES, 0)
-        self.phase = PHASES[0]
-        self.storages: dict[int, weakref.ref] = {}
+    def __init__(self, dtype: torch.dtype | None):
+        self.dtype, self.kept, self.keeps = dtype, {}, True
 
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, if it is new, until it is released."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if tensor.is_meta and key not in self.storages:
-            self.storages[key] = weakref.ref(storage, lambda _: self._release(key, size))
-            self.live += size
-            self.peaks[self.phase] = max(self.peaks[self.phase], self.live)
+    def end(self) -> None:
+        self.kept.clear()
+        self.keeps = False
 
-    def _release(self, key: int, size: int) -> None:
-        del self.storages[key]
-        self.live -= size
+    def around(self, product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`product`, whose tensors are cast first."""
+        if self.dtype is None:
+            return product
+        return lambda *args, **more: product(*map(self._cast, args), **{k: self._cast(v) for k, v in more.items()})
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {tensor.is_meta for tensor in _tensors((*args, *kwargs.values()))}
-        on_meta = True in given
-        if func is aten._local_scalar_dense.default and on_meta:
-            return 1  # the value that .item() reads: a loss, a norm, whether tokens are padding (none is)
-        if func is aten.nonzero.default and on_meta:
-            return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)  # rows for special care: none
-        packet = func.overloadpacket
-        if len(given) == 2 and packet not in POSITIONS:  # labels are real
-            args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-        if _is_composite(func):  # a call of a reference comes here before it is taken apart
-            with self:
-                return func.decompose(*args, **kwargs)
-        scratch = _dense_weight(func, args)
-        self.weight = max(self.weight, scratch)
-        if packet is qdora.linear_cross_entropy and not self.on_cpu:
-            with self:
-                return by_chunks(_loss_by_kernel, *args)
-        if self.on_cpu and packet in ON_CPU:
-            if packet in flops.EXPERTS:
-                args = _with_even_ends(func, args)
-            with self:
-                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
-        out = (grouped_products if packet is aten._grouped_mm else func)(*args, **kwargs)
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
-        for tensor in _tensors((out,)):
-            self.add(tensor)
-        self.peaks[self.phase] = max(self.peaks[self.phase], self.live + scratch)
-        return out
+    def _cast(self, value):
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == self.dtype:
+            return value
+        if not self.keeps or not isinstance(value, nn.Parameter):
+            return value.to(self.dtype)
+        if value not in self.kept:
+            self.kept[value] = value.to(self.dtype)
+        return self.kept[value]
 
 
-def _loss_by_kernel(logits: Tensor, _targets: Tensor) -> Tensor:
-    """Σ cross-entropy of a chunk by a kernel, which writes the gradient in the place of the logits."""
-    return logits.new_empty((), dtype=precise(logits))
+@contextlib.contextmanager
+def _as_on_a_device(casts: _Casts, on_cpu: bool) -> Iterator[None]:
+    """Behaviour of torch on every device but the meta device: fused attention, autocast of products."""
+    attention, linear, bmm = F.scaled_dot_product_attention, F.linear, torch.bmm
 
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, **more):
+        has_kernel = not (on_cpu and dropout_p)  # a CPU's has no dropout
+        return (_fused_attention if has_kernel else attention)(query, key, value, attn_mask, dropout_p, **more)
 
-@functools.cache
-def _is_composite(func: torch._ops.OpOverload) -> bool:
-    """True if every device takes `func` apart into other operations."""
-    composite, kernel = DispatchKey.CompositeImplicitAutograd, DispatchKey.CPU
-    return func.has_kernel_for_dispatch_key(composite) and not func.has_kernel_for_dispatch_key(kernel)
-
-
-def _tensors(values: Iterable) -> Iterator[Tensor]:
-    """The tensors among `values`, lists of them included. (torch's tree functions take twice as long as the step.)"""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-
-
-def _dense_weight(func: torch._ops.OpOverload, args: tuple) -> int:
-    """Bytes of the dense weight that one of our linears makes while it computes; 0 if it has no packed weight. Of
-    experts those that have rows are dense at once."""
-    if func.overloadpacket not in (*flops.LINEARS, *flops.EXPERTS):
-        return 0
-    given = _by_name(func, args)
-    codes, *constants = given["weight"]
-    if not constants:
-        return 0
-    dense = 2 * codes.numel() * args[0].element_size()
-    if func.overloadpacket in flops.EXPERTS:
-        experts = len(given["ends"])
-        dense = dense // experts * flops.with_rows(len(args[0]), experts)
-    return dense
-
-
-def _by_name(func: torch._ops.OpOverload, args: tuple) -> dict:
-    return dict(zip((argument.name for argument in func._schema.arguments), args))
-
-
-def _with_even_ends(func: torch._ops.OpOverload, args: tuple) -> list:
-    """`args` of an op of experts, with the ends of rows that are spread evenly over the experts."""
-    given = _by_name(func, args)
-    rows, experts = len(args[0]), len(given["ends"])
-    ends = torch.arange(1, experts + 1, device="cpu") * rows // experts
-    return [*(given | {"ends": ends.int()}).values()]
+    F.scaled_dot_product_attention = casts.around(attend)
+    F.linear, torch.bmm = casts.around(linear), casts.around(bmm)
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.linear, torch.bmm = attention, linear, bmm
 
 
 def loss_of(model: PreTrainedModel) -> LabelLoss:
@@ -223,7 +155,7 @@ def simulate(
     checkpointing: bool = False,
     accumulating: bool = False,
     on_cpu: bool = False,
-    packed: bool = False,
+    packed: int | None = None,
     offloading: bool = False,
 ) -> Step:
     """A training step of a model on the meta device, after the first.
@@ -236,7 +168,7 @@ def simulate(
         checkpointing: of each block.
         accumulating: a second forward pass follows the first, with its gradients there.
         on_cpu: as on a CPU.
-        packed: each sequence is a pack of samples. On a GPU its attention needs no mask (training/packing.py).
+        packed: the one sequence is a pack of samples of so many tokens.
         offloading: what checkpointing keeps is kept in host memory.
 
     Raises:
@@ -249,12 +181,15 @@ def simulate(
     else:
         model.activation_checkpointing_disable()
     ids = torch.zeros(batch, seq, dtype=torch.int64, device="meta")
-    tokens = {"input_ids": ids, "position_ids" if packed else "attention_mask": torch.ones_like(ids)}
-    tokens["labels"] = torch.zeros(batch, seq, dtype=torch.int64)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    memory, casts = Allocations(on_cpu), Casts(autocast)
+    given, masks = {"attention_mask": torch.ones_like(ids)}, []
     column = use_backend("cpu") if on_cpu else contextlib.nullcontext()
-    with memory, column, as_on_a_device(casts):
+    if packed is not None:
+        with column:
+            given, masks = pack_inputs(model, seq, packed, on_cpu)
+    tokens = {"input_ids": ids, "labels": torch.zeros(batch, seq, dtype=torch.int64), **given}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    memory, casts = Allocations(on_cpu), _Casts(autocast)
+    with memory, use_backend("cpu") if on_cpu else contextlib.nullcontext(), _as_on_a_device(casts, on_cpu):
         for parameter in parameters:
             parameter.grad = torch.empty_like(parameter)
         optimizer.step()  # makes its state
@@ -262,7 +197,6 @@ def simulate(
         state = [
             tensor for of_one in optimizer.state.values() for tensor in of_one.values() if isinstance(tensor, Tensor)
         ]
-        masks = [torch.empty(1, 1, seq, seq, dtype=torch.bool, device="meta")] if packed and on_cpu else []
         for tensor in (*model.parameters(), *model.buffers(), *state, *masks):
             memory.add(tensor)
         memory.peaks, memory.flops, before_loss = dict.fromkeys(PHASES, 0), 0, 0
@@ -296,16 +230,8 @@ def simulate(
     phase = max(PHASES, key=memory.peaks.get)
     flops_a_pass = memory.flops // (2 if accumulating else 1)
     loss_bytes = memory.peaks["loss"] - before_loss
-    return Step(
-        memory.peaks[phase],
-        phase,
-        activations,
-        loss_bytes,
-        memory.weight,
-        flops_a_pass,
-        host_bytes,
-        sum(idle.values()),
-    )
+    found = activations, loss_bytes, memory.weight, flops_a_pass, host_bytes, sum(idle.values())
+    return Step(memory.peaks[phase], phase, *found)
 
 
 def _note_idle(idle: dict[str, int], name: str, experts: nn.Module, args: tuple, kwargs: dict) -> None:

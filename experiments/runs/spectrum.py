@@ -45,9 +45,8 @@ def spectra(model: nn.Module) -> list[dict]:
         if weight.dim() == 2:
             rows.append(_row(name, layer.rank, sigmas, weight))
         else:
-            rows += [
-                _row(f"{name}.{number}", layer.rank, *of) for number, of in enumerate(zip(sigmas, weight, strict=True))
-            ]
+            numbers = range(len(weight)) if layer.chosen is None else layer.chosen.tolist()
+            rows += [_row(f"{name}.{number}", layer.rank, sigmas[number], weight[number]) for number in numbers]
     return rows
 
 

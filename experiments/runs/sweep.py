@@ -11,6 +11,7 @@ dies: several sweeps, also of different machines that share a file system with l
 """
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import secrets
@@ -39,6 +40,7 @@ from experiments.runs.shared_base import SharedBase
 from experiments.runs.start import configured
 from experiments.system import parallel, signals
 from experiments.system.files import NAME_LENGTH, RESULT, claim, write_atomically
+from experiments.system.memory import out_of_memory
 from modules.files.checked import Damaged, verify_file
 
 DONE, DONE_BEFORE, ELSEWHERE, FAILED = "done", "done before", "being done by another process", "failed"
@@ -88,7 +90,7 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     try:
         while not isinstance(message := ours.recv(), Outcome):
             ours.send(watch(message))
-    except EOFError:
+    except (EOFError, ConnectionError):
         process.join()
         ended = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
         return Outcome(FAILED, f"its process ended with {ended}; 9 is often a lack of memory")
@@ -146,11 +148,14 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
     except (UserError, OSError) as error:
         outcome = Outcome(FAILED, str(error))
     except Exception as error:
-        traceback.print_exc()
-        outcome = Outcome(FAILED, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        if (told := out_of_memory(error)) is None:
+            traceback.print_exc()
+            told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        outcome = Outcome(FAILED, told)
     except KeyboardInterrupt:
         sys.exit(130)
-    connection.send(outcome)
+    with contextlib.suppress(ConnectionError):  # the sweep was killed; what the run has written is there
+        connection.send(outcome)
 
 
 def _has_result(directory: Path, identity: str) -> bool:

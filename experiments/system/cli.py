@@ -50,7 +50,9 @@ def hydra_command(config_name: str, schema: type) -> Callable[[Callable[[DictCon
                 return main(cfg)
             except (UserError, OSError) as error:  # here, not in `command`: Hydra would print a second message
                 sys.exit(last_words(f"error: {error}"))
-            except RuntimeError as error:  # likewise
+            except (MemoryError, RuntimeError) as error:  # likewise
+                if told := _out_of_memory(error):
+                    sys.exit(last_words(f"error: {told}"))
                 if not parallel.lost_another(error):
                     raise
                 sys.exit(parallel.outlived())
@@ -102,16 +104,40 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             how = f"quote it twice, \"{key}='{value}'\"" if equals else "give it as key=value"
             sys.exit(last_words(f"error: {error.override} cannot be read: {how}"))
         except (HydraException, OmegaConfBaseException) as error:
+            if (stop := _interruption_before(error)) is not None:
+                _end(stop)
             sys.exit(last_words(f"error: {_one_line(error)}"))
         except OSError as error:
             sys.exit(last_words(f"error: {error}"))
+        except (MemoryError, RuntimeError) as error:
+            if not (told := _out_of_memory(error)):
+                raise
+            sys.exit(last_words(f"error: {told}"))
         except KeyboardInterrupt as stop:
-            first = isinstance(last_words("interrupted"), str)
-            if parallel.is_main() if getattr(stop, "everywhere", False) else first:
-                print("\n".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
-            sys.exit(getattr(stop, "exit_code", 130))
+            _end(stop)
 
     return run
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> str | None:
+    from experiments.system.memory import out_of_memory  # here, for `--help` goes without torch
+
+    return out_of_memory(error)
+
+
+def _end(stop: KeyboardInterrupt) -> None:
+    first = isinstance(last_words("interrupted"), str)
+    if parallel.is_main() if getattr(stop, "everywhere", False) else first:
+        print("\n".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
+    sys.exit(getattr(stop, "exit_code", 130))
+
+
+def _interruption_before(error: BaseException) -> KeyboardInterrupt | None:
+    """The signal that left a configuration half made, so that OmegaConf's own code failed on it."""
+    before = error.__context__
+    while before is not None and not isinstance(before, KeyboardInterrupt):
+        before = before.__context__
+    return before
 
 
 def read_options(schema: type[Options], file: str, changes: tuple[str, ...]) -> tuple[Options, list[str]]:

@@ -1,4 +1,4 @@
-"""The machine: device, compute dtype, memory, threads, versions."""
+"""The machine: device, compute dtype, allocator, threads, versions."""
 
 import ctypes
 import importlib.metadata
@@ -120,8 +120,10 @@ def _allocator(mapped_from: int, trimmed_from: int = 2**17) -> None:
 
 
 def _huge_pages() -> None:
-    """Ask for huge pages where the heap will grow, by taking addresses in advance: they cost no memory until used."""
-    if libc := _glibc():
+    """Ask for huge pages where the heap will grow, by taking addresses in advance: they cost no memory until used. A
+    limit of the process counts them all the same, and then none would be left for anything but the heap."""
+    limits = {resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS)}
+    if (libc := _glibc()) and limits == {resource.RLIM_INFINITY}:
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
         libc.free.argtypes, libc.madvise.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
         blocks = [block for _ in range(HEAP_BLOCKS) if (block := libc.malloc(2**29))]
@@ -167,18 +169,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that can still be allocated there; None: the system does not tell."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def versions() -> dict[str, str]:

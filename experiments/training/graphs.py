@@ -27,7 +27,8 @@ def cannot_capture(cfg: Config, model: nn.Module) -> str | None:
             return f"{name or 'the model'} has a hook, which a replay would not call"
         if hasattr(module, "_hf_hook"):
             return f"accelerate moves the tensors of {name or 'the model'}"
-    if cfg.trainer.gradient_checkpointing and own_dropout(model):
+    again = cfg.trainer.gradient_checkpointing or cfg.trainer.mlp_tokens
+    if again and own_dropout(model):
         return f"checkpointing computes the model's own dropout ({own_dropout(model)}) again"
     return None
 

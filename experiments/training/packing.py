@@ -32,7 +32,7 @@ def _positions(model: PreTrainedModel, position_ids: Tensor, boundaries: Tensor)
     return {"position_ids": position_ids}
 
 
-def _positions_and_masks(model: PreTrainedModel, position_ids: Tensor, boundaries: Tensor) -> Inputs:
+def positions_and_masks(model: PreTrainedModel, position_ids: Tensor, boundaries: Tensor | None) -> Inputs:
     weight = model.get_input_embeddings().weight
     one = torch.empty(1, dtype=weight.dtype, device=position_ids.device)
     embedded = one.expand(*position_ids.shape, weight.shape[-1])  # of which shape and dtype are used
@@ -44,7 +44,7 @@ def _positions_and_boundaries(model: PreTrainedModel, position_ids: Tensor, boun
     return {"position_ids": position_ids, **attention.boundaries_of(boundaries, position_ids.shape[1])}
 
 
-ON_HOST, ON_GPU = (_positions, _positions_and_masks), (_positions_and_boundaries, _positions_and_masks, _positions)
+ON_HOST, ON_GPU = (_positions, positions_and_masks), (_positions_and_boundaries, positions_and_masks, _positions)
 
 
 class Packing:
@@ -128,7 +128,7 @@ def _keeps_apart(model: PreTrainedModel, inputs: Callable[[PreTrainedModel, Tens
     try:
         with _around(model, inputs) as windows:
             packed, leak = _logits_and_leak(model, both, inputs(model, places, boundaries))
-            if windows is not None and not _has_windows(model, windows):
+            if windows is not None and not has_windows(model, windows):
                 return False
     except Exception:  # code of any model, given arguments that it may not know
         return False
@@ -138,7 +138,7 @@ def _keeps_apart(model: PreTrainedModel, inputs: Callable[[PreTrainedModel, Tens
     return not leak and bool((packed - alone).norm() <= SHARE * (continued - alone).norm())
 
 
-def _has_windows(model: PreTrainedModel, seen: set[int | None]) -> bool:
+def has_windows(model: PreTrainedModel, seen: set[int | None]) -> bool:
     """Whether the layers told of a window that the configuration has. The probe is shorter than most."""
     config = model.config.get_text_config()
     return getattr(config, "sliding_window", None) in {None, *seen} and not getattr(config, "attention_chunk_size", 0)

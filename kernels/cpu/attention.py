@@ -80,11 +80,11 @@ def attention_backward(
 
 def _seen(mask: Tensor | None, start: int, stop: int, keys: int) -> tuple[slice, Tensor | None]:
     """(the keys from the first to the last that any query of a block sees, the mask of these). All keys if a query sees
-    none, since it attends to every key alike."""
+    none, since it attends to every key alike, and if the mask has no values."""
     if mask is None:
         return slice(0, stop), None
     block = mask[:, 0, start:stop]
-    if mask.dtype != torch.bool or not block.any(-1).all():
+    if mask.is_meta or mask.dtype != torch.bool or not block.any(-1).all():
         return slice(0, keys), mask
     columns = block.flatten(0, 1).any(0).nonzero()
     seen = slice(int(columns[0]) // _WHOLE * _WHOLE, int(columns[-1]) + 1)

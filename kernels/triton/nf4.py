@@ -16,8 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, code_table, dynamic_map, levels
-from kernels.triton.absmax import load_absmax
+from kernels.codebook import (
+    BLOCK_FORMATS,
+    BLOCKSIZES,
+    NESTED_BLOCKSIZE,
+    absmax_map,
+    code_table,
+    default_blocksize,
+    levels,
+)
+from kernels.triton.absmax import load_absmax, load_row_absmax
 from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch
 from kernels.weight import Weight, packed_sizes
@@ -47,8 +55,9 @@ def _above(x, bounds, i):
 
 @triton.jit
 def _code_of(x, codes, bounds, BINS: tl.constexpr):
-    """Codes of scaled values x, int32; NaN gets that of 1, as any x > 1."""
-    x = tl.where(x <= 1.0, x, 1.0)
+    """Codes of scaled values x, int32; NaN gets that of the largest level, as any x above it."""
+    LARGE: tl.constexpr = 1.0 if BINS else 8.0  # above all bounds
+    x = tl.where(x <= LARGE, x, LARGE)
     if BINS:
         # Adding 1.5 · 2^23 rounds 16 · x to an integer and leaves it in the low bits. Exact, fused or not.
         bin = tl.fma(x, 16.0, 12582912.0 + 16.0).to(tl.int32, bitcast=True) & 63
@@ -68,6 +77,7 @@ def _quantize_tile(
     bounds,
     packed_ptr,
     absmax_ptr,
+    scale_ptr,
     tile,
     live,
     BINS: tl.constexpr,
@@ -79,29 +89,37 @@ def _quantize_tile(
     value = tl.arange(0, STEP)
     w = tl.load(w_ptr + tile * STEP + value, mask=value // BLOCKSIZE < live, other=0.0).to(tl.float32)
     w = tl.reshape(w, [BLOCKS, BLOCKSIZE])
-    # As integers the bits of |w| order as the numbers do, with NaN above them all: a NaN is never lost.
-    absmax = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # [BLOCKS]
-    inverse = tl.math.div_rn(1.0, tl.maximum(absmax, _TINY_BITS).to(tl.float32, bitcast=True))
-    code = _code_of(tl.reshape(w * inverse[:, None], [STEP]), codes, bounds, BINS)
+    block = tl.arange(0, BLOCKS)
+    if scale_ptr is None:
+        # As integers the bits of |w| order as the numbers do, with NaN above them all: a NaN is never lost.
+        absmax = tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)  # [BLOCKS]
+        inverse = tl.math.div_rn(1.0, tl.maximum(absmax, _TINY_BITS).to(tl.float32, bitcast=True))
+        tl.store(absmax_ptr + tile * BLOCKS + block, absmax.to(tl.float32, bitcast=True), mask=block < live)
+        w = w * inverse[:, None]
+    else:
+        scale = tl.load(scale_ptr + tile * BLOCKS + block, mask=block < live, other=1.0)
+        w = tl.math.div_rn(w, tl.broadcast_to(scale[:, None], [BLOCKS, BLOCKSIZE]))
+    code = _code_of(tl.reshape(w, [STEP]), codes, bounds, BINS)
     words = tl.sum(tl.reshape(code, [STEP // 8, 8]) << nibble_shifts()[None, :], axis=1)  # [STEP / 8]
     word = tl.arange(0, STEP // 8)
     words_ptr = packed_ptr.to(tl.pointer_type(tl.int32)) + tile * (STEP // 8)
     tl.store(words_ptr + word, words, mask=word // (BLOCKSIZE // 8) < live)
-    block = tl.arange(0, BLOCKS)
-    tl.store(absmax_ptr + tile * BLOCKS + block, absmax.to(tl.float32, bitcast=True), mask=block < live)
 
 
 @triton.jit
 def _quantize_partial_block(
-    w_ptr, codes, bounds, packed_ptr, absmax_ptr, n, BINS: tl.constexpr, BLOCKSIZE: tl.constexpr
+    w_ptr, codes, bounds, packed_ptr, absmax_ptr, scale_ptr, n, BINS: tl.constexpr, BLOCKSIZE: tl.constexpr
 ):
     """The last n % BLOCKSIZE values: divided by absmax, not multiplied, and absmax is at least 1e-38 (as in torch)."""
     block = n // BLOCKSIZE
-    i = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
-    w = tl.load(w_ptr + i, mask=i < n, other=0.0).to(tl.float32)
-    absmax = tl.maximum(tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0), _TINY_BITS)
-    absmax = absmax.to(tl.float32, bitcast=True)
-    tl.store(absmax_ptr + block, absmax)
+    if scale_ptr is None:
+        i = block * BLOCKSIZE + tl.arange(0, BLOCKSIZE)
+        w = tl.load(w_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+        absmax = tl.maximum(tl.max(w.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0), _TINY_BITS)
+        absmax = absmax.to(tl.float32, bitcast=True)
+        tl.store(absmax_ptr + block, absmax)
+    else:
+        absmax = tl.load(scale_ptr + block)
     PART: tl.constexpr = BLOCKSIZE if BLOCKSIZE < _PART else _PART
     for start in range(block * BLOCKSIZE, n, PART):
         value = start + tl.arange(0, PART)
@@ -119,7 +137,8 @@ def _quantize_kernel(
     codes_ptr,  # i32 [64] by bin, or [16]
     bounds_ptr,  # fp32 [64] by bin, or [16]
     packed_ptr,  # u8 [ceil(n / 2)], 4-byte aligned
-    absmax_ptr,  # fp32 [blocks]
+    absmax_ptr,  # fp32 [blocks], or None: it is not asked for
+    scale_ptr,  # None, or fp32 [blocks]: divide by it in place of absmax
     n: tl.int64,
     BINS: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
@@ -133,13 +152,18 @@ def _quantize_kernel(
     BLOCKS: tl.constexpr = STEP // BLOCKSIZE
     if (first + STEPS) * STEP <= n:
         for step in tl.static_range(STEPS):
-            _quantize_tile(w_ptr, codes, bounds, packed_ptr, absmax_ptr, first + step, BLOCKS, BINS, BLOCKSIZE, STEP)
+            _quantize_tile(
+                w_ptr, codes, bounds, packed_ptr, absmax_ptr, scale_ptr, first + step, BLOCKS, BINS, BLOCKSIZE, STEP
+            )
     else:
         for tile in range(first, tl.cdiv(n, STEP)):
             live = tl.minimum(n // BLOCKSIZE - tile * BLOCKS, BLOCKS).to(tl.int32)
-            _quantize_tile(w_ptr, codes, bounds, packed_ptr, absmax_ptr, tile, live, BINS, BLOCKSIZE, STEP)
+            _quantize_tile(
+                w_ptr, codes, bounds, packed_ptr, absmax_ptr, scale_ptr,
+                tile, live, BINS, BLOCKSIZE, STEP,
+            )  # fmt: skip
         if n % BLOCKSIZE > 0:
-            _quantize_partial_block(w_ptr, codes, bounds, packed_ptr, absmax_ptr, n, BINS, BLOCKSIZE)
+            _quantize_partial_block(w_ptr, codes, bounds, packed_ptr, absmax_ptr, scale_ptr, n, BINS, BLOCKSIZE)
 
 
 @triton.jit
@@ -169,12 +193,11 @@ def _dequantize_tail(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels, out_ptr,
     n, BLOCKSIZE: tl.constexpr,
 ):  # fmt: skip
-    """The last n % 32 values: they share one block, and their bytes need not fill a word."""
+    """The last n % 32 values: their bytes need not fill a word."""
     i = n // 32 * 32 + tl.arange(0, 32)
     byte = tl.load(packed_ptr + i // 2, mask=i < n, other=0).to(tl.int32)
     code = (byte >> (4 - i % 2 * 4).to(tl.int32)) & 15
-    block = (n - 1) // BLOCKSIZE
-    absmax = load_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, block, 1, 1)  # [1]
+    absmax = load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, i // BLOCKSIZE, i < n)
     tl.store(out_ptr + i, (tl.gather(levels, code, 0) * absmax).to(out_ptr.dtype.element_ty), mask=i < n)
 
 
@@ -192,6 +215,18 @@ def _dequantize_kernel(
     STEP: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    dequantize_program(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, out_ptr, n,
+        BLOCKSIZE, STEP, STEPS,
+    )  # fmt: skip
+
+
+@triton.jit
+def dequantize_program(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, out_ptr,
+    n, BLOCKSIZE: tl.constexpr, STEP: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """The values of this program."""
     levels = tl.load(levels_ptr + tl.arange(0, 16))
     first = tl.program_id(0).to(tl.int64) * STEPS
     if (first + STEPS) * STEP <= n:
@@ -212,16 +247,19 @@ def _dequantize_kernel(
         )
 
 
-def _tiles(step: int, blocksize: int) -> dict[str, int]:
+def tiles_of(step: int, blocksize: int) -> dict[str, int]:
     """Constexprs that cut a program of PROGRAM values into steps of `step` values, or of one larger block."""
     step = max(step, blocksize)
     return {"BLOCKSIZE": blocksize, "STEP": step, "STEPS": PROGRAM // step}
 
 
+def words(packed: Tensor) -> Tensor:
+    """`packed` where 32-bit words begin: a slice of a bigger buffer may not, and kernels read words."""
+    return packed.clone() if packed.data_ptr() % 4 else packed
+
+
 def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
-    packed, state = weight.values, weight.quant_state
-    if packed.data_ptr() % 4:  # a slice of a bigger buffer: the kernel reads words
-        packed = packed.clone()
+    packed, state = words(weight.values), weight.quant_state
     out = torch.empty(state.shape, dtype=dtype, device=packed.device)
     n = out.numel()
     launch(
@@ -231,11 +269,11 @@ def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
         state.absmax,
         state.nested_absmax,
         state.nested_offset,
-        dynamic_map(packed.device) if state.nested else None,
+        absmax_map(state.quant_type, packed.device) if state.nested else None,
         levels(state.quant_type, packed.device),
         out,
         n,
-        **_tiles(STEP, state.blocksize),
+        **tiles_of(STEP, state.blocksize),
         fp_fusion=False,
     )
     return out
@@ -247,24 +285,33 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
+    absmax = torch.empty(packed_sizes(w.numel(), blocksize)[1], dtype=torch.float32, device=w.device)
+    return _codes(w, absmax, None, blocksize, quant_type), absmax
+
+
+def encode_4bit(w: Tensor, scale: Tensor, blocksize: int, quant_type: str) -> Tensor:
+    return _codes(w, None, scale, blocksize, quant_type)
+
+
+def _codes(w: Tensor, absmax: Tensor | None, scale: Tensor | None, blocksize: int, quant_type: str) -> Tensor:
+    """The packed codes of w by `scale`, or by its absmax, which is written."""
     n, device = w.numel(), w.device
-    n_bytes, blocks = packed_sizes(n, blocksize)
-    packed = torch.empty(n_bytes, dtype=torch.uint8, device=device)
-    absmax = torch.empty(blocks, dtype=torch.float32, device=device)
+    packed = torch.empty(packed_sizes(n, blocksize)[0], dtype=torch.uint8, device=device)
     codes, bounds, by_bin = code_table(quant_type, device)
-    tiles = _tiles(QUANTIZE_STEP, blocksize)
-    grid = (cdiv(n, PROGRAM),)
-    launch(_quantize_kernel, grid, w, codes, bounds, packed, absmax, n, BINS=by_bin, **tiles, fp_fusion=False)
-    return packed, absmax
+    launch(
+        _quantize_kernel, (cdiv(n, PROGRAM),),
+        w, codes, bounds, packed, absmax, scale, n, BINS=by_bin, **tiles_of(QUANTIZE_STEP, blocksize), fp_fusion=False,
+    )  # fmt: skip
+    return packed
 
 
-def _dequantize_case(blocksize: int, double_quant: bool, dtype: str) -> Case:
-    weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=double_quant)
+def _dequantize_case(blocksize: int, double_quant: bool, dtype: str, quant_type: str = "nf4") -> Case:
+    weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=double_quant, quant_type=quant_type)
     absmax_bytes = 1 + 4 / NESTED_BLOCKSIZE if double_quant else 4
     fp32 = dtype == "fp32"  # half as many values to a 128-bit store: more absmax and addresses a value
     return Case(
         kernel="nf4_dequantize",
-        config=f"b{blocksize}-{'double-' if double_quant else ''}{dtype}",
+        config="-".join([f"b{blocksize}", *["double"] * double_quant, dtype, *[quant_type] * (quant_type != "nf4")]),
         call=lambda: dequantize_4bit(weight, DTYPES[dtype]),
         fn=_dequantize_kernel,
         values=PROGRAM,
@@ -300,6 +347,23 @@ def _quantize_case(blocksize: int, dtype: str, bins: bool = True) -> Case:
     )
 
 
+def _encode_case(quant_type: str, dtype: str) -> Case:
+    w, blocksize = meta(4096 * 4096 + 1, dtype=dtype), default_blocksize(quant_type)
+    scale = meta(packed_sizes(w.numel(), blocksize)[1])
+    return Case(
+        kernel="nf4_quantize",
+        config=f"scales-b{blocksize}-{dtype}",
+        call=lambda: encode_4bit(w, scale, blocksize, quant_type),
+        fn=_quantize_kernel,
+        values=PROGRAM,
+        bytes_per_value=(4 if dtype == "fp32" else 2) + 0.5 + 4 / blocksize,
+        launches=4,  # the largest value of each block, its scale, and the scale's number
+        max_instr=34.5,
+        min_load_bits=128,
+        min_store_bits=32,
+    )
+
+
 # All that the launchers may be asked for, with three exceptions. 16 bits are bf16: fp16 differs in the conversion
 # alone, and is compiled at the default blocksize, and where there is no bf16. The search of other data types differs
 # from the bins in a few instructions a value, and is compiled at the default and the largest blocksize.
@@ -307,4 +371,6 @@ CASES = [
     *[_dequantize_case(size, double, dtype) for size in BLOCKSIZES for double in (True, False) for dtype in DTYPES],
     *[_quantize_case(size, dtype) for size in BLOCKSIZES for dtype in DTYPES],
     *[_quantize_case(size, dtype, bins=False) for size in (64, 4096) for dtype in DTYPES],
+    *[_dequantize_case(16, True, dtype, "nvfp4") for dtype in DTYPES],
+    *[_encode_case(quant_type, dtype) for quant_type in BLOCK_FORMATS for dtype in ("bf16", "fp32")],
 ]

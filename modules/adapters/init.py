@@ -50,11 +50,17 @@ def initialise(layer: LoRALinear, init: str) -> None:
     elif init.startswith("pissa"):
         _, _, niter = init.partition("_niter_")
         how = {"method": "randomized", "niter": int(niter)} if niter else {}
-        lora_A, lora_B = _of_each(dense_weight(layer.base), lambda w: decompose(w, layer.rank, **how))
+        lora_A, lora_B = _of_each(_weight(layer), lambda w: decompose(w, layer.rank, **how))
         layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5, part_of_weight=True)
     elif init == "olora":
-        q, r = torch.linalg.qr(dense_weight(layer.base).float())
+        q, r = torch.linalg.qr(_weight(layer).float())
         layer.start_at(r[..., : layer.rank, :], q[..., : layer.rank], part_of_weight=True)
+
+
+def _weight(layer: LoRALinear) -> Tensor:
+    """The base's weight; of experts those that have an adapter."""
+    weight, chosen = dense_weight(layer.base), getattr(layer, "chosen", None)
+    return weight if chosen is None else weight[chosen]
 
 
 def _of_each(weight: Tensor, factors: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -161,9 +167,9 @@ class _Components:
         return nn.functional.normalize(self.scaled[: self.rank], dim=1)
 
 
-def check_init(init: str, bases: Mapping[str, nn.Module], calibration: Iterable[dict] | None) -> None:
-    """Raise ValueError if `init` needs dense bases or calibration batches, and they are not given; or experts are among
-    the bases, and it is not for them.
+def check_init(init: str, bases: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if `init` needs dense bases, and they are packed; or experts are among them, and it is not for
+    experts.
 
     Args:
         bases: the linears that get an adapter, by full name.
@@ -176,7 +182,3 @@ def check_init(init: str, bases: Mapping[str, nn.Module], calibration: Iterable[
             f"init={init} is not for experts, and {experts[0]} has theirs: leave them out with "
             "exclude_modules=[experts], or choose default, gaussian, orthogonal, pissa or olora"
         )
-    if init == "eva" and calibration is None:
-        raise ValueError("init=eva needs calibration batches: attach(…, calibration=[{'input_ids': …}, …])")
-    if init != "eva" and calibration is not None:
-        raise ValueError(f"calibration batches are for init=eva, not init={init}")

@@ -176,6 +176,8 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     experts = [name for name in names if is_experts(linears[name])]
     if experts and config.adapter == "houlsby":
         raise ValueError(f"{experts[0]} has the weights of experts, which adapter=houlsby is not for: leave it out")
+    if not experts and (config.experts is not None or config.shared_factor != "none"):
+        raise ValueError("experts and shared_factor are about experts, and none of the adapted linears has theirs")
     for setting in ("rank_pattern", "alpha_pattern"):
         used = {matching_key(getattr(config, setting), name) for name in names}
         if idle := [key for key in getattr(config, setting) if key not in used]:

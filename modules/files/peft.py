@@ -53,8 +53,8 @@ _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter under the names in its file, which are PEFT's if PEFT has this kind of adapter.
 
-    Those of experts are not yet in PEFT's layout, see peft_experts.py. PiSSA and OLoRA become a plain LoRA of twice the
-    rank, which computes the same.
+    Those of experts are of all experts, and not yet in PEFT's layout, see peft_experts.py. PiSSA and OLoRA become a
+    plain LoRA of twice the rank, which computes the same.
 
     Args:
         name: of the adapter; None: the active adapter.
@@ -70,7 +70,7 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
         lora_A, lora_B = module.factors()
         state |= {f"{PREFIX}{path}.lora_A.weight": lora_A, f"{PREFIX}{path}.lora_B.weight": lora_B}
         if isinstance(module, DoRALinear):
-            state[f"{PREFIX}{path}.lora_magnitude_vector"] = module.magnitude
+            state[f"{PREFIX}{path}.lora_magnitude_vector"] = module.whole_magnitude()
         if module.bias is not None:
             state[f"{PREFIX}{path}.base_layer.bias"] = module.bias
     return state
@@ -116,6 +116,7 @@ def _config_file(
         adapted = [path for path, module in adapter.modules.items() if isinstance(module, LoRALinear)]
         return CONFIG_FILE, write_config(model, config, adapted, base_model_name)
     if not is_prompt_tuning(config):
+        config = replace(config, experts=None, shared_factor="none")  # each expert has its own tensors in the file
         return OUR_CONFIG_FILE, our_config(config, base_model_name)
     [(tokens, d)] = (tensor.shape for tensor in state.values())
     heads = model.config.get_text_config().num_attention_heads

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels import Weight, dequantize_4bit, quantize_4bit
+from kernels.codebook import BLOCK_FORMATS
 from kernels.dropout import seed_of
-from tests.kernels.linear_cases import dropout_seed, plain_linear, randn
+from tests.kernels.linear_cases import BASES, dropout_seed, plain_linear, randn
 
 KINDS = ("linear", "lora", "dora")
 SCALING = 1.5
@@ -39,12 +40,13 @@ class Shape:
         return "-".join(parts)
 
 
-SHAPES = (
-    Shape((3, 0, 9, 1)),  # one without a row
-    Shape((0, 0, 11, 0), columns=33, out=17, rank=3, bias=True),  # all on one
-    Shape((0, 1), columns=130, out=95, rank=1, bias=True, p=0.3),  # one row in all
-    Shape((5, 4, 3), nobody=4, columns=96, out=80, rank=33, p=0.1),
-    Shape((2, 20), nobody=1, columns=64, out=40, rank=64, bias=True),
+CASES = (  # with the kind of weight
+    *[(Shape((3, 0, 9, 1), columns=64, out=48), kind) for kind in BASES],  # one without a row
+    (Shape((0, 0, 11, 0), columns=33, out=17, rank=3, bias=True), "nf4-double"),  # all on one
+    (Shape((0, 1), columns=130, out=95, rank=1, bias=True, p=0.3), "nf4"),  # one row in all
+    (Shape((5, 4, 3), nobody=4, columns=96, out=40, rank=33, p=0.1), "dense"),
+    (Shape((2, 20), nobody=1, columns=64, out=40, rank=64, bias=True), "nf4-double"),
+    *[(Shape((3, 0, 5), columns=64, out=24, rank=4), kind) for kind in BLOCK_FORMATS],
 )
 
 
@@ -53,7 +55,10 @@ def make_experts(kind: str, shape: Shape, dtype: torch.dtype, blocksize: int = 6
     dense = randn(len(shape.rows), shape.out, shape.columns, seed=1, dtype=dtype) / shape.columns**0.5
     if kind == "dense":
         return Weight(dense), dense.float()
-    packed, state = quantize_4bit(dense, blocksize, double_quant=kind == "nf4-double")
+    if kind in BLOCK_FORMATS:
+        packed, state = quantize_4bit(dense, quant_type=kind)
+    else:
+        packed, state = quantize_4bit(dense, blocksize, double_quant=kind == "nf4-double")
     return Weight(packed, state), dequantize_4bit(packed, state, torch.float32)
 
 

@@ -44,7 +44,7 @@ def by_formula(plain: nn.Module, adapted: nn.Module) -> nn.Module:
         for expert, a, b in zip(experts, *factors):
             v = expert + layer.scaling * b @ a
             if hasattr(layer, "magnitude"):
-                rows = layer.magnitude.double().view(len(experts), -1)[len(merged)]
+                rows = layer.whole_magnitude().double().view(len(experts), -1)[len(merged)]
                 v = rows[:, None] * v / v.norm(dim=1, keepdim=True)
             merged.append(v)
         module = model.get_submodule(parent)

@@ -13,13 +13,17 @@ from modules import (
     decoder_linears,
     dequantize,
     detach,
+    load_adapter,
     merge,
     quantize,
+    save_adapter,
     set_adapter,
     trainable_parameters,
+    unfuse,
     unmerge,
 )
 from modules.experts import ExpertsLinear, NF4Experts, take_over_experts
+from modules.fused import compute_mlps_in_parts
 from modules.norms import Norms
 from tests.modules.architectures import scramble
 from tests.modules.moe_cases import IDS, MODELS, by_formula, experts_of, moe_model, outputs
@@ -276,3 +280,99 @@ def test_experts_that_train_whole():
     for name, parameter in trained.items():
         want = plain.get_parameter(name.removesuffix(".weight")).grad
         assert (parameter.grad - want).norm() < 1e-4 * want.norm()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_chosen_experts_alone_are_adapted(tmp_path, kind, adapter):
+    plain = moe_model(kind)
+    model = copy.deepcopy(plain)
+    attach(model, adapter, rank=4, experts=[2, 0])
+    scramble(model)
+    for layer in experts_of(model).values():
+        assert layer.lora_A.shape[0] == layer.lora_B.shape[0] == 2 and layer.chosen.tolist() == [0, 2]
+        lora_A, lora_B = layer.factors()
+        assert not lora_A[[1, 3]].any() and not lora_B[[1, 3]].any() and lora_B[[0, 2]].any()
+    want = outputs(model)
+    torch.testing.assert_close(want.double(), outputs(by_formula(plain, model)), rtol=2e-4, atol=2e-4)
+    gradients(model)
+    assert all(parameter.grad.any() for parameter in trainable_parameters(model).values())
+    merge(model)
+    base = {name: layer.base for name, layer in model._adapters.named["default"].modules.items() if "experts" in name}
+    for name, linear in base.items():
+        merged = model.get_submodule(name).weight
+        assert torch.equal(merged[[1, 3]], linear.weight[[1, 3]]) and not torch.equal(merged, linear.weight)
+    unmerge(model)
+    save_adapter(model, tmp_path)
+    again = copy.deepcopy(plain)
+    load_adapter(again, tmp_path)
+    torch.testing.assert_close(outputs(again), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_experts_share_a_factor(factor):
+    plain = moe_model("qwen3_moe")
+    model = copy.deepcopy(plain)
+    attach(model, "dora", rank=4, shared_factor=factor)
+    scramble(model)
+    for layer in experts_of(model).values():
+        assert getattr(layer, f"lora_{factor}").shape[0] == 1
+    torch.testing.assert_close(outputs(model).double(), outputs(by_formula(plain, model)), rtol=2e-4, atol=2e-4)
+    gradients(model)
+    for layer in experts_of(model).values():
+        assert getattr(layer, f"lora_{factor}").grad.any()
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama4_text"])
+def test_experts_that_calibration_reaches(kind):
+    model = moe_model(kind)
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith(("gate", "router")):
+            module.register_forward_hook(lambda _, __, out, name=name: seen.setdefault(name, []).append(out))
+    batch = {"input_ids": IDS[:, :2], "attention_mask": torch.tensor([[1, 0], [1, 1]])}
+    attach(model, "lora", rank=2, experts="reached", calibration=[batch])
+    for name, layer in experts_of(model).items():
+        [out] = next(seen[gate] for gate in seen if gate.split(".")[2] == name.split(".")[2])[:1]
+        # the router's choice for tokens 0, 2 and 3; token 1 is padding
+        chosen = out[2][[0, 2, 3]] if kind == "qwen3_moe" else out[1][[0, 2, 3]].topk(2).indices
+        assert layer.chosen.tolist() == sorted(set(chosen.flatten().tolist())), name
+    assert any(len(layer.chosen) < layer.base.num_experts for layer in experts_of(model).values())
+
+
+@pytest.mark.parametrize(
+    "settings, error",
+    [
+        ({"experts": [0, 4]}, "experts: 4 is not one of the 4"),
+        ({"experts": []}, "give different whole numbers"),
+        ({"experts": [1, 1]}, "give different whole numbers"),
+        ({"experts": "some"}, "give different whole numbers, as in .*, or reached"),
+        ({"experts": "reached"}, "experts=reached needs calibration batches"),
+        ({"experts": [0], "target_modules": ["q_proj"]}, "none of the adapted linears has theirs"),
+        ({"shared_factor": "C"}, "shared_factor='C' is not one of none, A, B"),
+        ({"shared_factor": "A", "init": "pissa"}, "init=pissa starts each expert's A and B"),
+    ],
+)
+def test_bad_choices_of_experts_are_refused(settings, error):
+    model = moe_model("qwen3_moe")
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match=error):
+        attach(model, "lora", rank=2, **settings)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "nemotron_h"])
+def test_experts_in_parts_give_the_same(kind):
+    model = moe_model(kind)
+    quantize(model)
+    adapted(model)
+    want = gradients(model)
+    grads = {name: p.grad.clone() for name, p in trainable_parameters(model).items()}
+    model.zero_grad()
+    names = compute_mlps_in_parts(model, 7)
+    assert any(name.endswith("experts") for name in names)
+    torch.testing.assert_close(gradients(model), want, rtol=1e-4, atol=1e-4)
+    for name, parameter in trainable_parameters(model).items():
+        assert (parameter.grad - grads[name]).norm() <= 1e-4 * grads[name].norm()
+    unfuse(model)
+    assert torch.equal(outputs(model), want)

@@ -320,6 +320,7 @@ def _templates(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
         "an include": "{% include '/etc/passwd' %}",
         "an import": "{% import 'os' as os %}{{ os.system('true') }}",
         "a range": "{% for i in range(999999999) %}x{% endfor %}",
+        "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "a string": "{{ 'x' * 9999999999 }}",
         "a format": "{{ '%99999999999d' % 1 }}",
         "depth": "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}",

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -25,9 +26,10 @@ from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, repeatable_recor
 from tests.torture.damaged import shown
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby", "prefix_embed", "prefix_layer")
-KINDS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGINT twice")
+KINDS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGINT twice", "no memory")
+LEFT = 2**19  # bytes that a process may have on top when it has no memory
 LIMIT = 600  # seconds that a process may take on a busy machine
-SECONDS_TO_END = 60  # of what is left of a session after its first process has gone
+SECONDS_TO_END = 300  # on a busy machine, of what is left of a session after its first process has gone
 
 
 @dataclass
@@ -54,6 +56,15 @@ class Command:
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, number)
+
+    def take_memory(self) -> None:
+        """From now on there is next to none left for it."""
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+            lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            for line in lines:
+                if line.startswith("VmData:"):
+                    limit = int(line.split()[1]) * 1024 + LEFT
+                    resource.prlimit(self.process.pid, resource.RLIMIT_DATA, (limit, limit))
 
     def end(self) -> Ended:
         self.process.join(LIMIT)
@@ -142,8 +153,13 @@ def _once(arguments: list[str], kind: str, moment: float, folder: Path, rng: Ran
     findings = []
     command = Command(arguments, folder)
     command.process.join(moment)
-    number = signal.Signals[kind.split()[0]]
-    command.signal(number)
+    if kind == "no memory":
+        command.take_memory()
+        codes = (0, 1, -signal.SIGABRT)  # libraries in C++ and Rust may abort
+    else:
+        number = signal.Signals[kind.split()[0]]
+        command.signal(number)
+        codes = (0, -number, 128 + number)
     if kind.endswith("twice"):
         command.process.join(rng.random() / 2)
         command.signal(number)
@@ -152,7 +168,7 @@ def _once(arguments: list[str], kind: str, moment: float, folder: Path, rng: Ran
         findings.append(f"left running: {ended.orphans}")
     if "Traceback" in ended.text:
         findings.append(f"traceback: {ended.text[-600:]}")
-    if ended.code not in (0, -number, 128 + number):
+    if ended.code not in codes or (ended.code == 1) != ("error: " in ended.text):
         findings.append(f"exit code {ended.code}: {ended.text[-300:]}")
     if "-m" in arguments:
         again = arguments

@@ -1,9 +1,15 @@
 """Turns of published chat templates: where they begin and end, and what becomes a sample."""
 
+import signal
+
 import pytest
 
+from experiments.config import DataConfig
+from experiments.data import rendering
 from experiments.data.chat import encode, split
+from experiments.data.named_templates import set_template
 from experiments.data.template import chat_template
+from experiments.errors import UserError
 from tests.experiments.data import templates
 from tests.experiments.data.conversations import conversation, labelled
 from tests.experiments.data.templates import tokenizer
@@ -163,3 +169,24 @@ def test_a_template_that_fails_is_one_line():
     sample = conversation("user: U", "assistant: a")
     with pytest.raises(ValueError, match=r"refuses this conversation: can only concatenate str"):
         samples(sample, tokenizer("{{ 'a' + messages }}"))
+
+
+LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ messages }}"
+
+
+@pytest.mark.parametrize("source", [LOOPS, LOOPS + "{% generation %}{% endgeneration %}"], ids=["plain", "marked"])
+def test_a_template_that_loops_without_end(source, monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 0.2)
+    handler = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(UserError, match=r"template takes more than 0.2 s for one conversation: use another one, data"):
+        chat_template(tokenizer(source)).marked([{"role": "user", "content": "a"}])
+        chat_template(tokenizer(source)).render([{"role": "user", "content": "a"}])
+    assert signal.getsignal(signal.SIGVTALRM) == handler and signal.getitimer(signal.ITIMER_VIRTUAL)[0] == 0
+
+
+def test_a_file_with_a_template_that_loops_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(rendering, "SECONDS", 0.2)
+    (tmp_path / "t.jinja").write_text(LOOPS)
+    cfg = DataConfig(chat_template=str(tmp_path / "t.jinja"))
+    with pytest.raises(UserError, match=r"takes more than 0.2 s for one conversation"):
+        set_template(cfg, tokenizer(templates.QWEN3))

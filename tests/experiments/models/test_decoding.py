@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from experiments.errors import UserError
 from experiments.models import decoding, generation
 from experiments.models.generation import Kept, Sampling, generate
-from experiments.system import machine
+from experiments.system import memory
 from tests.survey import life, small
 
 PROMPTS = [list(range(3, 24)), [7, 9], list(range(40, 52))]
@@ -116,7 +116,7 @@ def test_a_conversation_reads_only_what_is_new_and_outgrows_its_cache(llama):
 def test_a_batch_that_does_not_fit_names_the_number_that_does(llama, monkeypatch):
     row = decoding.bytes_per_column(llama) * 64
     assert row == 2 * 2 * 2 * 16 * 4 * 64  # keys and values, layers, heads, their size, fp32, columns
-    monkeypatch.setattr(machine, "free_bytes", lambda device: 2 * row + 1)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 2 * row + 1)
     with pytest.raises(UserError, match=r"3 rows of 64 tokens take .* 2 rows fit"):
         generate(llama, life.tokenizer(), PROMPTS, Sampling(5))
     assert len(generate(llama, life.tokenizer(), PROMPTS[:2], Sampling(5)).ids) == 2

@@ -7,7 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from experiments.config import Config, ModelConfig, resolve
 from experiments.errors import UserError
@@ -18,6 +26,7 @@ from experiments.plan import claims
 from experiments.plan.budget import budget, planned_model, shard_bytes, stored
 from experiments.plan.cards import CARDS
 from experiments.plan.measure import allocated, measure
+from experiments.plan.packs import pack_inputs
 from experiments.plan.simulate import Step, loss_of, simulate
 from experiments.runs.result_numbers import nbytes
 from experiments.system.cli import composed
@@ -25,6 +34,7 @@ from experiments.training.engines import FSDP
 from experiments.training.optim import make_optimizer
 from modules import AdamW, parameter_groups
 from modules.paging import PAGE_BYTES
+from tests.survey import small
 
 CPU = torch.device("cpu")
 PUBLISHED = {  # parameters, as the files on the Hugging Face hub have them
@@ -122,6 +132,46 @@ def test_the_peak_is_within_a_tenth_of_what_is_measured(settings, small_llama):
     needs = budget(cfg, dtype, batch=2, seq=192, on_cpu=True)
     assert needs.peak(cfg.trainer.gradient_checkpointing) == pytest.approx(measured.peak, rel=0.1)
     assert measured.gradients == needs.gradients and measured.state == needs.state
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "packing"),
+    [
+        ("llama", "bfloat16", True),
+        ("gemma3", "float32", True),  # two masks, of which one has a window
+        ("gpt2", "bfloat16", True),  # attention with dropout, which no kernel has
+        ("gemma3", "bfloat16", False),
+    ],
+)
+def test_the_peak_with_masks(kind, dtype, packing, tmp_path):
+    """Of a pack of shorter samples: a block of queries sees the keys of few of them."""
+    sizes = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"intermediate_size": 128, "num_key_value_heads": 2, "head_dim": 16}
+    types = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 128}
+    model = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, **more)),
+        "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **more, **types)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)),
+    }
+    model[kind]().save_pretrained(tmp_path)
+    tiny_model(torch.float32, seed=0)[1].save_pretrained(tmp_path)
+    packs = ["data.packing=true", "trainer.tokens=768"] if packing else []
+    more = [f"trainer.dtype={dtype}", "trainer.gradient_checkpointing=true", *packs]
+    cfg = config("model=hf", f"model.path={tmp_path}", "+method=qlora", "rank=4", *more)
+    measured = measure(cfg, CPU, getattr(torch, dtype), batch=8, seq=96)
+    needs = budget(cfg, getattr(torch, dtype), batch=8, seq=96, on_cpu=True)
+    assert needs.peak(True) == pytest.approx(measured.peak, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "masks"),
+    [("llama", 0), ("mistral", 0), ("gemma3_text", 0), ("opt", 0), ("gemma2", 2), ("gpt_oss", 2), ("falcon", 1)],
+)
+def test_masks_of_packs_on_a_gpu(model_type, masks):
+    """As tests/experiments/training/test_packing.py finds what keeps samples apart there."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(small.config_of(model_type))
+    assert len(pack_inputs(model, 4096, 512, on_cpu=False)[1]) == masks
 
 
 def test_pages_on_the_device(small_llama, tmp_path):

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
 from experiments.config import resolve
 from experiments.data.chat import Example
@@ -14,6 +15,7 @@ from experiments.training.loop import Trainer
 from experiments.training.offload import Offload
 from modules import unfuse
 from modules.fused.chunked import ChunkedMLP
+from tests.experiments.helpers import tiny
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby")
 
@@ -149,3 +151,12 @@ def test_bad_input_is_one_line(command, given, message):
     method = [] if "+method=full" in given else ["+method=lora"]
     code, text = command(*method, *given)
     assert code == 1 and message in text and "Traceback" not in text, text
+
+
+def test_a_model_without_such_mlps_is_named(tmp_path, command):
+    OPTForCausalLM(OPTConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64,
+                             word_embed_proj_dim=32)).save_pretrained(tmp_path)  # fmt: skip
+    tiny()[1].save_pretrained(tmp_path)
+    code, text = command("+method=lora", "model=hf", f"model.path={tmp_path}", "trainer.mlp_tokens=8")
+    assert code == 1, text
+    assert "error: trainer.mlp_tokens=8: no MLP of OPTDecoderLayer can be computed in parts: leave it out" in text

@@ -19,9 +19,9 @@ from tests.survey import small
         ("mistral", "_positions"),  # a sliding window shorter than the probe
         ("gemma3_text", "_positions"),
         ("qwen3_moe", "_positions"),
-        ("opt", "_positions_and_masks"),
-        ("gpt_oss", "_positions_and_masks"),
-        ("falcon", "_positions_and_masks"),
+        ("opt", "positions_and_masks"),
+        ("gpt_oss", "positions_and_masks"),
+        ("falcon", "positions_and_masks"),
     ],
 )
 def test_models_that_keep_samples_apart(model_type, way):
@@ -45,11 +45,11 @@ def test_models_that_mix_them_are_refused_by_name(model_type):
         ("llama", "_positions_and_boundaries"),
         ("mistral", "_positions_and_boundaries"),  # a sliding window shorter than the probe
         ("gemma3_text", "_positions_and_boundaries"),
-        ("gemma2", "_positions_and_masks"),  # a softcap
-        ("gpt_oss", "_positions_and_masks"),  # sinks
-        ("llama4_text", "_positions_and_masks"),  # chunks of attention
+        ("gemma2", "positions_and_masks"),  # a softcap
+        ("gpt_oss", "positions_and_masks"),  # sinks
+        ("llama4_text", "positions_and_masks"),  # chunks of attention
         ("opt", "_positions_and_boundaries"),
-        ("falcon", "_positions_and_masks"),  # its code asks for the name of the implementation
+        ("falcon", "positions_and_masks"),  # its code asks for the name of the implementation
     ],
 )
 def test_what_a_gpu_keeps_samples_apart_by(model_type, way, monkeypatch):
@@ -62,11 +62,11 @@ def test_the_longest_window_is_told_of(monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen_reference)
     model = small.build("llama")
     model.config.sliding_window = 4096  # of which its layers know nothing
-    assert packing_of(model, ON_GPU).__name__ == "_positions_and_masks"
+    assert packing_of(model, ON_GPU).__name__ == "positions_and_masks"
 
 
 def test_without_the_kernel_there_are_masks():
-    assert packing_of(small.build("llama"), ON_GPU).__name__ == "_positions_and_masks"
+    assert packing_of(small.build("llama"), ON_GPU).__name__ == "positions_and_masks"
 
 
 def row(model: PreTrainedModel, samples: list[torch.Tensor]) -> torch.Tensor:
