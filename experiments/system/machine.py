@@ -19,6 +19,9 @@ from experiments.system import parallel
 from kernels import cpu
 from kernels.cpu.others import OthersLoad, crowded
 
+MOST_THREADS = (
+    16  # unless trainer.threads says otherwise: the products of a small model's tokens are too small for more
+)
 HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
 LOAD = OthersLoad()  # since this program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -75,7 +78,7 @@ def set_up_cpu(trainer: TrainerConfig) -> None:
     threads = min(torch.get_num_threads(), usable_cores())
     if parallel.size() > 1:  # torchrun tells every process to use one thread
         threads = max(1, usable_cores() // parallel.local_size())
-    torch.set_num_threads(trainer.threads or threads)
+    torch.set_num_threads(trainer.threads or min(threads, MOST_THREADS))
     cpu.threads.share_cores()
     _allocator(mapped_from=2**17)
 
@@ -138,6 +141,8 @@ def describe(device: torch.device, dtype: torch.dtype) -> str:
     name, threads = device_name(device), torch.get_num_threads()
     if device.type == "cpu":
         name += f", {threads} thread{'s' if threads > 1 else ''}"
+        cores = usable_cores() // parallel.local_size()
+        name += f" for {cores} cores, trainer.threads={cores} for all" if threads == MOST_THREADS < cores else ""
     why = "" if has_native_bf16(device) else ", which has no bf16 matmul"
     if device.type == "cpu" and dtype == torch.bfloat16 and not cpu.threads.available():
         why += ", without kernels for CPUs: this PyTorch brings no libgomp"

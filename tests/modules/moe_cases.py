@@ -31,7 +31,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 @torch.no_grad()
 def by_formula(plain: nn.Module, adapted: nn.Module) -> nn.Module:
     """A copy of `plain` in float64 whose weights are those of `adapted`, with its update, by the definition."""
-    model = copy.deepcopy(plain).double()
+    model = copy.deepcopy(plain).double().requires_grad_(True)
     for module in model.modules():
         if hasattr(module, "has_gate"):  # transformers' grouped products have no float64, its loop over experts has
             module.config._experts_implementation = "eager"
@@ -54,6 +54,29 @@ def by_formula(plain: nn.Module, adapted: nn.Module) -> nn.Module:
             stacked = torch.stack(merged)
             getattr(module, name).copy_(stacked.mT if layer.base.in_out else stacked)
     return model
+
+
+def gradients_by_formula(adapted: nn.Module, exact: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of the adapters' parameters, by name, from those of the weights of `by_formula`'s model.
+
+    The norm of DoRA is a constant, as in the paper.
+    """
+    found = {}
+    for path, layer in adapted_linears(adapted).items():
+        stacked = is_experts(layer.base)
+        dw = exact.get_parameter(path if stacked else f"{path}.weight").grad
+        if dw is None:
+            continue
+        dw = dw.mT if stacked and layer.base.in_out else dw
+        lora_A, lora_B = (factor.detach().double() for factor in layer.factors())
+        if hasattr(layer, "magnitude"):
+            v = weight_of(layer.base).dense(torch.float32).double() + layer.scaling * lora_B @ lora_A
+            norm = v.norm(dim=-1, keepdim=True)
+            found[f"{path}.magnitude"] = (dw * v / norm).sum(-1)
+            dw = layer.whole_magnitude().detach().double()[..., None] / norm * dw
+        found[f"{path}.lora_A"] = layer.scaling * lora_B.mT @ dw
+        found[f"{path}.lora_B"] = layer.scaling * dw @ lora_A.mT
+    return found
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
