@@ -15,13 +15,14 @@ import torch
 
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.system import parallel
+from experiments.system import memory, parallel
 from kernels import cpu
 from kernels.cpu.others import OthersLoad, crowded
 
 MOST_THREADS = (
     16  # unless trainer.threads says otherwise: the products of a small model's tokens are too small for more
 )
+SCARCE = 2**32  # bytes of free memory
 HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
 LOAD = OthersLoad()  # since this program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,7 +104,11 @@ def usable_cores() -> int:
 def keep_freed_memory() -> None:
     """Have the allocator reuse freed memory instead of returning it to the system, and keep it in huge pages. A
     training step allocates the same activations again and again, and would get each of their pages anew. While a model
-    is loaded the opposite is better: a dense weight that has been packed should go back."""
+    is loaded the opposite is better: a dense weight that has been packed should go back. So it is where memory is
+    scarce: batches of many lengths leave gaps in a heap that is kept."""
+    free = memory.free_bytes(torch.device("cpu"))
+    if free is not None and free < SCARCE:
+        return
     _allocator(mapped_from=2**30, trimmed_from=-1)
     _huge_pages()
 
