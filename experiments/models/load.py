@@ -27,6 +27,7 @@ from experiments.models.tiny import tiny_model
 from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
+from modules.adapters.base_print import base_print
 from modules.adapters.config import quantized_start
 from modules.adapters.model_code import experts, left_out
 from modules.adapters.targets import biased_modules, decoder_blocks
@@ -112,7 +113,8 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
     if not packed:
         if cfg.quant.name != "none":
             shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
-            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, bar("quantizing"), cfg.quant.type)
+            sizes = blocksizes(cfg.quant, shapes, base_print(model))
+            quantize(model, sizes, cfg.quant.double, bar("quantizing"), cfg.quant.type)
             release_file(model)
         return
     if cfg.quant.name == "none":

@@ -5,6 +5,8 @@ constants. A base in another data type has another hash there, and only what has
 are never packed.
 """
 
+from collections.abc import Mapping
+
 import torch
 import xxhash
 from torch import Tensor, nn
@@ -41,7 +43,7 @@ def base_print(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def is_other_base(written: dict[str, str], here: dict[str, str]) -> bool:
+def is_other_base(written: Mapping[str, str], here: Mapping[str, str]) -> bool:
     """Whether the fingerprints are those of different models."""
     return any(written[part] != here[part] for part in written.keys() & here.keys())
 
