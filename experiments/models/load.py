@@ -203,7 +203,7 @@ def _in_parts(model: PreTrainedModel, tokens: int) -> None:
     if not found:
         raise UserError(f"{told}no MLP of {names} can be computed in parts: leave it out")
     if whole and parallel.is_main():
-        print(f"{told}not of {names}, for all tokens at once")
+        print(f"{told}{names} still compute all tokens at once")
 
 
 def _check_positions(cfg: Config, model: PreTrainedModel) -> None:
