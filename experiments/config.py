@@ -12,9 +12,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from experiments.errors import UserError
-from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, CODEBOOKS
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, CODEBOOKS, quant_types
 from modules import AdapterConfig
-from modules.adapters.config import BASELINES, AdapterSettings, changes_base, quantized_start
+from modules.adapters.config import BASELINES, AdapterSettings, quantized_start
 from modules.paging import PAGE_BYTES
 
 
@@ -31,9 +31,9 @@ class ModelConfig:
 
 @dataclass
 class QuantConfig:
-    name: str = MISSING  # nf4 | fp4 | int4 | tuned | none
-    type: str = "nf4"  # nf4 | fp4 | int4. conf/quant/ sets it; set it yourself for quant=tuned
-    blocksize: int = 64  # weights that share an absmax (not tuned)
+    name: str = MISSING  # nf4 | fp4 | int4 | mxfp4 | nvfp4 | tuned | none
+    type: str = "nf4"  # nf4 | fp4 | int4 | mxfp4 | nvfp4. conf/quant/ sets it; set it yourself for quant=tuned
+    blocksize: int = 64  # weights that share an absmax (not tuned); mxfp4 and nvfp4 have their own
     map: str | None = None  # file with the block size of each linear (tuned)
     double: bool = True  # store absmax in 8 bits
     align: str = "none"  # none | row: refuse block sizes whose blocks would run across rows
@@ -226,11 +226,6 @@ def _check_adapter(cfg: Config) -> None:
         raise UserError(str(error)) from error
     if quantized_start(cfg.init) and cfg.quant.name == "none":
         raise UserError(f"init={cfg.init} makes up for the error of quantizing: choose +method=qlora or +method=qdora")
-    if changes_base(cfg.init) and cfg.quant.name != "none" and cfg.quant.type not in BITSANDBYTES_TYPES:
-        raise UserError(
-            f"init={cfg.init} keeps its base as bitsandbytes does, which has no {cfg.quant.type}: "
-            f"choose quant={' or quant='.join(BITSANDBYTES_TYPES)}"
-        )
 
 
 # The keys whose numbers have bounds, and what these are in words. Not a number is in none of them.
@@ -320,13 +315,24 @@ def _check_packing(config: Config) -> None:
 
 
 def _check_quant(quant: QuantConfig) -> None:
-    if quant.name not in (*CODEBOOKS, "tuned", "none"):
-        raise UserError(f"quant.name={quant.name}: choose {', '.join(CODEBOOKS)}, tuned or none")
-    if quant.type not in CODEBOOKS:
-        raise UserError(f"quant.type={quant.type}: choose {', '.join(CODEBOOKS)}")
-    if quant.name in CODEBOOKS and quant.type != quant.name:
+    if quant.name not in (*quant_types(), "tuned", "none"):
+        raise UserError(f"quant.name={quant.name}: choose {', '.join(quant_types())}, tuned or none")
+    if quant.type not in quant_types():
+        raise UserError(f"quant.type={quant.type}: choose {', '.join(quant_types())}")
+    if quant.name in quant_types() and quant.type != quant.name:
         raise UserError(f"quant.type={quant.type} is not quant={quant.name}: choose quant={quant.type}")
-    if quant.blocksize not in BLOCKSIZES:
+    if quant.type in BLOCK_FORMATS:
+        if quant.name == "tuned":
+            raise UserError(
+                f"quant.type={quant.type}: its blocks have one size, so there is no map: choose quant={quant.type}, or "
+                f"quant.type={' or '.join(CODEBOOKS)}"
+            )
+        fixed = BLOCK_FORMATS[quant.type].blocksize
+        if quant.blocksize != fixed:
+            raise UserError(f"quant.blocksize={quant.blocksize}: {quant.type} has blocks of {fixed}: leave it out")
+        if not quant.double:
+            raise UserError(f"quant.double=false: the scales of {quant.type} have 8 bits: leave it out")
+    elif quant.blocksize not in BLOCKSIZES:
         raise UserError(f"quant.blocksize={quant.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
     if quant.name == "tuned" and quant.map is None:
         raise UserError("quant=tuned needs quant.map=FILE: python -m experiments.tune_blocks writes one")

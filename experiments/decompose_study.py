@@ -33,7 +33,7 @@ from experiments.system.directory import results_directory
 from experiments.system.files import as_csv, write_atomically, write_figure
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
-from kernels.codebook import BLOCKSIZES, CODEBOOKS
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, quant_types
 from modules import NF4Linear, decoder_linears
 from modules.adapters.decompose import METHODS, decompose
 from modules.adapters.quantized_init import quantized_init
@@ -56,7 +56,7 @@ class DecomposeConfig:
     ranks: list[int] = field(default_factory=list)  # to cut to
     every: int = 10  # every so many-th linear of the decoder is decomposed
     blocksize: int = 64  # of the packed base, with double quantization
-    quant_type: str = "nf4"  # of the packed base: nf4 | fp4 | int4
+    quant_type: str = "nf4"  # of the packed base: nf4 | fp4 | int4 | mxfp4 | nvfp4
     output_dir: str = ""  # where to write
     overwrite: bool = False  # replace the results of an earlier run in output_dir
 
@@ -70,10 +70,14 @@ def check(cfg: DecomposeConfig) -> None:
         raise UserError(f"ranks={cfg.ranks}: name one or more, each 1 or more")
     if cfg.every < 1:
         raise UserError(f"every={cfg.every}: choose 1 or more")
-    if cfg.blocksize not in BLOCKSIZES:
+    if cfg.quant_type not in quant_types():
+        raise UserError(f"quant_type={cfg.quant_type}: choose {', '.join(quant_types())}")
+    if cfg.quant_type in BLOCK_FORMATS:
+        fixed = BLOCK_FORMATS[cfg.quant_type].blocksize
+        if cfg.blocksize != fixed:
+            raise UserError(f"blocksize={cfg.blocksize}: {cfg.quant_type} has blocks of {fixed}: set blocksize={fixed}")
+    elif cfg.blocksize not in BLOCKSIZES:
         raise UserError(f"blocksize={cfg.blocksize}: choose one of {', '.join(map(str, BLOCKSIZES))}")
-    if cfg.quant_type not in CODEBOOKS:
-        raise UserError(f"quant_type={cfg.quant_type}: choose {', '.join(CODEBOOKS)}")
 
 
 def matrices(cfg: DecomposeConfig) -> dict[str, dict[str, Tensor]]:

@@ -50,6 +50,7 @@ from modules import adapters, decoder_linears, dequantize, merge, quantize
 from modules.adapters.merge import can_merge
 from modules.adapters.state import named_adapter
 from modules.adapters.targets import biased_modules
+from modules.experts import is_experts
 from modules.files.baselines import OUR_CONFIG_FILE, prefix_tuning
 from modules.files.bitsandbytes import by_definition, save_bnb4
 from modules.files.checked import seal_directory
@@ -123,8 +124,8 @@ def _peft(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
         save_file(tensors, directory / WEIGHTS_FILE, metadata={"format": "pt"})
         print("PEFT's prefix tuning trains keys and values: these follow from the trained activations")
     elif (source / ADAPTER / OUR_CONFIG_FILE).is_file():
-        infix = " with infix tokens" if cfg.infix_tokens else ""
-        raise UserError(f"to=peft: PEFT has nothing that computes method={cfg.method.name}{infix}")
+        on = " with infix tokens" if cfg.infix_tokens else " on experts" if cfg.method.adapter == "dora" else ""
+        raise UserError(f"to=peft: PEFT has nothing that computes method={cfg.method.name}{on}")
     else:
         shutil.copytree(source / ADAPTER, directory, dirs_exist_ok=True)
     from peft import PeftModel  # here, because importing it takes seconds that other exports need not spend
@@ -157,6 +158,10 @@ def _bnb4(run: FinishedRun, source: Path, directory: Path, ids: Tensor) -> tuple
     quant = run.cfg.quant if run.cfg.quant.name != "none" else QuantConfig(name="nf4")
     if quant.type not in BITSANDBYTES_TYPES:
         raise UserError(f"bitsandbytes has no {quant.type}, in which the base of {source} is packed: take to=merged")
+    if experts := [name for name, linear in decoder_linears(model).items() if is_experts(linear)]:
+        raise UserError(
+            f"to=bnb4: {experts[0]} has the weights of experts, which bitsandbytes does not pack: take to=merged"
+        )
     _check_plain(model)
     if adapters(model) and (layers := merge(model, unload=True).values()):
         error, update = (sum(getattr(layer, name) for layer in layers) / len(layers) for name in ("error", "update"))

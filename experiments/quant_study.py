@@ -40,7 +40,7 @@ from experiments.system.files import as_csv, write_atomically, write_figure
 from experiments.system.palette import COLOURS, MARKERS
 from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
-from kernels.codebook import BLOCKSIZES
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, default_blocksize
 from modules import NF4Linear, decoder_linears
 
 FILES = ("study.csv", "errors.png", "loss.png")
@@ -56,9 +56,10 @@ ON_A_GRID = (
 class StudyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)  # whose held-out part is measured on
-    quant_types: list[str] = field(default_factory=list)  # nf4 | fp4 | int4 | nf2 … nf8
-    blocksizes: list[int] = field(default_factory=list)  # weights that share an absmax
-    double: list[bool] = field(default_factory=list)  # absmax in 8 bits
+    quant_types: list[str] = field(default_factory=list)  # nf4 | fp4 | int4 | mxfp4 | nvfp4 | nf2 … nf8
+    # weights that share an absmax, and absmax in 8 bits; mxfp4 and nvfp4 have one block size and scales of 8 bits
+    blocksizes: list[int] = field(default_factory=list)
+    double: list[bool] = field(default_factory=list)
     every: int = 10  # errors are measured on every so many-th linear of the decoder
     values: int = 1_048_576  # random weights of each kind
     loss: bool = True  # measure the held-out loss, of the whole decoder in every setting
@@ -94,6 +95,17 @@ def check(cfg: StudyConfig) -> None:
     for name in ("every", "values", "batch_size"):
         if getattr(cfg, name) < 1:
             raise UserError(f"{name}={getattr(cfg, name)}: choose 1 or more")
+
+
+def settings(cfg: StudyConfig) -> list[Setting]:
+    """Every data type with every block size, with and without double quantization; a block format as it is."""
+    found = []
+    for quant_type in cfg.quant_types:
+        if quant_type in BLOCK_FORMATS:
+            found.append(Setting(quant_type, default_blocksize(quant_type), True))
+        else:
+            found += [Setting(quant_type, *how) for how in itertools.product(cfg.blocksizes, cfg.double)]
+    return found
 
 
 def random_weights(n: int, seed: int) -> dict[str, Tensor]:
@@ -181,8 +193,7 @@ def study(cfg: StudyConfig) -> Study:
     dense_loss = loss.dense() if loss else None
     name, rows = f"{cfg.model.name}'s linears", []
     random = random_weights(cfg.values, cfg.seed)
-    settings = [Setting(*values) for values in itertools.product(cfg.quant_types, cfg.blocksizes, cfg.double)]
-    for setting in bar("quantizing")(settings):
+    for setting in bar("quantizing")(settings(cfg)):
         rows += rows_of(name, layers, setting)
         if loss:
             rows[-1]["loss"] = loss.of(setting)
@@ -207,10 +218,14 @@ def table(found: Study) -> str:
         lines.append(line)
     if found.dense_loss is not None:
         lines.append(f"{'dense':<27}  {'':>{18 * len(kinds)}}{found.dense_loss:>15.4f}")
-    lines += ["", "Errors are ‖w' − w‖ / ‖w‖. Constants, bits a weight, with absmax in fp32 and in 8 bits:"]
-    sizes = sorted({row["blocksize"] for row in found.rows})
-    costs = [f"{b}: {constant_bits_per_weight(b, False):.3f}, {constant_bits_per_weight(b, True):.3f}" for b in sizes]
-    return "\n".join([*lines, "block " + "; ".join(costs)])
+    lines += ["", "Errors are ‖w' − w‖ / ‖w‖."]
+    if sizes := sorted({row["blocksize"] for row in found.rows if row["quant_type"] not in BLOCK_FORMATS}):
+        lines[-1] += " Constants, bits a weight, with absmax in fp32 and in 8 bits:"
+        costs = (
+            f"{b}: {constant_bits_per_weight(b, False):.3f}, {constant_bits_per_weight(b, True):.3f}" for b in sizes
+        )
+        lines.append("block " + "; ".join(costs))
+    return "\n".join(lines)
 
 
 def _curves(axes, rows: list[dict], measure: str, zoom: bool) -> None:

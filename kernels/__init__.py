@@ -13,6 +13,7 @@ from kernels.adamw8bit import adamw8bit
 from kernels.attention import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.dora import dora_linear, dora_norm, weight_norm_sq
+from kernels.experts import experts_dora, experts_linear, experts_lora, experts_norm
 from kernels.joined import Joined, joined_linears
 from kernels.lora import lora_linear
 from kernels.nf4 import dequantize_4bit, quantize_4bit
@@ -20,6 +21,7 @@ from kernels.nf4_linear import nf4_linear
 from kernels.op import has_kernel, use_backend
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rotary import rotary
+from kernels.routing import combine, gather, route
 from kernels.swiglu import swiglu
 from kernels.weight import QuantState, Weight
 
@@ -45,6 +47,13 @@ __all__ = [
     "weight_norm_sq",
     "Joined",
     "joined_linears",
+    "experts_linear",
+    "experts_lora",
+    "experts_dora",
+    "experts_norm",
+    "route",
+    "gather",
+    "combine",
     "rms_norm",
     "swiglu",
     "rotary",

@@ -7,6 +7,11 @@ NF4 (QLoRA, Dettmers et al. 2023, appendix E): levels at quantiles of N(0, 1), n
 zero; `normal_float` is the recipe. FP4: bitsandbytes' floats of a sign, two exponent bits and one mantissa bit.
 INT4: code - 8 is the integer, -7 … 7 under absmax scaling.
 
+A block format is one entry of BLOCK_FORMATS: levels, block size and the type of the blocks' scales are fixed, and the
+levels are not under absmax scaling. MXFP4 (OCP Microscaling Formats 1.0, 2023) and NVFP4 (NVIDIA, "Pretraining large
+language models with NVFP4", 2025) have the levels of E2M1, a float of a sign, two exponent bits and one mantissa bit.
+A value half-way between two levels gets the one with an even mantissa there.
+
 Dynamic maps (Dettmers 2016, "8-bit approximations for parallelism in deep learning"): 256 values, seven decades, ever
 more mantissa bits towards 1. The signed one is the data type of the second quantization in double quantization and of
 8-bit AdamW's first moment, the unsigned one that of its second moment.
@@ -14,6 +19,7 @@ more mantissa bits towards 1. The signed one is the data type of the second quan
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -43,10 +49,45 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
     "int4": tuple((code - 8) / 7 for code in range(16)),
 }
 
+E2M1_LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A 4-bit format that fixes the scales of its blocks.
+
+    Attributes:
+        levels: of each code.
+        blocksize: values that share a scale.
+        scale_dtype: the 8-bit float of a scale. float8_e8m0fnu has powers of two alone.
+        per_tensor: an fp32 number of the whole tensor multiplies the scales.
+    """
+
+    levels: tuple[float, ...]
+    blocksize: int
+    scale_dtype: torch.dtype
+    per_tensor: bool
+
+
+BLOCK_FORMATS: dict[str, BlockFormat] = {
+    "mxfp4": BlockFormat(E2M1_LEVELS, 32, torch.float8_e8m0fnu, per_tensor=False),
+    "nvfp4": BlockFormat(E2M1_LEVELS, 16, torch.float8_e4m3fn, per_tensor=True),
+}
+
 BITSANDBYTES_TYPES = ("nf4", "fp4")  # that bitsandbytes has too, the same byte for byte
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256  # block of the second quantization; bitsandbytes writes no other
+
+
+def quant_types() -> tuple[str, ...]:
+    """The names of all 4-bit data types."""
+    return (*CODEBOOKS, *BLOCK_FORMATS)
+
+
+def default_blocksize(quant_type: str) -> int:
+    """64, or the one size that the format has."""
+    return BLOCK_FORMATS[quant_type].blocksize if quant_type in BLOCK_FORMATS else 64
 
 
 def _table(make: Callable) -> Callable:
@@ -69,14 +110,22 @@ def _midpoints(levels: torch.Tensor) -> torch.Tensor:
 @_table
 def levels(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The level of each code, fp32 [16]."""
-    return torch.tensor(CODEBOOKS[quant_type], dtype=torch.float32, device=device)
+    of_codes = BLOCK_FORMATS[quant_type].levels if quant_type in BLOCK_FORMATS else CODEBOOKS[quant_type]
+    return torch.tensor(of_codes, dtype=torch.float32, device=device)
 
 
 @_table
 def decision_bounds(quant_type: str, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """(decision bounds fp32 [15], codes uint8 [16]): the code of x is codes[number of bounds below x]."""
     ordered, codes = levels(quant_type).sort(stable=True)
-    return _midpoints(ordered).to(device), codes.to(torch.uint8).to(device)
+    bounds = _midpoints(ordered)
+    if quant_type in BLOCK_FORMATS:
+        codes[ordered == 0] = codes[ordered == 0].flip(0)  # -0 before 0
+        # A tie goes up where the upper code has an even mantissa: there the bound is the number below it.
+        below = bounds.nextafter(torch.tensor(-torch.inf))
+        below[bounds == 0] = -torch.finfo(torch.float32).tiny  # a GPU may take smaller ones for 0
+        bounds = torch.where(codes[1:] % 2 == 0, below, bounds)
+    return bounds.to(device), codes.to(torch.uint8).to(device)
 
 
 @_table
@@ -159,6 +208,16 @@ def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> torc
         for value in (_midpoints(edges) * 10.0 ** (exponent - 6)).tolist():
             values += [value, -value] if signed else [value]
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@_table
+def absmax_map(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """What the 8-bit codes of a block's absmax or scale stand for, fp32 [256]: the signed dynamic map, or of a block
+    format the float that has the code as its byte."""
+    if quant_type not in BLOCK_FORMATS:
+        return dynamic_map(device)
+    bytes = torch.arange(256, dtype=torch.uint8)
+    return bytes.view(BLOCK_FORMATS[quant_type].scale_dtype).float().to(device)
 
 
 @_table

@@ -18,6 +18,11 @@ def new_seed(device: torch.device) -> Tensor:
     return torch.randint(_MASK32, (), device=device)
 
 
+def seed_of(seed: Tensor | None, part: int) -> Tensor | None:
+    """The seed of one part of what `seed` drops, as one expert of a layer is."""
+    return None if seed is None else (seed + part) & _MASK32
+
+
 def threshold(p: float) -> int:
     """Hashes below it are dropped."""
     return int(p * 2**32)

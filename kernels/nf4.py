@@ -1,10 +1,11 @@
-"""NF4 and the other 4-bit data types: quantize and dequantize.
+"""NF4 and the other 4-bit data types and formats: quantize and dequantize.
 
     absmax_b = max |w_i| over block b                                        fp32
     code_i   = code of the level nearest to w_i / absmax_b                   4 bits
     w'_i     = levels[code_i] · absmax_b
 
-The levels are data, sixteen numbers a data type: NF4, FP4, INT4, each entry of codebook.py.
+The levels are data, sixteen numbers a data type: NF4, FP4, INT4, each entry of codebook.py. A block format, MXFP4 or
+NVFP4, has scales of 8 bits in place of absmax (absmax.py), and code_i is that of the level nearest to w_i / scale_b.
 
 Memory layout, byte for byte bitsandbytes': w is flattened row-major, blocks are `blocksize` consecutive values and
 may cross rows, the last block may be partial; two codes a byte, the even element in the high nibble; fp32 absmax a
@@ -19,7 +20,8 @@ never to a wrong number; which NaN is not defined.
 import torch
 from torch import Tensor
 
-from kernels.absmax import quantize_absmax
+from kernels.absmax import dequantize_absmax, quantize_absmax, quantize_scales
+from kernels.codebook import BLOCK_FORMATS, default_blocksize
 from kernels.op import define_op
 from kernels.weight import (
     FLOATS,
@@ -27,6 +29,7 @@ from kernels.weight import (
     Weight,
     as_weight,
     check_blocksize,
+    check_double_quant,
     check_quant_type,
     packed_sizes,
 )
@@ -39,20 +42,27 @@ def _quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, 
 
 
 @define_op
+def _encode_4bit(w: Tensor, scale: Tensor, blocksize: int, quant_type: str) -> Tensor:
+    """The codes alone, by the scale of each block, fp32 [blocks]."""
+    return w.new_empty(packed_sizes(w.numel(), blocksize)[0], dtype=torch.uint8)
+
+
+@define_op
 def _dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
     return weight.values.new_empty(weight.shape, dtype=dtype)
 
 
 def quantize_4bit(
-    w: Tensor, blocksize: int = 64, double_quant: bool = False, quant_type: str = "nf4"
+    w: Tensor, blocksize: int | None = None, double_quant: bool | None = None, quant_type: str = "nf4"
 ) -> tuple[Tensor, QuantState]:
     """Quantize `w` to four bits a value.
 
     Args:
         w: fp32, fp16 or bf16, any shape; made contiguous if it is not.
-        blocksize: values that share an absmax: 32, 64, …, 4096.
-        double_quant: store absmax in 8 bits (block 256, mean subtracted) instead of fp32.
-        quant_type: "nf4", "fp4", "int4" or another key of `kernels.codebook.CODEBOOKS`.
+        blocksize: values that share an absmax: 32, 64, …, 4096, by default 64. A block format has its own alone.
+        double_quant: store absmax in 8 bits (block 256, mean subtracted) instead of fp32; by default False. The scales
+            of a block format have 8 bits.
+        quant_type: one of `kernels.codebook.quant_types()`: "nf4", "fp4", "int4", "mxfp4", "nvfp4".
 
     Returns:
         packed: uint8 [ceil(n / 2)], and its QuantState. For NF4 and FP4 equal to `bitsandbytes.functional.
@@ -61,11 +71,19 @@ def quantize_4bit(
     Raises:
         ValueError: another dtype, block size or data type.
     """
-    check_blocksize(blocksize)
     check_quant_type(quant_type)
+    blocksize = default_blocksize(quant_type) if blocksize is None else blocksize
+    double_quant = quant_type in BLOCK_FORMATS if double_quant is None else double_quant
+    check_blocksize(blocksize, quant_type)
+    check_double_quant(double_quant, quant_type)
     if w.dtype not in FLOATS:
         raise ValueError(f"w is {w.dtype}; quantize_4bit takes float32, float16 or bfloat16")
-    packed, absmax = _quantize_4bit(w.detach().contiguous(), blocksize, quant_type)
+    w = w.detach().contiguous()
+    if quant_type in BLOCK_FORMATS:
+        scales = quantize_scales(w, quant_type)
+        packed = _encode_4bit(w, dequantize_absmax(*scales, quant_type), blocksize, quant_type)
+        return packed, QuantState(scales[0], w.shape, w.dtype, blocksize, *scales[1:], quant_type=quant_type)
+    packed, absmax = _quantize_4bit(w, blocksize, quant_type)
     nested: tuple[Tensor | None, Tensor | None] = (None, None)
     if double_quant:
         absmax, *nested = quantize_absmax(absmax)

@@ -8,13 +8,14 @@ tensors, from the meta device and from graph capture. So op.py hands a Weight to
 one string (`flatten`), and the op gets it back as a Weight (`unflatten`). `Weight.dense` uses `flatten` too.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.codebook import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, NESTED_BLOCKSIZE, quant_types
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that can be quantized and dequantized to
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
@@ -26,13 +27,14 @@ class QuantState:
     """The part of a packed tensor that is not its codes.
 
     Attributes:
-        absmax: fp32 [blocks], or uint8 [blocks] codes of the dynamic map when double-quantized.
+        absmax: fp32 [blocks], or uint8 [blocks] codes when double-quantized: of the dynamic map, or of a block
+            format the bytes of its scales (absmax.py).
         shape: shape of the tensor.
         dtype: dtype it had, and the default to dequantize to.
-        blocksize: values a block, one of 32, 64, …, 4096.
+        blocksize: values a block, one of 32, 64, …, 4096, or the one that a block format has.
         nested_absmax: fp32 [ceil(blocks / 256)], or None without double quantization.
-        nested_offset: fp32 [], the mean that was subtracted from absmax, or None.
-        quant_type: the 4-bit data type, a key of `kernels.codebook.CODEBOOKS`.
+        nested_offset: fp32 [], the mean that was subtracted from absmax, or None. A block format's is 0.
+        quant_type: the 4-bit data type, one of `kernels.codebook.quant_types()`.
     """
 
     absmax: Tensor
@@ -96,6 +98,13 @@ class Weight:
         # by its name, because the op is defined over weights (nf4.py)
         return torch.ops.qdora.dequantize_4bit(*flatten(self), dtype)
 
+    def rows(self) -> "Weight":
+        """The same weight [E, out, in] as [E · out, in]: a view, but of a dense one whose memory lies otherwise."""
+        if self.quant_state is None:
+            return Weight(self.values.flatten(0, -2))
+        shape = torch.Size((self.shape[:-1].numel(), self.shape[-1]))
+        return checked_before(self.values, dataclasses.replace(self.quant_state, shape=shape))
+
 
 def as_weight(weight: Tensor | Weight, quant_state: QuantState | None = None) -> Weight:
     """The Weight that public functions take in place of a tensor and its quant_state."""
@@ -147,14 +156,42 @@ def _parsed(text: str) -> tuple[str, int, torch.dtype, torch.Size]:
     return quant_type, int(blocksize), getattr(torch, dtype), torch.Size(map(int, shape.split("x")) if shape else ())
 
 
-def check_blocksize(blocksize: int) -> None:
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"blocksize {blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")
+def holding(weight: Weight, start: int, end: int) -> tuple[Weight, int]:
+    """(a packed part that holds the values start … end - 1 of a flattened packed weight, where `start` is in it).
+
+    The part is a view of [n] values. It begins with a whole block, of double quantization with a whole nested one.
+    """
+    state = weight.quant_state
+    blocksize, unit = state.blocksize, NESTED_BLOCKSIZE if state.nested else 1
+    first_block = start // blocksize // unit * unit
+    first, n = first_block * blocksize, min(-(-end // blocksize) * blocksize, weight.shape.numel())
+    blocks = -(-n // blocksize)
+    changed = {"absmax": state.absmax[first_block:blocks], "shape": torch.Size((n - first,))}
+    if state.nested:
+        changed["nested_absmax"] = state.nested_absmax[first_block // unit : nested_blocks(blocks)]
+    # blocks have even sizes, so a part begins with a byte
+    return checked_before(
+        weight.values.view(-1)[first // 2 : -(-n // 2)], dataclasses.replace(state, **changed)
+    ), start - first
 
 
 def check_quant_type(quant_type: str) -> None:
-    if quant_type not in CODEBOOKS:
-        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(CODEBOOKS)}")
+    if quant_type not in quant_types():
+        raise ValueError(f"quant_type {quant_type!r} is not one of {', '.join(quant_types())}")
+
+
+def check_blocksize(blocksize: int, quant_type: str) -> None:
+    if quant_type in BLOCK_FORMATS:
+        fixed = BLOCK_FORMATS[quant_type].blocksize
+        if blocksize != fixed:
+            raise ValueError(f"blocksize {blocksize}: {quant_type} has blocks of {fixed}")
+    elif blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize {blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")
+
+
+def check_double_quant(double_quant: bool, quant_type: str) -> None:
+    if quant_type in BLOCK_FORMATS and not double_quant:
+        raise ValueError(f"double_quant=False: {quant_type} has scales of 8 bits")
 
 
 def packed_sizes(n: int, blocksize: int) -> tuple[int, int]:
@@ -169,8 +206,9 @@ def nested_blocks(blocks: int) -> int:
 
 def check_packed(packed: Tensor, state: QuantState) -> None:
     """Raise ValueError if codes and a quant_state do not belong together."""
-    check_blocksize(state.blocksize)
     check_quant_type(state.quant_type)
+    check_blocksize(state.blocksize, state.quant_type)
+    check_double_quant(state.nested, state.quant_type)
     n_bytes, blocks = packed_sizes(state.shape.numel(), state.blocksize)
     expected = [
         ("packed", packed, torch.uint8, n_bytes),

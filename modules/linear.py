@@ -28,15 +28,16 @@ def is_conv1d(module: nn.Module) -> bool:
     return source is not None and isinstance(module, source.Conv1D)
 
 
-def weight_shape(linear: nn.Module) -> tuple[int, int]:
-    """(out, in) of an nn.Linear, NF4Linear or Conv1D."""
+def weight_shape(linear: nn.Module) -> tuple[int, ...]:
+    """(out, in) of an nn.Linear, NF4Linear or Conv1D; (experts, out, in) of the linears of experts."""
     if is_conv1d(linear):
         return linear.weight.shape[1], linear.weight.shape[0]
-    return linear.out_features, linear.in_features
+    shape = linear.out_features, linear.in_features
+    return (linear.num_experts, *shape) if hasattr(linear, "num_experts") else shape
 
 
 def weight_of(linear: nn.Module) -> Weight:
-    """The weight [out, in] of an nn.Linear, NF4Linear or Conv1D, as ops take it."""
+    """The weight [out, in] of an nn.Linear, NF4Linear or Conv1D, as ops take it; of experts [experts, out, in]."""
     if isinstance(linear, NF4Linear):
         return checked_before(linear.weight, linear.quant_state)
     return Weight(linear.weight.t() if is_conv1d(linear) else linear.weight)
@@ -84,7 +85,7 @@ def dense_linear(like: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Mod
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear whose weight [out, in] is packed in NF4, or in another data type of `kernels.codebook`.
+    """A frozen linear whose weight [out, in] is packed in NF4, or in another of `kernels.codebook.quant_types()`.
 
     Args:
         packed, quant_state: uint8 codes and their state, as `kernels.quantize_4bit` returns them.
@@ -98,7 +99,8 @@ class NF4Linear(nn.Module):
     def __init__(self, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None, conv1d: bool = False):
         super().__init__()
         check_packed(packed, quant_state)
-        self.out_features, self.in_features = quant_state.shape
+        self.shape = quant_state.shape
+        self.out_features, self.in_features = quant_state.shape[-2:]
         self.dtype, self.blocksize = quant_state.dtype, quant_state.blocksize
         self.quant_type, self.conv1d = quant_state.quant_type, conv1d
         self.register_buffer("weight", packed)
@@ -110,7 +112,7 @@ class NF4Linear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Module, blocksize: int = 64, double_quant: bool = True, quant_type: str = "nf4"
+        cls, linear: nn.Module, blocksize: int | None = None, double_quant: bool = True, quant_type: str = "nf4"
     ) -> "NF4Linear":
         """Pack nn.Linear or Conv1D."""
         packed, quant_state = kernels.quantize_4bit(dense_weight(linear), blocksize, double_quant, quant_type)
@@ -118,9 +120,8 @@ class NF4Linear(nn.Module):
 
     @property
     def quant_state(self) -> QuantState:
-        shape = torch.Size((self.out_features, self.in_features))
         nested = self.nested_absmax, self.nested_offset
-        return QuantState(self.absmax, shape, self.dtype, self.blocksize, *nested, quant_type=self.quant_type)
+        return QuantState(self.absmax, self.shape, self.dtype, self.blocksize, *nested, quant_type=self.quant_type)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.nf4_linear(*operands(x, self), bias=self.bias)
@@ -184,11 +185,11 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank, self.lora_alpha, self.dropout, self.rslora = rank, lora_alpha, dropout, rslora
         self.scaling = lora_alpha / (math.sqrt(rank) if rslora else rank)
-        out_features, in_features = weight_shape(base)
+        *experts, out_features, in_features = weight_shape(base)
         device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, dtype=torch.float32, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, dtype=torch.float32, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(torch.empty(*experts, rank, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, out_features, rank, dtype=torch.float32, device=device))
+        nn.init.kaiming_uniform_(self.lora_A.view(-1, in_features), a=math.sqrt(5))
         self.register_buffer("init_A", None)
         self.register_buffer("init_B", None)
         self.register_parameter("bias", None)
@@ -203,7 +204,7 @@ class LoRALinear(nn.Module):
         """A [r, in] and B [out, r] of the update s·BA. r = rank, or 2 · rank if the layer keeps A₀ and B₀."""
         if self.init_A is None:
             return self.lora_A, self.lora_B
-        return torch.cat([self.lora_A, self.init_A]), torch.cat([self.lora_B, -self.init_B], dim=1)
+        return torch.cat([self.lora_A, self.init_A], dim=-2), torch.cat([self.lora_B, -self.init_B], dim=-1)
 
     def forward(self, x: Tensor) -> Tensor:
         joined = None if self.group is None else self.group.result(self, x)
@@ -268,7 +269,7 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
         super().__init__(base, rank, lora_alpha, dropout, rslora)
-        norm_sq = kernels.weight_norm_sq(weight_of(base))
+        norm_sq = self.weight_norm_sq()
         self.register_buffer("norm_sq", norm_sq, persistent=False)
         self.magnitude = nn.Parameter(norm_sq.sqrt())
         self._cached_norm: tuple[tuple, Tensor] | None = None  # versions of its inputs, and the norm
@@ -281,7 +282,19 @@ class DoRALinear(LoRALinear):
 
     def set_base(self, base: nn.Module) -> None:
         super().set_base(base)
-        self.norm_sq = kernels.weight_norm_sq(weight_of(base))
+        self.norm_sq = self.weight_norm_sq()
+
+    def weight_norm_sq(self) -> Tensor:
+        """‖W‖² of each row, fp32 [out]."""
+        return kernels.weight_norm_sq(weight_of(self.base))
+
+    def whole_magnitude(self) -> Tensor:
+        """The magnitude of every row."""
+        return self.magnitude
+
+    def norm(self, weight: Weight) -> Tensor:
+        """‖W + sBA‖ of each row of the base's `weight`, fp32 [out]."""
+        return kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
 
     def known_norm(self, weight: Weight) -> Tensor | None:
         """‖W + sBA‖ of each row, fp32 [out]; None if the forward must compute it."""
@@ -292,7 +305,7 @@ class DoRALinear(LoRALinear):
         inputs = (self.base.weight, self.norm_sq, self.lora_A, self.lora_B)
         key = (self.scaling, *((tensor.data_ptr(), tensor._version) for tensor in inputs))
         if self._cached_norm is None or self._cached_norm[0] != key:
-            self._cached_norm = key, kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
+            self._cached_norm = key, self.norm(weight)
         return self._cached_norm[1]
 
     def _kept_norm(self, weight: Weight) -> Tensor | None:
@@ -301,7 +314,7 @@ class DoRALinear(LoRALinear):
             return None
         if self in self.kept_norms:
             return self.kept_norms[self]
-        norm = kernels.dora_norm(weight, self.norm_sq, *self.factors(), self.scaling)
+        norm = self.norm(weight)
         # Memory of a CUDA graph is the graph's own: a norm that is computed inside does not outlive it.
         if not (norm.is_cuda and torch.cuda.is_current_stream_capturing()):
             self.kept_norms[self] = norm
@@ -329,5 +342,5 @@ class DoRALinear(LoRALinear):
         w = dense_weight(self.base)
         lora_A, lora_B = self.factors()
         v = w.float() + self.scaling * lora_B @ lora_A
-        norm = torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        return (self.magnitude.unsqueeze(1) / norm * v).to(w.dtype)
+        norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        return (self.whole_magnitude().unsqueeze(-1) / norm * v).to(w.dtype)

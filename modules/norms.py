@@ -18,7 +18,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-import kernels
 from modules.linear import DoRALinear, weight_of
 
 
@@ -57,4 +56,4 @@ class Norms:
     def refresh(self) -> None:
         """Compute the norms of `values` again, in their memory, to which a CUDA graph refers."""
         for layer, norm in self.values.items():
-            norm.copy_(kernels.dora_norm(weight_of(layer.base), layer.norm_sq, *layer.factors(), layer.scaling))
+            norm.copy_(layer.norm(weight_of(layer.base)))

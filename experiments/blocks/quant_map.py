@@ -21,11 +21,11 @@ import yaml
 from experiments.config import QuantConfig
 from experiments.errors import UserError
 from experiments.system.files import write_atomically
-from kernels.codebook import BLOCKSIZES
+from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES
 from modules.adapters.base_print import is_other_base
 from modules.files.checked import Damaged, read_checked, with_checksum
 
-Shapes = Mapping[str, tuple[int, int]]  # of weights, (out, in), by the full names of their linears
+Shapes = Mapping[str, tuple[int, ...]]  # of weights, (out, in) or (experts, out, in), by their linears' full names
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def read_map(path: Path) -> QuantMap:
     shapes, blocksizes = {}, {}
     for name, layer in values["layers"].items():
         try:
-            (out_features, in_features), blocksize = layer["shape"], layer["blocksize"]
-            if not all(type(size) is int for size in (out_features, in_features, blocksize)):
+            shape, blocksize = tuple(layer["shape"]), layer["blocksize"]
+            if len(shape) not in (2, 3) or not all(type(size) is int for size in (*shape, blocksize)):
                 raise TypeError
         except (TypeError, KeyError, ValueError) as error:
             raise UserError(f"quant.map={path}: {name} needs {{shape: [out, in], blocksize: …}}") from error
@@ -82,7 +82,7 @@ def read_map(path: Path) -> QuantMap:
             raise UserError(
                 f"quant.map={path}: {name} has blocksize {blocksize}; choose one of {', '.join(map(str, BLOCKSIZES))}"
             )
-        shapes[name], blocksizes[name] = (out_features, in_features), blocksize
+        shapes[name], blocksizes[name] = shape, blocksize
     return QuantMap(values["double"], shapes, blocksizes, values.get("base", {}))
 
 
@@ -106,9 +106,10 @@ def blocksizes(cfg: QuantConfig, shapes: Shapes, base: Mapping[str, str] | None 
         chosen = dict.fromkeys(shapes, cfg.blocksize)
     if cfg.align == "row":
         for name, blocksize in chosen.items():
-            in_features = shapes[name][1]
+            in_features = shapes[name][-1]
             if in_features % blocksize:
-                fitting = ", ".join(str(b) for b in BLOCKSIZES if in_features % b == 0) or "none"
+                sizes = () if cfg.type in BLOCK_FORMATS else BLOCKSIZES
+                fitting = ", ".join(str(b) for b in sizes if in_features % b == 0) or "none"
                 raise UserError(
                     f"quant.align=row: blocks of {blocksize} would run across the rows of {name}, {in_features} "
                     f"weights each; block sizes that fit: {fitting}"

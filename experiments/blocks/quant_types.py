@@ -1,6 +1,7 @@
 """Blockwise data types of two to eight bits: a weight packed and unpacked, its storage and its error.
 
     nf4 fp4 int4      those that the kernels pack (kernels/codebook.py)
+    mxfp4 nvfp4       packed by the kernels too, in blocks of one size with scales of 8 bits
     nf2 nf3 … nf8     the NormalFloat of so many bits, by QLoRA's recipe; nf4 is the kernels'
 
 A value x in a block becomes absmax · q, q the level nearest to x / absmax. With double quantization absmax is stored in
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import kernels
 from kernels import dequantize_absmax, quantize_absmax
-from kernels.codebook import BLOCKSIZES, CODEBOOKS, NESTED_BLOCKSIZE, normal_float
+from kernels.codebook import BLOCKSIZES, NESTED_BLOCKSIZE, normal_float, quant_types
 from kernels.weight import nested_blocks
 
 _NORMAL_FLOAT = re.compile(r"nf([2-8])")
@@ -24,13 +25,13 @@ _NORMAL_FLOAT = re.compile(r"nf([2-8])")
 
 def check_quant_type(quant_type: str) -> None:
     """Raise ValueError unless there is such a data type."""
-    if quant_type not in CODEBOOKS and not _NORMAL_FLOAT.fullmatch(quant_type):
-        raise ValueError(f"{quant_type!r} is not one of {', '.join(CODEBOOKS)} or nfK with K from 2 to 8")
+    if quant_type not in quant_types() and not _NORMAL_FLOAT.fullmatch(quant_type):
+        raise ValueError(f"{quant_type!r} is not one of {', '.join(quant_types())} or nfK with K from 2 to 8")
 
 
 def code_bits(quant_type: str) -> int:
     """Bits of a code."""
-    return 4 if quant_type in CODEBOOKS else int(_NORMAL_FLOAT.fullmatch(quant_type)[1])
+    return 4 if quant_type in quant_types() else int(_NORMAL_FLOAT.fullmatch(quant_type)[1])
 
 
 def stored_bits(n: int, quant_type: str, blocksize: int, double: bool) -> int:
@@ -53,7 +54,7 @@ def quantize_dequantize(w: Tensor, quant_type: str, blocksize: int, double: bool
         ValueError: no such data type or block size.
     """
     check_quant_type(quant_type)
-    if quant_type in CODEBOOKS:
+    if quant_type in quant_types():
         return kernels.dequantize_4bit(*kernels.quantize_4bit(w, blocksize, double, quant_type))
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize {blocksize} is not one of {', '.join(map(str, BLOCKSIZES))}")

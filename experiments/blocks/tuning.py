@@ -11,7 +11,7 @@ from experiments.blocks.profile import SENSITIVITIES, Profile, read_profile
 from experiments.blocks.quant_map import Shapes
 from experiments.config import DataConfig, ModelConfig
 from experiments.errors import UserError
-from kernels.codebook import CODEBOOKS
+from kernels.codebook import BLOCK_FORMATS, CODEBOOKS
 
 DEFAULT_BUDGET = 0.05
 
@@ -44,6 +44,11 @@ def check(cfg: TuneConfig) -> None:
     """Raise UserError for values that the schema's types cannot exclude."""
     if cfg.sensitivity not in SENSITIVITIES:
         raise UserError(f"sensitivity={cfg.sensitivity}: choose {' or '.join(SENSITIVITIES)}")
+    if cfg.quant.type in BLOCK_FORMATS:
+        raise UserError(
+            f"quant.type={cfg.quant.type}: its blocks have one size, so there is nothing to choose: take "
+            f"{', '.join(CODEBOOKS)}"
+        )
     if cfg.quant.type not in CODEBOOKS:
         raise UserError(f"quant.type={cfg.quant.type}: choose {', '.join(CODEBOOKS)}")
     if cfg.budget is not None and cfg.bits is not None:

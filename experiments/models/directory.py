@@ -21,8 +21,10 @@ from experiments.models.gguf import gguf_as_directory, wheel_directory
 from experiments.models.hub import hub_directory, is_name
 from experiments.models.whole import check_whole, first_three
 from experiments.system.quiet import quiet
-from modules.files.bitsandbytes import load_bnb4, quantization_of
+from modules.files.bitsandbytes import OURS, load_bnb4
+from modules.files.block_formats import load_block_format
 from modules.files.checked import Damaged, verify_directory
+from modules.files.packed_model import quantization_of
 from modules.files.tensors import INDEX_FILE
 
 # Files of old transformers hold masks and frequencies that are computed now.
@@ -104,7 +106,7 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             _check_config(path)
             raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
         try:
-            return load_bnb4(path, dtype) if packed else _load_dense(path, dtype), tokenizer
+            return (_load_packed if packed else _load_dense)(path, dtype), tokenizer
         except UserError:
             raise
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
@@ -173,11 +175,16 @@ def _check_kind(path: Path) -> None:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the model directory has its linears in NF4. UserError: no readable config.json."""
+    """Whether the model directory has its linears packed. UserError: no readable config.json."""
     try:
         return quantization_of(path) is not None
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _load_packed(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    method = quantization_of(path).get("quant_method")
+    return (load_bnb4 if method in ("bitsandbytes", OURS) else load_block_format)(path, dtype)
 
 
 def _load_dense(path: Path, dtype: torch.dtype) -> PreTrainedModel:

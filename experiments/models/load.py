@@ -28,9 +28,10 @@ from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
 from modules.adapters.base_print import base_print
-from modules.adapters.config import quantized_start
-from modules.adapters.model_code import experts, left_out
+from modules.adapters.config import REACHED, quantized_start
+from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules, decoder_blocks
+from modules.experts import AllExperts, take_over_experts
 from modules.fused import compute_mlps_in_parts
 from modules.linear import weight_shape
 
@@ -112,6 +113,7 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
     packed = {name: linear for name, linear in decoder_linears(model).items() if isinstance(linear, NF4Linear)}
     if not packed:
         if cfg.quant.name != "none":
+            take_over_experts(model)
             shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
             sizes = blocksizes(cfg.quant, shapes, base_print(model))
             quantize(model, sizes, cfg.quant.double, bar("quantizing"), cfg.quant.type)
@@ -172,7 +174,7 @@ def adapt(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     """Pack `model` and put adapters on it as `cfg` says, in place, and bring it to `device`.
 
     Args:
-        tokenizer: for init=eva alone, which reads data.
+        tokenizer: for init=eva and experts=reached alone, which read data.
     """
     _check_positions(cfg, model)
     if quantized_start(cfg.init):  # it begins with the error of packing
@@ -195,7 +197,8 @@ def _in_parts(model: PreTrainedModel, tokens: int) -> None:
         UserError: none can.
     """
     found, told = compute_mlps_in_parts(model, tokens), f"trainer.mlp_tokens={tokens}: "
-    whole = {name.rpartition(".")[0] for name in experts(model)}
+    whole = {name.rpartition(".")[0] for name in unknown_experts(model)}
+    whole |= {name for name, module in model.named_modules() if isinstance(module, AllExperts)}
     with contextlib.suppress(ValueError):  # the model has no decoder blocks
         inside = found + list(whole)
         whole |= {one for one in decoder_blocks(model)[1] if not any(name.startswith(f"{one}.") for name in inside)}
@@ -221,7 +224,7 @@ def _check_positions(cfg: Config, model: PreTrainedModel) -> None:
 
 def _attach(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     more = {}
-    if cfg.init == "eva":
+    if cfg.init == "eva" or cfg.experts == REACHED:
         more["calibration"] = _calibration(cfg, model, tokenizer)
     if cfg.init.startswith(("pissa", "olora")):
         more["progress"] = bar("initialising")
@@ -246,8 +249,9 @@ def say_left_out(cfg: Config, model: PreTrainedModel) -> None:
     how = "not adapted" if cfg.quant.name == "none" else "neither packed nor adapted"
     for reason, names in reasons.items():
         print(f"{how}: {_ends(names)}: {reason}")
-    if values := sum(experts(model).values()):
-        print(f"{how}: experts, {values:,} parameters: transformers keeps them in one tensor, not in linears")
+    if values := unknown_experts(model):
+        count = sum(values.values())
+        print(f"{how}: experts of a class not known here, {_ends(values)}: {count:,} weights stay dense and untrained")
     asked = AdapterConfig(cfg.method.adapter, **adapter_settings(cfg))
     if narrow := [name for name, layer in adapted_linears(model).items() if layer.rank < asked.rank_of(name)]:
         print(f"of the largest rank they can have: {_ends(narrow)}")

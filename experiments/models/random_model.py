@@ -15,8 +15,9 @@ from experiments.models.random_weights import fill
 from experiments.models.tiny import LEAST, byte_tokenizer
 from experiments.system import parallel
 from experiments.system.quiet import quiet
-from modules import NF4Linear, decoder_linears
+from modules import decoder_linears
 from modules.adapters.state import replace_module
+from modules.experts import give_back_experts, pack_linear, take_over_experts
 from modules.linear import weight_shape
 
 
@@ -31,15 +32,18 @@ def random_model(
         quant: pack each decoder linear so once it is made: no two are there in full.
     """
     model = meta_model(cfg, dtype)
+    take_over_experts(model)
     linears = decoder_linears(model)
     sizes = blocksizes(quant, {name: weight_shape(linear) for name, linear in linears.items()}) if quant else {}
     tokenizer, kind = _tokenizer(cfg, model.get_input_embeddings().num_embeddings)
 
     def pack(name: str, module: nn.Module) -> None:
         if name in sizes:
-            replace_module(model, name, NF4Linear.from_linear(module, sizes[name], quant.double, quant.type))
+            replace_module(model, name, pack_linear(module, sizes[name], quant.double, quant.type))
 
     fill(model, device, seed, pack)
+    if not sizes:
+        give_back_experts(model)
     if parallel.is_main():
         print(f"{cfg.name} has random weights, and {kind}: for speed and memory, it knows nothing")
     return model, tokenizer

@@ -19,6 +19,8 @@ from experiments.plan.simulate import Step, loss_of, simulate
 from experiments.runs.result_numbers import nbytes, storage
 from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, fuse, parameter_groups
+from modules.adapters.config import REACHED
+from modules.experts import ExpertsLinear
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
 
@@ -176,17 +178,26 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0) -> PreTrainedMo
     if not decoder_linears(model):
         raise UserError(f"model={cfg.model.name}: {type(model).__name__} has no linears to pack or to adapt")
     fuse(model)
-    # eva reads data, and gives tensors of the default's shapes
+    # eva reads data, and gives tensors of the default's shapes; and data may reach all experts
+    cfg = replace(cfg, init="default") if cfg.init == "eva" else cfg
+    cfg = replace(cfg, experts=None) if cfg.experts == REACHED else cfg
     with Allocations():
-        adapt(replace(cfg, init="default") if cfg.init == "eva" else cfg, model, None, torch.device("meta"))
+        adapt(cfg, model, None, torch.device("meta"))
     return model
 
 
 def most_gpus(model: PreTrainedModel) -> tuple[int, str]:
-    """On how many GPUs shards make sense, and for which linear: it has that many rows, and more would get nothing."""
-    rows = {name: weight_shape(linear)[0] for name, linear in decoder_linears(model).items()}
-    name = min(rows, key=rows.get)
-    return rows[name], name
+    """On how many GPUs shards make sense, and why: a linear has that many rows, or dense experts, and more would get
+    nothing."""
+    linears = decoder_linears(model)
+    parts = {name: _parts(linear) for name, linear in linears.items()}
+    name = min(parts, key=parts.get)
+    return parts[name], f"{name} has {parts[name]} {'experts' if isinstance(linears[name], ExpertsLinear) else 'rows'}"
+
+
+def _parts(linear: nn.Module) -> int:
+    """Into how many parts a linear can be cut. Dense experts stay whole; the codes of packed ones are one tensor."""
+    return linear.num_experts if isinstance(linear, ExpertsLinear) else math.prod(weight_shape(linear)[:-1])
 
 
 def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, on_cpu: bool = False) -> Budget:
@@ -203,9 +214,9 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     rows, length = (1, cfg.trainer.tokens or batch * seq) if cfg.data.packing else (batch, seq)
     if seq > length:
         raise UserError(f"seq={seq} fits no pack of trainer.tokens={length}: raise it")
-    most, narrowest = most_gpus(model)
+    most, why = most_gpus(model)
     if gpus > most:
-        raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")
+        raise UserError(f"gpus={gpus}: {why}, so shards make sense on {most} GPUs at most")
     parts = stored(model)
     trains = [p for p in model.parameters() if p.requires_grad]
     optimizers = {name: of(parameter_groups(model, cfg.lr)) for name, of in OPTIMIZERS.items()}
@@ -228,7 +239,7 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     found = storage(model)
     return Budget(
         longest=_longest(model),
-        widest=min(min(weight_shape(linear)) for linear in decoder_linears(model).values()),
+        widest=min(min(weight_shape(linear)[-2:]) for linear in decoder_linears(model).values()),
         parameters=found["total_params"],
         trained=found["trainable_params"],
         bits=found["bits_per_weight"],

@@ -23,7 +23,7 @@ from modules import save_adapter, set_adapter
 from modules.adapters.base_print import is_other_base
 from modules.adapters.config import changes_base
 from modules.adapters.state import DEFAULT, state_of
-from modules.files.bitsandbytes import load_bnb4, save_bnb4
+from modules.files.bitsandbytes import load_bnb4, save_packed
 from modules.files.checked import base_of, load_tensors, save_tensors, seal_directory
 
 ADAPTER, MODEL, BASE, WEIGHTS = "adapter", "model", "base", "weights.safetensors"
@@ -52,9 +52,9 @@ def save_base(cfg: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenize
         return
     set_adapter(model, None)
     with directory_atomically(run / BASE) as directory, quiet():
-        directory.rmdir()  # save_bnb4 makes it
+        directory.rmdir()  # save_packed makes it
         try:
-            save_bnb4(model, directory)
+            save_packed(model, directory)
             load_bnb4(directory)
         except ValueError as error:
             raise UserError(f"init={cfg.init} keeps a base of its own, which cannot be done here: {error}") from error

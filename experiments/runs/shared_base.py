@@ -23,7 +23,7 @@ from experiments.system import machine, signals
 from experiments.system.files import cache_dir, claim, is_free
 from experiments.system.quiet import quiet
 from modules.adapters.config import quantized_start
-from modules.files.bitsandbytes import load_bnb4, save_bnb4
+from modules.files.bitsandbytes import load_bnb4, save_packed
 
 PREFIX, LOCKS = ".base-", ".locks"  # in the cache
 
@@ -94,7 +94,7 @@ def _pack(cfg: Config, directory: Path) -> None:
         _, dtype = machine.set_up(cfg.trainer)
         model, tokenizer = load_base(cfg, dtype)
         with quiet():
-            save_bnb4(model, directory / "partial")
+            save_packed(model, directory / "partial")
             load_bnb4(directory / "partial")  # or all jobs would fail
             tokenizer.save_pretrained(directory / "partial")
         (directory / "partial").rename(directory / "packed")

@@ -21,7 +21,8 @@ TOKENS = 2048  # the size that the table shows, or the nearest one that was meas
 RESULTS = Path("outputs") / "card"
 _TESTS = (
     *("nf4", "absmax", "nf4_linear", "lora", "lora_kernels", "low_rank", "dora", "dora_kernels", "joined"),
-    *("joined_kernels", "rms_norm", "swiglu", "rotary", "cross_entropy", "dropout", "adamw", "adamw8bit"),
+    *("joined_kernels", "experts", "experts_kernels", "routing", "rms_norm", "swiglu", "rotary", "cross_entropy"),
+    *("dropout", "adamw", "adamw8bit"),
 )
 _FILES = tuple(f"tests/kernels/test_{name}.py" for name in _TESTS)
 
@@ -42,10 +43,11 @@ def _bench(name: str, limit: int, *ops: str) -> Stage:
 STAGES = (
     # every op in bf16, which is what trains, and all that has no dtype; `make test` has the others
     Stage("check", ("-m", "pytest", "-q", "--maxfail=5", "-k", "not fp32 and not fp16", *_FILES), 150),
-    _bench("products", 90, "gemm", "project", "outer"),
-    _bench("blocks", 45, "rms_norm", "swiglu", "rotary", "linear_cross_entropy"),
-    _bench("linears", 75, "lora_linear", "dora_linear"),
-    _bench("packed", 60, "nf4_linear", "nf4_dequantize", "nf4_quantize", "dora_norm"),
+    _bench("products", 75, "gemm", "project", "outer"),
+    _bench("blocks", 40, "rms_norm", "swiglu", "rotary", "linear_cross_entropy"),
+    _bench("linears", 65, "lora_linear", "dora_linear"),
+    _bench("experts", 40, "experts_lora", "experts_dora"),
+    _bench("packed", 50, "nf4_linear", "nf4_dequantize", "nf4_quantize", "dora_norm"),
 )
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-STAGES = ("check", "products", "blocks", "linears", "packed")
+STAGES = ("check", "products", "blocks", "linears", "experts", "packed")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

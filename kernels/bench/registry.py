@@ -12,6 +12,7 @@ OPS = {  # by file of this folder: the ops of its BENCHES
     "products": ("nf4_linear", "gemm", "project", "outer"),
     "dora_norm": ("dora_norm",),
     "linears": ("lora_linear", "dora_linear"),
+    "experts": ("experts_lora", "experts_dora"),
     "blocks": ("rms_norm", "swiglu", "rotary", "linear_cross_entropy"),
     "optimizers": ("adamw", "adamw8bit"),
 }

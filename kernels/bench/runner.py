@@ -1,8 +1,8 @@
 """Measure a benchmark: check the result of every provider, then time the providers that are right."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -47,12 +47,17 @@ COLUMNS = tuple(field.name for field in fields(Row))
 
 @dataclass(frozen=True)
 class Case:
-    """The outcome of one size and configuration: rows of the providers that were right, reasons for the others."""
+    """The outcome of one size and configuration: rows of the providers that were right, reasons for the others.
+
+    Attributes:
+        memory: by provider, the bytes of its frozen weights and, on a GPU, of these and all that a call allocates.
+    """
 
     x: int
     config: Mapping[str, Any]
     rows: tuple[Row, ...]
     refused: Mapping[str, str]
+    memory: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
 
 
 class Runner:
@@ -110,7 +115,16 @@ class Runner:
                     rows.append(self._row(bench, name, metric, x, config, sample))
                 else:
                     self._note(f"{name} of {bench.kernel} cannot be captured in a CUDA graph: it has no graph time")
-        return Case(x, config, tuple(rows), refused)
+        memory = {name: self._memory(bench.weights[name](inputs), right[name]) for name in right if bench.weights}
+        return Case(x, config, tuple(rows), refused, memory)
+
+    def _memory(self, weights: int, function: Callable[[], Any]) -> tuple[int, int | None]:
+        if self.machine.device.type != "cuda":
+            return weights, None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return weights, weights + torch.cuda.max_memory_allocated() - before
 
     def _row(
         self, bench: Bench, provider: str, metric: str, x: int, config: Mapping[str, Any], seconds: list[float]

@@ -1,7 +1,7 @@
 """A benchmark: an op, the others that compute it, sizes, the check of a result, the least cost."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Bench:
         providers: by name, (inputs) → the function to time. The others are compared with "ours".
         check: (inputs) → a function of a result, which raises AssertionError with the reason if the result is wrong.
         cost: (size, **config) → (bytes, flops): every input read once, every output written once, nothing else moved.
+        weights: by provider, (inputs) → the bytes of its frozen weights, where memory is printed beside time.
         products: the op multiplies matrices. Then FLOPs count in the roofline, and dtypes whose products the machine
             only emulates are left out.
         gpu_only: the providers are GPU kernels, which a CPU does not run.
@@ -50,6 +51,7 @@ class Bench:
     providers: Mapping[str, Callable[[Inputs], Callable[[], Result]]]
     check: Callable[[Inputs], Callable[[Result], None]]
     cost: Callable[..., tuple[int, int]]
+    weights: Mapping[str, Callable[[Inputs], int]] = field(default_factory=dict)
     products: bool = False
     gpu_only: bool = False
     sizes_on_gpu: tuple[int, ...] = ()

@@ -1,9 +1,9 @@
 """4-bit quantize and dequantize on a CPU: see kernels/nf4.py.
 
-Quantize is one pass over whole blocks of fp32 or bf16. If bitsandbytes is installed, its compiled CPU routine
-dequantizes. The package itself is not imported. On loading, the routine's results are compared with the definition for
-every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to bf16 a value
-below the smallest normal number, 1.2e-38, is 0.
+Each is one pass over whole blocks of fp32 or bf16. If bitsandbytes is installed, its compiled CPU routine dequantizes
+NF4, in less time. The package itself is not imported. On loading, the routine's results are compared with the
+definition for every level. If they differ, the routine is not used. One thing may differ: with AVX-512's conversion to
+bf16 a value below the smallest normal number, 1.2e-38, is 0.
 """
 
 import ctypes
@@ -19,10 +19,10 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from kernels.codebook import decision_bounds, levels
+from kernels.codebook import decision_bounds, level_pairs, levels
 from kernels.cpu import supports
 from kernels.cpu.absmax import dequantize_absmax
-from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, larger, octets, share, wide
+from kernels.cpu.numba_tools import Kernel, arguments, bf16s, floats, ints, larger, narrow, octets, share, wide
 from kernels.op import supports_if
 from kernels.weight import Weight, packed_sizes
 
@@ -40,30 +40,39 @@ def _below(x, b):
     return n + np.int32(not x <= b[12]) + np.int32(not x <= b[13]) + np.int32(not x <= b[14])
 
 
+@njit(inline="always")
+def _fifteen(address):
+    """The bounds, as values that stay in registers."""
+    b = floats(address, 0, 15)
+    return (b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14])
+
+
+@njit(inline="always")
+def _read(address, start, is_bf16, x):
+    """Fill x with values of w from `start` on."""
+    if is_bf16:
+        halves = bf16s(address, start, x.size)
+        for i in range(x.size):
+            x[i] = wide(halves[i])
+    else:
+        singles = floats(address, start, x.size)
+        for i in range(x.size):
+            x[i] = singles[i]
+
+
 @Kernel
 def _quantize(pointer):
     # a: 0 w, 1 packed and 2 absmax (written), 3 bounds, 4 codes in the order of the levels, 5 blocks, 6 blocksize,
     #    7 whether the codes are in order, 8 whether w is bf16
     a = arguments(pointer, 9)
     blocks, blocksize, in_order, is_bf16 = a[5], a[6], a[7], a[8]
-    memory, codes = floats(a[3], 0, 15), octets(a[4], 0, 16)
-    bounds = (
-        *(memory[0], memory[1], memory[2], memory[3], memory[4], memory[5], memory[6], memory[7]),
-        *(memory[8], memory[9], memory[10], memory[11], memory[12], memory[13], memory[14]),
-    )
+    bounds, codes = _fifteen(a[3]), octets(a[4], 0, 16)
     absmax = floats(a[2], 0, blocks)
     x, code = np.empty(blocksize, np.float32), np.empty(blocksize, np.uint8)
     first, behind = share(blocks)
     for block in range(first, behind):
         start = block * blocksize
-        if is_bf16:
-            halves = bf16s(a[0], start, blocksize)
-            for i in range(blocksize):
-                x[i] = wide(halves[i])
-        else:
-            singles = floats(a[0], start, blocksize)
-            for i in range(blocksize):
-                x[i] = singles[i]
+        _read(a[0], start, is_bf16, x)
         largest, no_number = np.float32(0.0), np.int32(0)
         for i in range(blocksize):
             largest = larger(largest, abs(x[i]))
@@ -82,11 +91,38 @@ def _quantize(pointer):
             packed[i] = code[2 * i] << 4 | code[2 * i + 1]
 
 
-@supports_if(
-    lambda w, blocksize, quant_type: (
-        w.numel() > 0 and w.numel() % blocksize == 0 and (supports(w) or supports(w, dtype=torch.float32))
-    )
-)
+@functools.partial(Kernel, exact=True)  # a quotient is not a product with a reciprocal
+def _encode(pointer):
+    # a: 0 w, 1 packed (written), 2 scale of each block, 3 bounds, 4 codes in the order of the levels, 5 blocks,
+    #    6 blocksize, 7 whether w is bf16
+    a = arguments(pointer, 8)
+    blocks, blocksize, is_bf16 = a[5], a[6], a[7]
+    bounds, codes, scales = _fifteen(a[3]), octets(a[4], 0, 16), floats(a[2], 0, blocks)
+    x, code = np.empty(blocksize, np.float32), np.empty(blocksize, np.uint8)
+    first, behind = share(blocks)
+    for block in range(first, behind):
+        start, scale = block * blocksize, scales[block]
+        _read(a[0], start, is_bf16, x)
+        for i in range(blocksize):
+            code[i] = np.uint8(_below(x[i] / scale, bounds))
+        packed = octets(a[1], start // 2, blocksize // 2)
+        for i in range(blocksize // 2):
+            packed[i] = codes[code[2 * i]] << 4 | codes[code[2 * i + 1]]
+
+
+def _whole_blocks(w: Tensor, blocksize: int) -> bool:
+    return w.numel() > 0 and w.numel() % blocksize == 0 and (supports(w) or supports(w, dtype=torch.float32))
+
+
+@supports_if(lambda w, scale, blocksize, quant_type: _whole_blocks(w, blocksize))
+def encode_4bit(w: Tensor, scale: Tensor, blocksize: int, quant_type: str) -> Tensor:
+    n_bytes, blocks = packed_sizes(w.numel(), blocksize)
+    packed = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
+    _encode(w, packed, scale, *decision_bounds(quant_type), blocks, blocksize, int(w.dtype == torch.bfloat16))
+    return packed
+
+
+@supports_if(lambda w, blocksize, quant_type: _whole_blocks(w, blocksize))
 def quantize_4bit(w: Tensor, blocksize: int, quant_type: str) -> tuple[Tensor, Tensor]:
     n_bytes, blocks = packed_sizes(w.numel(), blocksize)
     packed = torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
@@ -135,23 +171,53 @@ def _routine(dtype: torch.dtype) -> Callable[..., None] | None:
     return routine if torch.equal(out.view(torch.uint8), expected.view(torch.uint8)) else None
 
 
-def _has_routine(weight: Weight, dtype: torch.dtype) -> bool:
-    state = weight.quant_state
-    n = state.shape.numel()
-    whole_blocks = n > 0 and n % state.blocksize == 0 and not weight.values.is_meta
-    return state.quant_type == "nf4" and whole_blocks and _routine(dtype) is not None
+@functools.partial(Kernel, exact=True)
+def _decode(pointer):
+    # a: 0 packed, 1 absmax, 2 the two levels of each byte, 3 out (written), 4 blocks, 5 blocksize,
+    #    6 whether out is bf16
+    a = arguments(pointer, 7)
+    blocks, blocksize, is_bf16 = a[4], a[5], a[6]
+    absmax, table = floats(a[1], 0, blocks), ints(a[2], 0, 256)
+    pairs = np.empty(blocksize // 2, np.int64)
+    level = pairs.view(np.float32)
+    first, behind = share(blocks)
+    for block in range(first, behind):
+        start, scale = block * blocksize, absmax[block]
+        packed = octets(a[0], start // 2, blocksize // 2)
+        for i in range(blocksize // 2):
+            pairs[i] = table[packed[i]]
+        if is_bf16:
+            halves = bf16s(a[3], start, blocksize)
+            for i in range(blocksize):
+                halves[i] = narrow(level[i] * scale)
+        else:
+            singles = floats(a[3], start, blocksize)
+            for i in range(blocksize):
+                singles[i] = level[i] * scale
+
+
+def _supports(weight: Weight, dtype: torch.dtype) -> bool:
+    n = weight.shape.numel()
+    if n == 0 or n % weight.quant_state.blocksize or weight.values.is_meta:
+        return False
+    return dtype != torch.float16 or (weight.quant_state.quant_type == "nf4" and _routine(dtype) is not None)
 
 
 def _dequantize(weight: Weight, out: Tensor) -> Tensor:
     state = weight.quant_state
     absmax = state.absmax
     if state.nested:
-        absmax = dequantize_absmax(absmax, state.nested_absmax, state.nested_offset)
-    _blocks(_routine(out.dtype), weight.values, absmax, out, state.blocksize)
+        absmax = dequantize_absmax(absmax, state.nested_absmax, state.nested_offset, state.quant_type)
+    routine = _routine(out.dtype) if state.quant_type == "nf4" else None
+    if routine is not None:
+        _blocks(routine, weight.values, absmax, out, state.blocksize)
+    else:
+        is_bf16 = int(out.dtype == torch.bfloat16)
+        _decode(weight.values, absmax, level_pairs(state.quant_type), out, len(absmax), state.blocksize, is_bf16)
     return out.view(state.shape)
 
 
-@supports_if(_has_routine)
+@supports_if(_supports)
 def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
     return _dequantize(weight, torch.empty(weight.shape.numel(), dtype=dtype, device="cpu"))
 
@@ -164,7 +230,7 @@ def dense(weight: Weight, dtype: torch.dtype) -> Tensor:
     """
     if not weight.packed:
         return weight.values
-    if _has_routine(weight, dtype):
+    if _supports(weight, dtype):
         return _dequantize(weight, _buffer(weight.shape.numel(), dtype))
     return weight.dense(dtype)
 

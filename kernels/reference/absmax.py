@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_codes, dynamic_map
+from kernels.codebook import NESTED_BLOCKSIZE, absmax_map, dynamic_codes
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -17,6 +17,6 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, offset
 
 
-def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, quant_type: str) -> Tensor:
     scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[: codes.numel()]
-    return dynamic_map(codes.device).index_select(0, codes.int()) * scale + nested_offset
+    return absmax_map(quant_type, codes.device).index_select(0, codes.int()) * scale + nested_offset

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.codebook import bin_table, level_pairs
+from kernels.codebook import bin_table, decision_bounds, level_pairs
 from kernels.reference.absmax import dequantize_absmax
 from kernels.weight import Weight
 
@@ -41,11 +41,19 @@ def _packed_codes(scaled: Tensor, quant_type: str) -> Tensor:
     return (codes << 4 | codes >> 8).to(torch.uint8)
 
 
+def encode_4bit(w: Tensor, scale: Tensor, blocksize: int, quant_type: str) -> Tensor:
+    n = w.numel()
+    bounds, codes = decision_bounds(quant_type, w.device)
+    blocks = torch.nn.functional.pad(w.reshape(-1).float(), (0, -n % blocksize)).view(-1, blocksize)
+    code = codes.index_select(0, torch.bucketize(blocks / scale.unsqueeze(1), bounds, out_int32=True).view(-1))
+    return (code[::2] << 4 | code[1::2])[: (n + 1) // 2]
+
+
 def dequantize_4bit(weight: Weight, dtype: torch.dtype) -> Tensor:
     packed, state = weight.values, weight.quant_state
     absmax, blocksize = state.absmax, state.blocksize
     if state.nested:
-        absmax = dequantize_absmax(absmax, state.nested_absmax, state.nested_offset)
+        absmax = dequantize_absmax(absmax, state.nested_absmax, state.nested_offset, state.quant_type)
     n = state.shape.numel()
     pairs = level_pairs(state.quant_type, packed.device).index_select(0, packed.reshape(-1).int())
     w = pairs.view(torch.float32)[:n]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_codes, dynamic_map
+from kernels.codebook import NESTED_BLOCKSIZE, absmax_map, dynamic_codes
 from kernels.triton.case import Case, meta
 from kernels.triton.launch import launch
 from kernels.weight import nested_blocks
@@ -93,10 +93,10 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return codes, nested_absmax, offset
 
 
-def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor) -> Tensor:
+def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, quant_type: str) -> Tensor:
     n, device = codes.numel(), codes.device
     absmax = torch.empty(n, dtype=torch.float32, device=device)
-    args = (codes, nested_absmax, nested_offset, dynamic_map(device), absmax, n)
+    args = (codes, nested_absmax, nested_offset, absmax_map(quant_type, device), absmax, n)
     launch(_dequantize_absmax_kernel, (nested_blocks(n),), *args, num_warps=NUM_WARPS, fp_fusion=False)
     return absmax
 
@@ -117,5 +117,5 @@ _CODES = (meta(2**18, dtype=torch.uint8), meta(2**10), meta())
 
 CASES = [
     _case("absmax_quantize", _quantize_absmax_kernel, lambda: quantize_absmax(meta(2**18))),
-    _case("absmax_dequantize", _dequantize_absmax_kernel, lambda: dequantize_absmax(*_CODES)),
+    _case("absmax_dequantize", _dequantize_absmax_kernel, lambda: dequantize_absmax(*_CODES, "nf4")),
 ]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.codebook import default_blocksize
 from kernels.triton.launch import Launch, recording
 from kernels.weight import QuantState, Weight, nested_blocks, packed_sizes
 
@@ -91,11 +92,16 @@ def meta(*shape: int, dtype: torch.dtype | str = torch.float32) -> Tensor:
 
 
 def meta_packed(
-    *shape: int, blocksize: int = 64, double_quant: bool = True, dtype: torch.dtype | str = torch.bfloat16
+    *shape: int,
+    blocksize: int | None = None,
+    double_quant: bool = True,
+    dtype: torch.dtype | str = torch.bfloat16,
+    quant_type: str = "nf4",
 ) -> Weight:
-    """A packed weight without memory, in NF4."""
+    """A packed weight without memory."""
+    blocksize = blocksize or default_blocksize(quant_type)
     n_bytes, blocks = packed_sizes(torch.Size(shape).numel(), blocksize)
     absmax = meta(blocks, dtype=torch.uint8 if double_quant else torch.float32)
     nested = (meta(nested_blocks(blocks)), meta()) if double_quant else ()
-    state = QuantState(absmax, torch.Size(shape), DTYPES.get(dtype, dtype), blocksize, *nested)
+    state = QuantState(absmax, torch.Size(shape), DTYPES.get(dtype, dtype), blocksize, *nested, quant_type=quant_type)
     return Weight(meta(n_bytes, dtype=torch.uint8), state)

@@ -87,13 +87,27 @@ def _magnitude_grad_kernel(
     BLOCK_R: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_N
-    column = tl.arange(0, BLOCK_N)
-    n = start + column
+    n = start + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     partial_ptrs = partial_ptr + n
     for _ in range(tiles):
         total += tl.load(partial_ptrs, mask=n < N, other=0.0)
         partial_ptrs += N
+    finish_magnitude(
+        total, divisor_ptr, gain_ptr, norm_ptr, dy_ptr, x_ptr, w_ptr, xa_ptr, b_ptr, dm_ptr, start, M, N, K,
+        stride_wn, stride_wk, stride_xa, stride_bn, stride_br, R, SMALL, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+
+
+@triton.jit
+def finish_magnitude(
+    total, divisor_ptr, gain_ptr, norm_ptr, dy_ptr, x_ptr, w_ptr, xa_ptr, b_ptr, dm_ptr, start, M, N, K,
+    stride_wn, stride_wk, stride_xa, stride_bn, stride_br, R: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write dm of columns `start` to start + BLOCK_N, of which `total` is Σ dy ⊙ kept."""
+    column = tl.arange(0, BLOCK_N)
+    n = start + column
     divisor = tl.load(divisor_ptr + n, mask=n < N, other=1.0).to(tl.float32)
     dm = divide(total, divisor)
     if gain_ptr is not None:

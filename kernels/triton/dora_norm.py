@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.codebook import NESTED_BLOCKSIZE, absmax_map, levels
 from kernels.triton.absmax import load_row_absmax
 from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch, next_power_of_2, split_columns
@@ -53,12 +53,28 @@ def _norm_nf4_kernel(
     R: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # divides BLOCKSIZE: a row of a tile lies in one block
+    BLOCK_K: tl.constexpr,  # divides BLOCKSIZE, or a multiple of it: a row of a tile lies in PARTS whole blocks
     BLOCK_R: tl.constexpr,
 ):
-    HALF: tl.constexpr = BLOCK_K // 2
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
+    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
+    total = squares_nf4(
+        packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, a_ptr, b_ptr,
+        rows, N, K, split * K_SPLIT, end, scaling, R, BLOCKSIZE, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def squares_nf4(
+    packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, a_ptr, b_ptr,
+    rows, N, K, start, end, scaling, R: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Σ (W + sBA)² over columns start to end, for `rows` below N: fp32 [BLOCK_N]."""
+    PARTS: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
+    HALF: tl.constexpr = BLOCK_K // 2
     byte = tl.arange(0, HALF)
     r = tl.arange(0, BLOCK_R)
     levels = tl.load(levels_ptr + tl.arange(0, 16))
@@ -68,7 +84,7 @@ def _norm_nf4_kernel(
         if BLOCK_R >= R:
             b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_N, HALF], tl.float32)
-    for k in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+    for k in range(start, end, BLOCK_K):
         even = tl.zeros([BLOCK_N, HALF], tl.float32)
         odd = tl.zeros([BLOCK_N, HALF], tl.float32)
         if a_ptr is not None:
@@ -80,17 +96,16 @@ def _norm_nf4_kernel(
                 a_odd = tl.load(a_ptrs + (R + r0) * (K // 2) + k // 2, mask=inside, other=0.0)
                 even = tl.dot(b, a_even, even, input_precision="ieee")
                 odd = tl.dot(b, a_odd, odd, input_precision="ieee")
-        absmax = load_row_absmax(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, (rows * K + k) // BLOCKSIZE, rows < N
-        )
-        scale = tl.broadcast_to(absmax[:, None], [BLOCK_N, HALF])
+        blocks = ((rows * K + k)[:, None] + tl.arange(0, PARTS)[None, :] * BLOCKSIZE) // BLOCKSIZE  # [BLOCK_N, PARTS]
+        absmax = load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, blocks, (rows < N)[:, None])
+        scale = tl.reshape(tl.broadcast_to(absmax[:, :, None], [BLOCK_N, PARTS, HALF // PARTS]), [BLOCK_N, HALF])
         codes = tl.load(byte_ptrs + k // 2, mask=(rows < N)[:, None], other=0).to(tl.int32)
         high = tl.gather(levels, tl.reshape(codes >> 4, [BLOCK_N * HALF]), 0)
         low = tl.gather(levels, tl.reshape(codes & 15, [BLOCK_N * HALF]), 0)
         even = tl.fma(tl.reshape(high, [BLOCK_N, HALF]), scale, even)
         odd = tl.fma(tl.reshape(low, [BLOCK_N, HALF]), scale, odd)
         total = tl.fma(odd, odd, tl.fma(even, even, total))
-    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -110,11 +125,22 @@ def _norm_dense_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
+    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
+    total = squares_dense(w_ptr, a_ptr, b_ptr, rows, N, K, split * K_SPLIT, end, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R)
+    tl.store(partial_ptr + split.to(tl.int64) * N + rows, total, mask=rows < N)
+
+
+@triton.jit
+def squares_dense(
+    w_ptr, a_ptr, b_ptr, rows, N, K, start, end, scaling, R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """As `squares_nf4`, of a dense W."""
     r = tl.arange(0, BLOCK_R)
     if a_ptr is not None and BLOCK_R >= R:
         b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+    for k0 in range(start, end, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + rows[:, None] * K + k[None, :], mask=(rows < N)[:, None] & (k < K)[None, :], other=0.0)
         w = w.to(tl.float32)  # [BLOCK_N, BLOCK_K]
@@ -126,11 +152,11 @@ def _norm_dense_kernel(
                 a = tl.load(a_ptr + (r0 + r)[:, None].to(tl.int64) * K + k[None, :], mask=inside, other=0.0)
                 w = tl.dot(b, a, w, input_precision="ieee")
         total = tl.fma(w, w, total)
-    tl.store(partial_ptr + split.to(tl.int64) * N + rows, tl.sum(total, 1), mask=rows < N)
+    return tl.sum(total, 1)
 
 
 @triton.jit
-def _finish_kernel(
+def finish_kernel(
     partial_ptr,  # fp32 [splits, N]: sums of squares; or None
     known_ptr,  # fp32 [N], or None: the norm, where it is known
     magnitude_ptr,  # [N], or None
@@ -160,7 +186,7 @@ def divide(x, norm):
     return tl.where(norm == 0.0, 0.0, tl.math.div_rn(x, tl.where(norm == 0.0, 1.0, norm)))
 
 
-def _tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
+def norm_tiles(rank: int, columns: int, dtype: torch.dtype, packed: bool) -> dict[str, int]:
     """Tile sizes and stages. Every choice fits 99 KiB of shared memory and 255 registers (see CASES)."""
     padded = max(16, next_power_of_2(rank))
     if dtype == torch.float32:  # no matrix units: small products, or their operands spill
@@ -188,8 +214,8 @@ def sums_of_squares(
     """Σ_k (W + sBA)² of the rows of W [N, K], or of W alone, in splits of K: fp32 [splits, N]."""
     (n, k), state, device = weight.shape, weight.quant_state, weight.device
     rank = 0 if lora_A is None else lora_A.shape[0]
-    tiles = _tiles(rank, k, dtype, weight.packed)
-    if weight.packed and state.blocksize == 32:
+    tiles = norm_tiles(rank, k, dtype, weight.packed)
+    if weight.packed and state.blocksize <= 32:  # blocks of 16 in wider tiles would spill
         tiles["BLOCK_K"] = 32
     rows = cdiv(n, tiles["BLOCK_N"])
     columns, splits = split_columns(k, tiles["BLOCK_K"], rows)
@@ -204,7 +230,7 @@ def sums_of_squares(
         launch(
             _norm_nf4_kernel, grid,
             weight.values, state.absmax, state.nested_absmax, state.nested_offset,
-            dynamic_map(device) if state.nested else None, levels(state.quant_type, device),
+            absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device),
             lora_A, lora_B, partial, n, k, columns, scaling, BLOCKSIZE=state.blocksize, **options,
         )  # fmt: skip
     else:  # a row of a tile would cross NF4 blocks, or bytes
@@ -234,24 +260,27 @@ def norm_and_gain(
     known = None if known is None else known.contiguous()
     magnitude = None if magnitude is None else magnitude.contiguous()
     args = (partial, known, magnitude, norm, gain, n, 0 if partial is None else len(partial))
-    launch(_finish_kernel, (cdiv(n, FINISH_BLOCK),), *args, BLOCK=FINISH_BLOCK, fp_fusion=False)
+    launch(finish_kernel, (cdiv(n, FINISH_BLOCK),), *args, BLOCK=FINISH_BLOCK, fp_fusion=False)
     return norm, gain
 
 
-def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64) -> Case:
+def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64, quant_type: str = "nf4") -> Case:
     """`sums_of_squares` for a rank, over a "double", "single" or "dense" weight."""
     if kind == "dense":
         weight, bytes_per_value = Weight(meta(4096, 4096, dtype=dtype)), DTYPES[dtype].itemsize
     else:
-        weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=kind == "double")
+        weight = meta_packed(4096, 4096, blocksize=blocksize, double_quant=kind == "double", quant_type=quant_type)
         bytes_per_value = 0.5 + (1 + 4 / NESTED_BLOCKSIZE if kind == "double" else 4) / blocksize
     # the norm of a packed W alone is computed in fp32 (`weight_norm_sq` in dora.py)
     compute = DTYPES[dtype] if rank or kind == "dense" else torch.float32
     adapter = (meta(rank, 4096), meta(4096, rank)) if rank else (None, None)
-    budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != "fp32" else {}
+    budgets = {}  # most instructions a weight, by the rank
+    if kind != "dense" and dtype != "fp32":
+        budgets = {64: {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0}, 16: {16: 10.8, 64: 11.9}}.get(blocksize, {})
     return Case(
         kernel="dora_norm_dense" if kind == "dense" else "dora_norm_nf4",
-        config=f"r{rank}-b{blocksize}-{'nf4' if kind == 'single' else kind}-{dtype}",
+        config=f"r{rank}-b{blocksize}-{'nf4' if kind == 'single' else kind}-{dtype}"
+        + ("" if quant_type == "nf4" else f"-{quant_type}"),
         call=lambda: sums_of_squares(weight, compute, *adapter, 2.0),
         fn=_norm_dense_kernel if kind == "dense" else _norm_nf4_kernel,
         values=lambda a: a.BLOCK_N * a.BLOCK_K,
@@ -259,7 +288,7 @@ def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64) -> Cas
         flops_per_value=(lambda a: 2 * a.BLOCK_R) if rank else 0.0,
         loop=lambda a: a.BLOCK_R >= a.R,  # else the innermost loop runs over ranks, not over weights
         launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
-        max_instr=budgets.get(rank) if blocksize == 64 else None,
+        max_instr=budgets.get(rank),
         min_load_bits=128 if rank else 64,
         mma=rank > 0 and dtype != "fp32",
     )
@@ -273,7 +302,7 @@ def _finish(known: bool) -> Case:
         kernel="dora_norm_finish",
         config="known" if known else "gain",
         call=lambda: norm_and_gain(weight, torch.bfloat16, *adapter, 2.0, meta(4096), norm),
-        fn=_finish_kernel,
+        fn=finish_kernel,
         values=FINISH_BLOCK,
         bytes_per_value=16.0 if known else 4.0,
         launches=1 if known else 3,
@@ -284,6 +313,7 @@ CASES = [
     *[_finish(known) for known in (False, True)],
     *[_case(rank, "double") for rank in (0, 16, 64, 128, 256, 512, 1024)],
     *[_case(64, "single"), _case(64, "double", blocksize=32), _case(64, "double", "fp32")],
+    *[_case(rank, "double", blocksize=16, quant_type="nvfp4") for rank in (0, 16, 64)],
     *[_case(rank, "dense") for rank in (0, 64, 128, 256, 512)],
     _case(64, "dense", "fp32"),
 ]

@@ -20,9 +20,9 @@ def _mix_bits(h):  # uint32, any shape
 
 
 @triton.jit
-def keep(seed_ptr, rows, cols, THRESHOLD: tl.constexpr):
-    """The mask at broadcastable `rows` and `cols`, as the reference's `keep_mask` makes it."""
-    row = _mix_bits(rows.to(tl.uint32) ^ _mix_bits(tl.load(seed_ptr).to(tl.uint32)))
+def keep(seed, rows, cols, THRESHOLD: tl.constexpr):
+    """The mask at broadcastable `rows` and `cols`, as the reference's `keep_mask` makes it; `seed` is any integer."""
+    row = _mix_bits(rows.to(tl.uint32) ^ _mix_bits(seed.to(tl.uint32)))
     return _mix_bits(_mix_bits(cols.to(tl.uint32)) ^ row) >= THRESHOLD
 
 
@@ -42,7 +42,7 @@ def _dropout_kernel(
     col = (tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
     inside = (row < rows) & (col < cols)
     x = tl.load(x_ptr + row * cols + col, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_ROWS, BLOCK_COLS]
-    x = tl.where(keep(seed_ptr, row, col, THRESHOLD), x * scale, 0.0)
+    x = tl.where(keep(tl.load(seed_ptr), row, col, THRESHOLD), x * scale, 0.0)
     tl.store(y_ptr + row * cols + col, x.to(y_ptr.dtype.element_ty), mask=inside)
 
 

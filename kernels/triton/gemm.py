@@ -62,7 +62,7 @@ def gemm_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    pid_m, pid_n = _tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = (m < M)[:, None] & (n < N)[None, :]
@@ -84,11 +84,11 @@ def gemm_kernel(
             w_ptrs += BLOCK_K * stride_wk
     if s_ptr is not None:
         if seed_ptr is None:
-            acc = _add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R, BLOCK_R)
+            acc = add_low_rank(acc, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R, BLOCK_R)
         else:
             product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            product = _add_low_rank(product, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R, BLOCK_R)
-            acc += tl.where(keep(seed_ptr, m[:, None], n[None, :], THRESHOLD), product * scale, 0.0)
+            product = add_low_rank(product, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R, BLOCK_R)
+            acc += tl.where(keep(tl.load(seed_ptr), m[:, None], n[None, :], THRESHOLD), product * scale, 0.0)
     if z_ptr is not None:
         tl.store(z_ptr + m[:, None] * N + n[None, :], acc.to(z_ptr.dtype.element_ty), mask=inside)
     if gain_ptr is not None:
@@ -99,7 +99,7 @@ def gemm_kernel(
 
 
 @triton.jit
-def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+def tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(row, column) of a program's tile: GROUP_M rows of tiles run together and share their columns of W in cache."""
     group = pid // (GROUP_M * tiles_n)
     rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -108,7 +108,7 @@ def _tile_of(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _add_low_rank(
+def add_low_rank(
     acc, s_ptr, v_ptr, m, n, M, N, stride_sm, stride_vr, stride_vn, R: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     """acc + S V, for rows m and columns n"""

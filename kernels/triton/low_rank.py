@@ -105,17 +105,37 @@ def _project_tile(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tile * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(2)
+    seed = None
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
+    acc = projected(
+        x_ptr, v_ptr, seed, m, 0, r, M, K, split * K_SPLIT, end, stride_vk, stride_vr, R,
+        THRESHOLD, BLOCK_M, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    s_ptrs = s_ptr + (split.to(tl.int64) * M + m)[:, None] * stride_sm + r[None, :]
+    tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def projected(
+    x_ptr, v_ptr, seed, m, first, r, M, K, start, end, stride_vk, stride_vr, R,
+    THRESHOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """drop(x) V over columns start to end of x: rows m of x [M, K], columns r of V [K, R]: fp32 [BLOCK_M, BLOCK_R].
+
+    With a seed, row m has the mask of row m - first.
+    """
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
-    for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
+    for k0 in range(start, end, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + m[:, None] * K + k[None, :], mask=(m < M)[:, None] & (k < K)[None, :], other=0.0)
-        if seed_ptr is not None:
-            x = tl.where(keep(seed_ptr, m[:, None], k[None, :], THRESHOLD), x, 0.0)
+        if seed is not None:
+            x = tl.where(keep(seed, (m - first)[:, None], k[None, :], THRESHOLD), x, 0.0)
         v_ptrs = v_ptr + k[:, None].to(tl.int64) * stride_vk + r[None, :] * stride_vr
         v = tl.load(v_ptrs, mask=(k < K)[:, None] & (r < R)[None, :], other=0.0)  # [BLOCK_K, BLOCK_R]
         acc = tl.dot(x, v.to(x_ptr.dtype.element_ty), acc, input_precision="ieee")
-    s_ptrs = s_ptr + (split.to(tl.int64) * M + m)[:, None] * stride_sm + r[None, :]
-    tl.store(s_ptrs, (acc * scale).to(s_ptr.dtype.element_ty), mask=(m < M)[:, None] & (r < R)[None, :])
+    return acc
 
 
 @triton.jit
@@ -162,7 +182,7 @@ def split_sum(
     return max(of_one, block), max(1, cdiv(length, max(of_one, block)))
 
 
-def _project_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
+def project_tiles(dtype: torch.dtype, rank: int) -> dict[str, int]:
     """Tile sizes, warps and stages. Every choice fits 64 KiB of shared memory and 255 registers (see CASES)."""
     if dtype == torch.float32:  # no matrix units
         return {"BLOCK_M": 32, "BLOCK_K": 32, "BLOCK_R": 16, "num_warps": 4, "num_stages": 2}
@@ -186,7 +206,7 @@ def project(
 ) -> Tensor:
     """scale · drop(x) v in x's dtype [M, R]; x [M, K] contiguous, v [K, R] of any strides."""
     (m, k), rank = x.shape, v.shape[1]
-    tiles = _project_tiles(x.dtype, rank)
+    tiles = project_tiles(x.dtype, rank)
     s = torch.empty(m, rank, dtype=x.dtype, device=x.device)
     grid = (cdiv(m, tiles["BLOCK_M"]), cdiv(rank, tiles["BLOCK_R"]))
     n_read = m * k * x.element_size()
@@ -203,7 +223,7 @@ def projects(xs: Sequence[Tensor], vs: Sequence[Tensor], out: Tensor) -> None:
     """Write [x₁ v₁ … xₙ vₙ] to `out` [M, Σ R], contiguous in its rows; of up to MOST_LINEARS x [M, K] and v [K, R],
     contiguous."""
     m, columns, ranks = len(out), [x.shape[1] for x in xs], [v.shape[1] for v in vs]
-    tiles = _project_tiles(out.dtype, max(ranks))
+    tiles = project_tiles(out.dtype, max(ranks))
     grid = (cdiv(m, tiles["BLOCK_M"]), sum(cdiv(r, tiles["BLOCK_R"]) for r in ranks))
     n_read = m * sum(columns) * out.element_size()
     of_one, splits = split_sum(max(columns), tiles["BLOCK_K"], grid[0] * grid[1], n_read, out.numel(), out.device)

@@ -5,7 +5,7 @@
 Reading the codes is the work. A thread reads 32 consecutive codes of a row in one 128-bit word; it has a word of each
 of ROWS rows under way, and in a longer row their successors, so that a multiprocessor waits for tens of KiB at once.
 The levels are in the registers of a warp, one a lane, and a lookup is a shuffle. x is read once for ROWS rows. absmax
-of both levels is decoded once for 32 codes and multiplies their sum.
+of both levels is decoded once for 32 codes, or for the 16 of a block of NVFP4, and multiplies their sum.
 
 The warps of a program split a row among them, and the sum over threads and warps has one order: two runs give the same
 bits. Rows are split no further, so that nothing is left for a second launch: even 1024 rows of 4096 columns are 1024
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.codebook import NESTED_BLOCKSIZE, absmax_map, levels
 from kernels.triton.absmax import load_row_absmax
 from kernels.triton.case import Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch, next_power_of_2
@@ -66,6 +66,7 @@ def _gemv_kernel(
     table = tl.broadcast_to(table[None, None, :], [WARPS, ROWS, 32])
     lane = tl.arange(0, WARPS)[:, None] * 32 + tl.arange(0, 32)[None, :]  # [WARPS, 32]
     groups = K // 32
+    PARTS: tl.constexpr = 2 if BLOCKSIZE == 16 else 1  # blocks in a lane's 32 codes
     acc = tl.zeros([TOKENS, ROWS, WARPS, 32], tl.float32)
     coming = _words(packed_ptr, n, lane, N, groups)
     for first in range(0, groups, WARPS * 32):
@@ -73,21 +74,22 @@ def _gemv_kernel(
         words = coming
         coming = _words(packed_ptr, n, group + WARPS * 32, N, groups)
         live = (n < N)[:, None, None] & (group < groups)[None, :, :]
-        block = (n[:, None, None] * groups + group[None, :, :]) * 32 // BLOCKSIZE
-        absmax = load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, block, live)
         x_ptrs = x_ptr + m[:, None, None].to(tl.int64) * K + group[None, :, :] * 32  # [TOKENS, WARPS, 32]
         inside = (m < M)[:, None, None] & (group < groups)[None, :, :]
         word = _split4(words, ROWS, WARPS)
-        total = tl.zeros([TOKENS, ROWS, WARPS, 32], tl.float32)
-        for j in tl.static_range(4):
-            x = _eight(x_ptrs + 8 * j, inside, TOKENS, WARPS)
-            for i in tl.static_range(8):
-                code = ((word[j] >> (i // 2 * 8 + 4 - i % 2 * 4)) & 15).to(tl.int32)  # [ROWS, WARPS, 32]
-                # A warp's lanes last and the warps first: so Triton makes the lookup a shuffle.
-                level = tl.permute(tl.gather(table, tl.permute(code, [1, 0, 2]), 2), [1, 0, 2])
-                level = tl.broadcast_to(level[None, :, :, :], [TOKENS, ROWS, WARPS, 32])
-                total = tl.fma(level, tl.broadcast_to(x[i][:, None, :, :], [TOKENS, ROWS, WARPS, 32]), total)
-        acc = tl.fma(total, tl.broadcast_to(absmax[None, :, :, :], [TOKENS, ROWS, WARPS, 32]), acc)
+        for part in tl.static_range(PARTS):
+            block = ((n[:, None, None] * groups + group[None, :, :]) * 32 + part * 16) // BLOCKSIZE
+            absmax = load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, block, live)
+            total = tl.zeros([TOKENS, ROWS, WARPS, 32], tl.float32)
+            for j in tl.static_range(4 // PARTS * part, 4 // PARTS * (part + 1)):
+                x = _eight(x_ptrs + 8 * j, inside, TOKENS, WARPS)
+                for i in tl.static_range(8):
+                    code = ((word[j] >> (i // 2 * 8 + 4 - i % 2 * 4)) & 15).to(tl.int32)  # [ROWS, WARPS, 32]
+                    # A warp's lanes last and the warps first: so Triton makes the lookup a shuffle.
+                    level = tl.permute(tl.gather(table, tl.permute(code, [1, 0, 2]), 2), [1, 0, 2])
+                    level = tl.broadcast_to(level[None, :, :, :], [TOKENS, ROWS, WARPS, 32])
+                    total = tl.fma(level, tl.broadcast_to(x[i][:, None, :, :], [TOKENS, ROWS, WARPS, 32]), total)
+            acc = tl.fma(total, tl.broadcast_to(absmax[None, :, :, :], [TOKENS, ROWS, WARPS, 32]), acc)
     z = tl.sum(tl.reshape(acc, [TOKENS, ROWS, WARPS * 32]), axis=2)  # [TOKENS, ROWS]
 
     if s_ptr is not None:
@@ -144,12 +146,12 @@ def _eight(ptrs, inside, TOKENS: tl.constexpr, WARPS: tl.constexpr):
         return x0, x1, x2, x3, x4, x5, x6, x7
 
 
-def _tiles(m: int, n: int, k: int, dtype: torch.dtype) -> dict[str, int]:
+def _tiles(m: int, n: int, k: int, dtype: torch.dtype, blocksize: int) -> dict[str, int]:
     """Rows and warps of a program. Every choice fits the registers (see CASES)."""
     parts = cdiv(k, WARP_COLUMNS)
     # as many warps a row as leave at most an eighth of them without columns
     warps = next(w for w in (4, 2, 1) if 7 * w * cdiv(parts, w) <= 8 * parts)
-    rows = MAX_ROWS // 2 if m > 2 and dtype == torch.float32 else MAX_ROWS
+    rows = MAX_ROWS // 2 if m > 2 and (dtype == torch.float32 or blocksize == 16) else MAX_ROWS
     while rows > MIN_ROWS and cdiv(n, rows) * warps < WARPS_WANTED:
         rows //= 2
     return {"TOKENS": next_power_of_2(m), "ROWS": rows, "WARPS": warps, "num_warps": warps, "num_stages": 1}
@@ -180,11 +182,11 @@ def gemv(
     (m, k), n, device = x.shape, weight.shape[0], x.device
     y = torch.empty(m, n, dtype=x.dtype, device=device)
     z = torch.empty(m, n, dtype=x.dtype, device=device) if keep_z else None
-    rank, tiles = 0 if s is None else s.shape[1], _tiles(m, n, k, x.dtype)
+    rank, tiles = 0 if s is None else s.shape[1], _tiles(m, n, k, x.dtype, state.blocksize)
     launch(
         _gemv_kernel, (cdiv(n, tiles["ROWS"]),),
         x, packed, state.absmax, state.nested_absmax, state.nested_offset,
-        dynamic_map(device) if state.nested else None, levels(state.quant_type, device),
+        absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device),
         s, v, gain, bias, y, z, m, n, k, *((0, 0, 0) if s is None else (s.stride(0), *v.stride())),
         R=rank, BLOCKSIZE=state.blocksize, BLOCK_R=min(64, next_power_of_2(max(1, rank))), **tiles, fp_fusion=False,
     )  # fmt: skip
@@ -192,24 +194,32 @@ def gemv(
 
 
 def _case(
-    tokens: int, dtype: str = "bf16", rows: int = 4096, double_quant: bool = True, rank: int | None = None
+    tokens: int,
+    dtype: str = "bf16",
+    rows: int = 4096,
+    double_quant: bool = True,
+    rank: int | None = None,
+    quant_type: str = "nf4",
 ) -> Case:
     """`gemv` alone, or for a rank with all of DoRA in its epilogue."""
-    x, weight = meta(tokens, 4096, dtype=dtype), meta_packed(rows, 4096, double_quant=double_quant)
+    x = meta(tokens, 4096, dtype=dtype)
+    weight = meta_packed(rows, 4096, double_quant=double_quant, quant_type=quant_type)
     others = {} if rank is None else {
         **{"s": meta(tokens, rank, dtype=dtype), "v": meta(rows, rank).t()},
         **{"bias": meta(rows, dtype=dtype), "gain": meta(rows), "keep_z": True},
     }  # fmt: skip
     config = [f"m{tokens}", f"n{rows}", "double", dtype] if double_quant else [f"m{tokens}", f"n{rows}", dtype]
+    config += [] if quant_type == "nf4" else [quant_type]
+    extra = {1: 0.3, 4: 1.8}[tokens] if quant_type == "nvfp4" else 0.0  # twice as many of absmax; half the rows
     return Case(
         kernel="nf4_gemv",
         config="-".join(config + ([] if rank is None else [f"dora-r{rank}"])),
         call=lambda: gemv(x, weight, **others),
         fn=_gemv_kernel,
         values=lambda a: a.ROWS * a.WARPS * WARP_COLUMNS,
-        bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double_quant else 4) / 64,
+        bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double_quant else 4) / weight.quant_state.blocksize,
         loop=True,
-        max_instr={1: 5.6, 2: 6.5, 4: 9.1 if dtype == "bf16" else 10.0}[tokens],
+        max_instr={1: 5.6, 2: 6.5, 4: 9.1 if dtype == "bf16" else 10.0}[tokens] + extra,
         max_registers=160 if tokens <= 2 else 200,
         min_load_bits=128,
     )
@@ -222,4 +232,5 @@ CASES = [
     _case(1, double_quant=False),
     *[_case(tokens, "fp32") for tokens in (1, 4)],
     *[_case(tokens, rank=rank) for tokens, rank in ((1, 16), (4, 64))],
+    *[_case(tokens, quant_type="nvfp4") for tokens in (1, 4)],
 ]

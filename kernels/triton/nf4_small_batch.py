@@ -24,11 +24,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.codebook import NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.codebook import NESTED_BLOCKSIZE, absmax_map, levels
 from kernels.triton.absmax import load_row_absmax
 from kernels.triton.case import Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch, next_power_of_2, split_columns
-from kernels.triton.nf4 import nibble_shifts
+from kernels.triton.nf4_quantize import nibble_shifts
 from kernels.weight import Weight
 
 MAX_TOKENS = 64
@@ -59,6 +59,7 @@ def _small_batch_kernel(
     m = tl.arange(0, BLOCK_M)
     table = tl.load(levels_ptr + tl.arange(0, 32) % 16)  # twice, so that a lane holds one
     table = tl.broadcast_to(table[None, None, :], [4, 64, 32])
+    PARTS: tl.constexpr = 2 if BLOCKSIZE == 16 else 1  # blocks in the 32 codes that a thread reads
     start = split * K_SPLIT
     end = tl.minimum(start + K_SPLIT, K)
     words, next_words = _words(packed_ptr, row, start, N, K, end), _words(packed_ptr, row, start + 128, N, K, end)
@@ -79,8 +80,10 @@ def _small_batch_kernel(
         code = tl.permute(tl.reshape(code, [2, 4, 8, 4, 32]), [1, 0, 4, 2, 3])  # [warp, half, code, r, lane]
         level = tl.gather(table, tl.reshape(code, [4, 64, 32]), 2)
         level = tl.permute(tl.reshape(level, [4, 2, 16, 2, 8, 4]), [0, 1, 4, 2, 5, 3])  # [warp, half, r, …, lane, i]
-        scale = tl.permute(tl.reshape(absmax, [2, 4, 8, 4]), [1, 0, 2, 3])  # [warp, half, r, lane]
-        w = tl.reshape((level * scale[:, :, :, None, :, None]).to(x.dtype), [64, 128])
+        # [warp, half, r, part of a lane's 32 columns, lane]
+        scale = tl.permute(tl.reshape(absmax, [2, 4, 8, 4, PARTS]), [1, 0, 2, 4, 3])
+        level = tl.reshape(level, [4, 2, 8, PARTS, 16 // PARTS, 4, 2])
+        w = tl.reshape((level * scale[:, :, :, :, None, :, None]).to(x.dtype), [64, 128])
         acc = tl.dot(w, tl.reshape(x, [BLOCK_M, 128]).T, acc, input_precision="ieee")
         words, next_words, absmax = next_words, words_after, next_absmax
     n = first + i
@@ -101,11 +104,12 @@ def _words(packed_ptr, row, k0, N, K, end):  # u32 [64, 4, 4]
 @triton.jit
 def _absmax(
     absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, row, k0, N, K, end, BLOCKSIZE: tl.constexpr
-):  # fp32 [64, 4]
-    """absmax of each 32 columns from k0 on."""
-    lane = tl.arange(0, 4)
-    live = (row < N)[:, None] & (k0 + lane * 32 < end)[None, :]
-    block = ((row * (K // 32))[:, None] + (k0 // 32 + lane)[None, :]) // (BLOCKSIZE // 32)
+):  # fp32 [64, 4 · PARTS]
+    """absmax of each 32 columns from k0 on, or of each 16 in blocks of so many."""
+    WIDTH: tl.constexpr = 16 if BLOCKSIZE == 16 else 32
+    i = tl.arange(0, 128 // WIDTH)
+    live = (row < N)[:, None] & (k0 + i * WIDTH < end)[None, :]
+    block = ((row * (K // WIDTH))[:, None] + (k0 // WIDTH + i)[None, :]) // (BLOCKSIZE // WIDTH)
     return load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, block, live)
 
 
@@ -127,7 +131,7 @@ def few_tokens(x: Tensor, weight: Weight) -> Tensor:
     launch(
         _small_batch_kernel, (rows, splits),
         x, packed, state.absmax, state.nested_absmax, state.nested_offset,
-        dynamic_map(device) if state.nested else None, levels(state.quant_type, device),
+        absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device),
         partial, m, n, k, columns,
         BLOCKSIZE=state.blocksize, BLOCK_M=max(16, next_power_of_2(m)),
         num_warps=NUM_WARPS, num_stages=1, fp_fusion=False,
@@ -135,24 +139,31 @@ def few_tokens(x: Tensor, weight: Weight) -> Tensor:
     return partial
 
 
-def _case(tokens: int, double_quant: bool = True, dtype: str = "bf16") -> Case:
-    x, weight = meta(tokens, 4096, dtype=dtype), meta_packed(4096, 4096, double_quant=double_quant)
+def _case(tokens: int, double_quant: bool = True, dtype: str = "bf16", quant_type: str = "nf4") -> Case:
+    x = meta(tokens, 4096, dtype=dtype)
+    weight = meta_packed(4096, 4096, double_quant=double_quant, quant_type=quant_type)
+    blocksize, name = weight.quant_state.blocksize, "" if quant_type == "nf4" else f"-{quant_type}"
+    halves = blocksize == 16  # two of absmax in 32 columns
     return Case(
         kernel="nf4_gemm",
-        config=f"m{tokens}-b64-{'double-' if double_quant else ''}{dtype}",
+        config=f"m{tokens}-b{blocksize}-{'double-' if double_quant else ''}{dtype}{name}",
         call=lambda: few_tokens(x, weight),
         fn=_small_batch_kernel,
         values=BLOCK_N * BLOCK_K,
-        bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double_quant else 4) / 64,
+        bytes_per_value=0.5 + (1 + 4 / NESTED_BLOCKSIZE if double_quant else 4) / blocksize,
         flops_per_value=lambda a: 2 * a.BLOCK_M,
         loop=True,
         launches=2,
-        max_instr={16: 6.7, 32: 8.2, 64: 9.0}[tokens],
-        max_instr_on={"sm_120": {16: 7.3, 32: 8.6, 64: 10.8}[tokens]},
-        max_registers=128 if tokens <= 16 else 255,
+        max_instr={16: 6.7, 32: 8.2, 64: 9.0}[tokens] + 0.9 * halves,
+        max_instr_on={"sm_120": {16: 7.3, 32: 8.6, 64: 10.8}[tokens] + 0.9 * halves},
+        max_registers=128 if tokens <= 16 and not halves else 255,
         min_load_bits=128,
         mma=True,
     )
 
 
-CASES = [*[_case(tokens) for tokens in (16, 32, 64)], _case(16, double_quant=False), _case(16, dtype="fp16")]
+CASES = [
+    *[_case(tokens) for tokens in (16, 32, 64)],
+    *[_case(16, double_quant=False), _case(16, dtype="fp16")],
+    *[_case(tokens, quant_type="nvfp4") for tokens in (16, 64)],
+]

@@ -62,10 +62,13 @@ def outer_kernel(
     place = split.to(tl.int64) * size
     tiles = tl.cdiv(K, BLOCK_C) * tl.cdiv(R, BLOCK_A)
     if pid < tiles:
+        seed = None
+        if seed_ptr is not None:
+            seed = tl.load(seed_ptr)
         k = pid // tl.cdiv(R, BLOCK_A) * BLOCK_C + tl.arange(0, BLOCK_C)
         r = pid % tl.cdiv(R, BLOCK_A) * BLOCK_A + tl.arange(0, BLOCK_A)
-        da = _transposed_product(
-            x_ptr, ds_ptr, seed_ptr, k, r, start, end, K, stride_sm, R, THRESHOLD, BLOCK_M, BLOCK_C, BLOCK_A
+        da = transposed_product(
+            x_ptr, ds_ptr, seed, 0, k, r, start, end, K, stride_sm, R, THRESHOLD, BLOCK_M, BLOCK_C, BLOCK_A
         )
         da_ptrs = da_ptr + place + r[None, :].to(tl.int64) * K + k[:, None]
         tl.store(da_ptrs, (da * scale).to(da_ptr.dtype.element_ty), mask=(k < K)[:, None] & (r < R)[None, :])
@@ -95,23 +98,26 @@ def _b_gradient(
     if (pid >= 0) & (pid < tiles):
         n = pid // tl.cdiv(R, BLOCK_B) * BLOCK_C + tl.arange(0, BLOCK_C)
         r = pid % tl.cdiv(R, BLOCK_B) * BLOCK_B + tl.arange(0, BLOCK_B)
-        db = _transposed_product(dy_ptr, s_ptr, None, n, r, start, end, N, stride_sm, R, 0, BLOCK_M, BLOCK_C, BLOCK_B)
+        db = transposed_product(dy_ptr, s_ptr, None, 0, n, r, start, end, N, stride_sm, R, 0, BLOCK_M, BLOCK_C, BLOCK_B)
         db_ptrs = db_ptr + n[:, None].to(tl.int64) * R + r[None, :]
         tl.store(db_ptrs, db.to(db_ptr.dtype.element_ty), mask=(n < N)[:, None] & (r < R)[None, :])
 
 
 @triton.jit
-def _transposed_product(
-    x_ptr, s_ptr, seed_ptr, c, r, start, end, C, stride_sm, R: tl.constexpr, THRESHOLD: tl.constexpr,
+def transposed_product(
+    x_ptr, s_ptr, seed, first, c, r, start, end, C, stride_sm, R: tl.constexpr, THRESHOLD: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """xᵀ S of columns c of x [M, C] and r of S [M, R], over tokens start to end: fp32 [BLOCK_C, BLOCK_R]."""
+    """xᵀ S of columns c of x [M, C] and r of S [M, R], over tokens start to end: fp32 [BLOCK_C, BLOCK_R].
+
+    With a seed, token m has the mask of token m - first.
+    """
     acc = tl.zeros([BLOCK_C, BLOCK_R], tl.float32)
     for m0 in range(start, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M).to(tl.int64)
         x = tl.load(x_ptr + m[:, None] * C + c[None, :], mask=(m < end)[:, None] & (c < C)[None, :], other=0.0)
-        if seed_ptr is not None:
-            x = tl.where(keep(seed_ptr, m[:, None], c[None, :], THRESHOLD), x, 0.0)
+        if seed is not None:
+            x = tl.where(keep(seed, (m - first)[:, None], c[None, :], THRESHOLD), x, 0.0)
         s_ptrs = s_ptr + m[:, None] * stride_sm + r[None, :]
         s = tl.load(s_ptrs, mask=(m < end)[:, None] & (r < R)[None, :], other=0.0)
         acc = tl.dot(x.T, s, acc, input_precision="ieee")
@@ -152,7 +158,7 @@ def _sum_one(partial_ptr, out_ptr, pid, n, size, splits, BLOCK: tl.constexpr):
     return pid - tiles
 
 
-def _tiles(dtype: torch.dtype, ranks: int, rank: int) -> dict[str, int]:
+def outer_tiles(dtype: torch.dtype, ranks: int, rank: int) -> dict[str, int]:
     if dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_C": 32, "BLOCK_A": 16, "BLOCK_B": 16, "num_warps": 4, "num_stages": 2}
     block_a, block_b = (min(128, max(16, next_power_of_2(r))) for r in (ranks, rank))
@@ -189,7 +195,7 @@ def outers(
     are equally far apart.
     """
     (m, k), ranks, rank = x.shape, ds.shape[1], [s.shape[1] for s in ss]
-    tiles = _tiles(x.dtype, ranks, max(rank))
+    tiles = outer_tiles(x.dtype, ranks, max(rank))
     da = torch.empty(ranks, k, dtype=dtypes[0], device=x.device)
     dbs = [torch.empty(dy.shape[1], r, dtype=t, device=x.device) for dy, r, t in zip(dys, rank, dtypes[1])]
     columns = [dy.shape[1] for dy in dys]

@@ -11,13 +11,13 @@ What an adapter is, and how several share a model: state.py.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from torch import nn
 
 from modules.adapters.base_print import base_print
 from modules.adapters.bottleneck import BottleneckLinear
-from modules.adapters.config import ALL_LINEAR, SETTINGS, AdapterConfig
+from modules.adapters.config import ALL_LINEAR, REACHED, SETTINGS, AdapterConfig
 from modules.adapters.init import check_init, initialise, principal_inputs
 from modules.adapters.linear4bit import take_over_linear4bit
 from modules.adapters.model_code import changed_in_place
@@ -34,9 +34,18 @@ from modules.adapters.targets import (
     fitted,
     wrapped_linears,
 )
+from modules.experts import (
+    DoRAExperts,
+    LoRAExperts,
+    give_back_experts,
+    is_experts,
+    reached_experts,
+    take_over_experts,
+)
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
 
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
+OF_EXPERTS: dict[str, type[LoRALinear]] = {"lora": LoRAExperts, "dora": DoRAExperts}
 
 PEFT_NAMES = {"r": "rank", "lora_dropout": "dropout", "use_rslora": "rslora", "init_lora_weights": "init"}
 PEFT_NAMES |= {"use_dora": "adapter", "peft_type": "adapter", "adapter_name": "name"}
@@ -59,10 +68,11 @@ def attach(
 
     Args:
         adapter, rank, lora_alpha, target_modules, dropout: see `AdapterConfig`.
-        more: exclude_modules, rank_pattern, alpha_pattern, modules_to_save, bias, rslora, init, freeze_A,
-            prefix_tokens and infix_tokens: see `AdapterConfig`.
+        more: exclude_modules, rank_pattern, alpha_pattern, modules_to_save, bias, rslora, init, freeze_A, experts,
+            shared_factor, prefix_tokens and infix_tokens: see `AdapterConfig`.
         name: of the adapter. Other adapters of the model are kept.
-        calibration: batches for init="eva". Each is a dict of keyword arguments of the model, on its device.
+        calibration: batches for init="eva" and experts="reached". Each is a dict of keyword arguments of the model, on
+            its device.
         progress: wraps the iteration over layer names while A and B are initialised, e.g. in a progress bar.
 
     Returns:
@@ -82,12 +92,19 @@ def attach(
         names = find_targets(model, config)
         config = fitted(model, config, names)
         linears = all_linears(model)
-        check_init(config.init, [linears[target] for target in names], calibration)
+        check_init(config.init, {target: linears[target] for target in names})
+        _check_calibration(config, calibration)
         own = own_tensors(model, config, names)
-        eva = {} if calibration is None else principal_inputs(model, {n: config.rank_of(n) for n in names}, calibration)
+        eva = {}
+        if config.init == "eva":
+            eva = principal_inputs(model, {n: config.rank_of(n) for n in names}, calibration)
+        if config.experts == REACHED:
+            reached = reached_experts(model, calibration)
+            modules = {target: target.rpartition(".")[0] for target in names if is_experts(linears[target])}
+            config = replace(config, experts={target: reached[module] for target, module in modules.items()})
         add_adapter(model, name, config, names, own)
     except ValueError:
-        set_adapter(model, active)
+        give_up_adding(model, active)
         raise
     for target in progress(names):
         layer = model.get_submodule(target)
@@ -97,10 +114,19 @@ def attach(
     return names
 
 
+def _check_calibration(config: AdapterConfig, calibration: Iterable[dict] | None) -> None:
+    """Raise ValueError if `config` needs calibration batches and has none, or has some that it does not need."""
+    needed = [f"init={config.init}"] * (config.init == "eva") + [f"experts={REACHED}"] * (config.experts == REACHED)
+    if needed and calibration is None:
+        raise ValueError(f"{needed[0]} needs calibration batches: attach(…, calibration=[{{'input_ids': …}}, …])")
+    if calibration is not None and not needed:
+        raise ValueError(f"calibration batches are for init=eva and experts={REACHED}, not init={config.init}")
+
+
 def prepare_to_add(model: nn.Module, name: str) -> str | None:
     """Check that an adapter `name` can be added, deactivate the active adapter and return its name.
 
-    Linears of bitsandbytes become NF4Linears.
+    Linears of bitsandbytes become NF4Linears, and the experts of a layer modules.
 
     Raises:
         ValueError: the name is taken, a part of the model has an adapter of its own, or a linear of bitsandbytes cannot
@@ -108,6 +134,7 @@ def prepare_to_add(model: nn.Module, name: str) -> str | None:
     """
     refuse_parts(model)
     take_over_linear4bit(model)
+    take_over_experts(model)
     state = state_of(model)
     if state is None:
         return None
@@ -116,6 +143,13 @@ def prepare_to_add(model: nn.Module, name: str) -> str | None:
     active = state.active
     set_adapter(model, None)
     return active
+
+
+def give_up_adding(model: nn.Module, active: str | None) -> None:
+    """Undo `prepare_to_add`, which returned `active`."""
+    set_adapter(model, active)
+    if state_of(model) is None:
+        give_back_experts(model)
 
 
 def refuse_parts(model: nn.Module) -> None:
@@ -190,9 +224,15 @@ def _layer(linear: nn.Module, path: str, config: AdapterConfig) -> LoRALinear | 
     """The module that replaces `linear`, whose full name in the model is `path`."""
     if config.adapter == "houlsby":
         return BottleneckLinear(linear, config.rank_of(path))
-    layer = ADAPTERS[config.adapter](
+    kinds = OF_EXPERTS if is_experts(linear) else ADAPTERS
+    layer = kinds[config.adapter](
         linear, config.rank_of(path), config.lora_alpha_of(path), config.dropout, config.rslora
     )
+    if is_experts(linear):
+        if (numbers := config.experts_of(path)) is not None:
+            layer.choose(numbers)
+        if config.shared_factor != "none":
+            layer.share(config.shared_factor)
     layer.lora_A.requires_grad_(not config.freeze_A)
     if config.bias != "none":
         layer.train_bias()

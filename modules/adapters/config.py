@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 ALL_LINEAR = "all-linear"
+REACHED = "reached"
 BASELINES = ("bitfit", "houlsby", "prefix_embed", "prefix_layer")  # not LoRA; their files are in files/baselines.py
 INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "loftq", "qpissa", "eva")
 INITS_WITH_NUMBER = ("pissa_niter_N", "loftq_iter_N", "qpissa_iter_N")
@@ -36,6 +37,9 @@ class AdapterSettings:
         init: how A and B start, see `modules/adapters/init.py`: default, gaussian, orthogonal, pissa, pissa_niter_N,
             olora, loftq, loftq_iter_N, qpissa, qpissa_iter_N or eva.
         freeze_A: train only B, and DoRA's magnitude. LoRA-FA, Zhang et al. 2023.
+        experts: which experts of a layer get an adapter: a list of numbers, "reached" (those that calibration batches
+            reach) or None: all. A dict has a list for each layer by the full name of its linear.
+        shared_factor: "A" or "B": the experts of a linear share one A or one B; "none".
         prefix_tokens: how many trainable tokens precede the text.
         infix_tokens: how many trainable tokens precede the last token of the prompt.
     """
@@ -52,6 +56,8 @@ class AdapterSettings:
     rslora: bool = False
     init: str = "default"
     freeze_A: bool = False
+    experts: Any = None
+    shared_factor: str = "none"
     prefix_tokens: int = 0
     infix_tokens: int = 0
 
@@ -109,6 +115,15 @@ class AdapterConfig(AdapterSettings, _Kind):  # fields of the last base come fir
             raise ValueError(f"init={self.init!r} is not one of {', '.join((*INITS, *INITS_WITH_NUMBER))}")
         if self.bias not in ("none", "lora_only", "all"):
             raise ValueError(f"bias={self.bias!r} is not one of none, lora_only, all")
+        if self.shared_factor not in ("none", "A", "B"):
+            raise ValueError(f"shared_factor={self.shared_factor!r} is not one of none, A, B")
+        if self.shared_factor != "none" and self.init not in ("default", "gaussian"):
+            raise ValueError(f"shared_factor={self.shared_factor}: init={self.init} starts each expert's A and B: "
+                             "choose default or gaussian")  # fmt: skip
+        if self.experts is not None and self.experts != REACHED:
+            given = self.experts.values() if isinstance(self.experts, dict) else [self.experts]
+            if not all(isinstance(numbers, list) and _are_numbers(numbers) for numbers in given):
+                raise ValueError(f"experts={self.experts!r}: give different whole numbers, as in [0, 3], or {REACHED}")
 
     def _check_used(self) -> None:
         """A setting that the adapter does not have must keep its default. rank and lora_alpha always have a value."""
@@ -150,6 +165,10 @@ class AdapterConfig(AdapterSettings, _Kind):  # fields of the last base come fir
         if "prefix_tokens" in SETTINGS[self.adapter] and not self.prefix_tokens + self.infix_tokens:
             raise ValueError(f"{self.adapter} has no tokens: set prefix_tokens or infix_tokens to 1 or more")
 
+    def experts_of(self, name: str) -> list[int] | None:
+        """The experts of the linear `name` that get an adapter; None: all."""
+        return self.experts.get(name) if isinstance(self.experts, dict) else self.experts
+
     def rank_of(self, name: str) -> int:
         """The rank of the layer `name`."""
         return self.rank_pattern.get(matching_key(self.rank_pattern, name), self.rank)
@@ -157,6 +176,10 @@ class AdapterConfig(AdapterSettings, _Kind):  # fields of the last base come fir
     def lora_alpha_of(self, name: str) -> float:
         """lora_alpha of the layer `name`."""
         return self.alpha_pattern.get(matching_key(self.alpha_pattern, name), self.lora_alpha)
+
+
+def _are_numbers(numbers: list) -> bool:
+    return len(numbers) == len(set(map(str, numbers))) > 0 and all(type(n) is int and n >= 0 for n in numbers)
 
 
 def quantized_start(init: str) -> tuple[str, int] | None:

@@ -25,7 +25,7 @@ They are PEFT's initialisations of the same names, with three differences:
 An adapter of qpissa or loftq_iter_N is a plain LoRA over a base of its own: keep the two together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from modules.adapters.config import quantized_start
 from modules.adapters.decompose import OVERSAMPLING, decompose
 from modules.adapters.quantized_init import quantized_init
+from modules.experts import is_experts
 from modules.linear import LoRALinear, NF4Linear, dense_weight, is_conv1d
 
 
@@ -49,19 +50,33 @@ def initialise(layer: LoRALinear, init: str) -> None:
     elif init.startswith("pissa"):
         _, _, niter = init.partition("_niter_")
         how = {"method": "randomized", "niter": int(niter)} if niter else {}
-        lora_A, lora_B = decompose(dense_weight(layer.base), layer.rank, **how)
+        lora_A, lora_B = _of_each(_weight(layer), lambda w: decompose(w, layer.rank, **how))
         layer.start_at(lora_A / layer.scaling**0.5, lora_B / layer.scaling**0.5, part_of_weight=True)
     elif init == "olora":
-        q, r = torch.linalg.qr(dense_weight(layer.base).float())
-        layer.start_at(r[: layer.rank], q[:, : layer.rank], part_of_weight=True)
+        q, r = torch.linalg.qr(_weight(layer).float())
+        layer.start_at(r[..., : layer.rank, :], q[..., : layer.rank], part_of_weight=True)
+
+
+def _weight(layer: LoRALinear) -> Tensor:
+    """The base's weight; of experts those that have an adapter."""
+    weight, chosen = dense_weight(layer.base), getattr(layer, "chosen", None)
+    return weight if chosen is None else weight[chosen]
+
+
+def _of_each(weight: Tensor, factors: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """A and B that `factors` makes of a weight [out, in]; for [experts, out, in] those of each expert, stacked."""
+    if weight.dim() == 2:
+        return factors(weight)
+    lora_A, lora_B = zip(*(factors(expert) for expert in weight))
+    return torch.stack(lora_A), torch.stack(lora_B)
 
 
 def _orthogonal(layer: LoRALinear) -> tuple[Tensor, Tensor]:
-    (out_features, _), (rank, in_features) = layer.lora_B.shape, layer.lora_A.shape
+    (*experts, out_features, _), (*_, rank, in_features) = layer.lora_B.shape, layer.lora_A.shape
     device = layer.lora_A.device
-    q, _ = torch.linalg.qr(torch.randn(rank, rank, device=device))
-    lora_A = q[0::2].t() @ torch.randn(rank // 2, in_features, device=device)
-    lora_B = torch.randn(out_features, rank // 2, device=device) @ q[1::2]
+    q, _ = torch.linalg.qr(torch.randn(*experts, rank, rank, device=device))
+    lora_A = q[..., 0::2, :].mT @ torch.randn(*experts, rank // 2, in_features, device=device)
+    lora_B = torch.randn(*experts, out_features, rank // 2, device=device) @ q[..., 1::2, :]
     return lora_A / 10, lora_B / 10
 
 
@@ -152,11 +167,18 @@ class _Components:
         return nn.functional.normalize(self.scaled[: self.rank], dim=1)
 
 
-def check_init(init: str, bases: Iterable[nn.Module], calibration: Iterable[dict] | None) -> None:
-    """Raise ValueError if `init` needs dense bases or calibration batches, and they are not given."""
-    if quantized_start(init) and any(isinstance(base, NF4Linear) for base in bases):
+def check_init(init: str, bases: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if `init` needs dense bases, and they are packed; or experts are among them, and it is not for
+    experts.
+
+    Args:
+        bases: the linears that get an adapter, by full name.
+    """
+    if quantized_start(init) and any(isinstance(base, NF4Linear) for base in bases.values()):
         raise ValueError(f"init={init} needs the dense weights: attach the adapter before quantize(model)")
-    if init == "eva" and calibration is None:
-        raise ValueError("init=eva needs calibration batches: attach(…, calibration=[{'input_ids': …}, …])")
-    if init != "eva" and calibration is not None:
-        raise ValueError(f"calibration batches are for init=eva, not init={init}")
+    experts = [name for name, base in bases.items() if is_experts(base)]
+    if experts and (quantized_start(init) or init == "eva"):
+        raise ValueError(
+            f"init={init} is not for experts, and {experts[0]} has theirs: leave them out with "
+            "exclude_modules=[experts], or choose default, gaussian, orthogonal, pissa or olora"
+        )

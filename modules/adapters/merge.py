@@ -10,6 +10,7 @@ from modules.adapters.attach import add_adapter, prepare_to_add
 from modules.adapters.config import AdapterConfig
 from modules.adapters.own import merged_copy
 from modules.adapters.state import forget, named_adapter, replace_module, set_adapter, state_of
+from modules.experts import give_back_experts, pack_linear
 from modules.linear import LoRALinear, NF4Linear, dense_weight
 
 
@@ -67,13 +68,14 @@ def merge(model: nn.Module, unload: bool = False, report: bool = True) -> dict[s
             del adapter.modules[path], state.base[path], module
     state.merged, state.untied = True, _untie(model)
     if unload:
+        give_back_experts(model)
         forget(model)
     return requantized
 
 
 def _requantized(layer: LoRALinear, dense: nn.Module) -> Requantized:
     state = layer.base.quant_state
-    packed = NF4Linear.from_linear(dense, state.blocksize, state.nested, state.quant_type)
+    packed = pack_linear(dense, state.blocksize, state.nested, state.quant_type)
     merged = dense_weight(dense).float()
     size = merged.norm().clamp(min=torch.finfo(torch.float32).tiny)
     error = (dense_weight(packed).float() - merged).norm() / size
@@ -136,13 +138,13 @@ def add_weighted_adapter(model: nn.Module, weights: dict[str, float], name: str)
         for path, layer in adapter.modules.items():
             lora_A, lora_B = layer.factors()
             factors.setdefault(path, []).append((lora_A, weights[part] * layer.scaling * lora_B))
-    ranks = {path: sum(lora_A.shape[0] for lora_A, _ in pairs) for path, pairs in factors.items()}
+    ranks = {path: sum(lora_A.shape[-2] for lora_A, _ in pairs) for path, pairs in factors.items()}
     rank = max(ranks.values())
     patterns = {f"^{re.escape(path)}": smaller for path, smaller in ranks.items() if smaller != rank}
     prepare_to_add(model, name)
     config = AdapterConfig("lora", rank, rank, list(ranks), rank_pattern=patterns, alpha_pattern=patterns)
     add_adapter(model, name, config, list(ranks), {})
     for path, pairs in factors.items():
-        lora_A, lora_B = (torch.cat(matrices, dim) for matrices, dim in zip(zip(*pairs), (0, 1)))
+        lora_A, lora_B = (torch.cat(matrices, dim) for matrices, dim in zip(zip(*pairs), (-2, -1)))
         model.get_submodule(path).start_at(lora_A, lora_B)
     return list(ranks)

@@ -3,7 +3,7 @@
 Some linears stay dense and get no adapter, because they are more or less than a product with x:
     own forward      a subclass of nn.Linear that computes something else: routers that return a pair, grouped products
     read             a linear whose weight or bias the model's code reads: it would get codes, or miss the adapter
-Experts that transformers keeps as one tensor for all of them are no linears.
+Experts are linears of their own (modules/experts.py), but those of classes that are not known there stay as they are.
 
 Some models change the result of a linear in place (Falcon). DoRA keeps its result for backward, so these get a copy.
 """
@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from modules.linear import is_conv1d
+from modules.experts import ExpertsLinear, experts_weights
+from modules.linear import LoRALinear, NF4Linear, is_conv1d
 
 INITIALISE = ("__init__", "_init_weights", "reset_parameters")
 OWN_FORWARD, READ = "its class computes more than a linear", "the model's code reads its weight"
@@ -115,13 +116,19 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
             yield from _nodes(node)
 
 
-def experts(model: nn.Module) -> dict[str, int]:
-    """The parameters that hold the weights of several experts, by full name, and their numbers of values."""
-    return {
-        name: parameter.numel()
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and ".experts." in f".{name}"
-    }
+def unknown_experts(model: nn.Module) -> dict[str, int]:
+    """The parameters that hold the weights of several experts in a way that modules/experts.py does not know, by full
+    name, and their numbers of values."""
+    known, found = {*experts_weights(model)}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | NF4Linear | ExpertsLinear | LoRALinear) or is_conv1d(module):
+            continue
+        for name, parameter in module._parameters.items():
+            full = f"{path}.{name}"
+            words = f"{full} {type(module).__name__}".lower()
+            if parameter is not None and parameter.dim() > 1 and "expert" in words and full not in known:
+                found[full] = parameter.numel()
+    return found
 
 
 def changed_in_place(model: nn.Module) -> set[str]:

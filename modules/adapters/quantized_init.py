@@ -45,7 +45,7 @@ def quantized_init(
     rank: int,
     start: str = "loftq",
     iterations: int = 5,
-    blocksize: int = 64,
+    blocksize: int | None = None,
     double_quant: bool = True,
     quant_type: str = "nf4",
     method: str = "randomized",

@@ -1,7 +1,8 @@
 """The adapters of a model: which there are, and which is active.
 
 An adapter is a set of modules that replace modules of the model:
-    a LoRALinear, DoRALinear or BottleneckLinear for each target linear, which becomes its base;
+    a LoRALinear, DoRALinear or BottleneckLinear for each target linear, which becomes its base; for the linears of
+    experts a LoRAExperts or DoRAExperts;
     a decoder with a prefix (prefix.py);
     own copies (own.py) of modules that train whole, or whose bias trains.
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from modules.adapters.config import AdapterConfig
+from modules.experts import give_back_experts
 
 DEFAULT = "default"  # the name of an adapter that is given none
 
@@ -128,6 +130,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         set_adapter(model, None)
         for parameter in state.trainable:
             parameter.requires_grad_(True)
+        give_back_experts(model)
         forget(model)
 
 

@@ -9,13 +9,15 @@ from torch import nn
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.config import ALL_LINEAR, SETTINGS, AdapterConfig, compile_patterns, matching_key
 from modules.adapters.model_code import left_out
+from modules.experts import ExpertsLinear, is_experts
 from modules.linear import LoRALinear, NF4Linear, is_conv1d, weight_shape
 
 
 def all_linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every nn.Linear, Conv1D and NF4Linear of `model`, by its full name, but for those that model_code.py leaves out.
 
-    An adapted layer counts as its base.
+    The linears of all experts of a layer are one of them once `take_over_experts` has made modules of them. An adapted
+    layer counts as its base.
     """
     wrapped = wrapped_linears(model)
     inner = {f"{name}.base" for name in wrapped} | left_out(model).keys()
@@ -23,7 +25,7 @@ def all_linears(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if name in wrapped:
             found[name] = module.base
-        elif name not in inner and (isinstance(module, nn.Linear | NF4Linear) or is_conv1d(module)):
+        elif name not in inner and (isinstance(module, nn.Linear | NF4Linear | ExpertsLinear) or is_conv1d(module)):
             found[name] = module
     return found
 
@@ -66,8 +68,12 @@ def decoder_blocks(model: nn.Module) -> tuple[str, list[str]]:
 
 
 def biased_modules(model: nn.Module) -> list[str]:
-    """The full names of the modules that have a bias."""
-    return [name for name, module in model.named_modules() if module._parameters.get("bias") is not None]
+    """The full names of the modules that have a bias that can train: those of experts stay frozen."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if module._parameters.get("bias") is not None and not is_experts(module)
+    ]
 
 
 def sublayer_ends(model: nn.Module) -> list[str]:
@@ -83,6 +89,9 @@ def sublayer_ends(model: nn.Module) -> list[str]:
             if name.startswith(f"{block}."):
                 part, dot, _ = name.removeprefix(f"{block}.").partition(".")
                 parts[part if dot else ""] = name
+        for name in parts.values():
+            if is_experts(linears[name]):
+                raise ValueError(f"{block} ends with experts, which this adapter is not for: name target_modules=[…]")
         if len(parts) != 2 or any(weight_shape(linears[name])[0] != d for name in parts.values()):
             ends = ", ".join(name.removeprefix(f"{block}.") for name in parts.values()) or "no linears"
             raise ValueError(
@@ -98,10 +107,13 @@ def matches(pattern: str | Iterable[str], name: str) -> bool:
 
     Args:
         pattern: a regular expression that must match the full name, or suffixes that consist of whole parts of names.
+            The suffix of a module called `experts` also means the linears in it.
     """
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(f".{name}".endswith(f".{suffix}") for suffix in pattern)
+    parent = name.rpartition(".")[0]
+    names = (name, parent) if f".{parent}".endswith(".experts") else (name,)
+    return any(f".{one}".endswith(f".{suffix}") for suffix in pattern for one in names)
 
 
 def match_targets(names: Iterable[str], target_modules: str | list[str]) -> list[str]:
@@ -161,6 +173,11 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
         names = [name for name in names if name not in excluded]
     if not names:
         raise ValueError("exclude_modules and modules_to_save leave no linear to put an adapter on")
+    experts = [name for name in names if is_experts(linears[name])]
+    if experts and config.adapter == "houlsby":
+        raise ValueError(f"{experts[0]} has the weights of experts, which adapter=houlsby is not for: leave it out")
+    if not experts and (config.experts is not None or config.shared_factor != "none"):
+        raise ValueError("experts and shared_factor are about experts, and none of the adapted linears has theirs")
     for setting in ("rank_pattern", "alpha_pattern"):
         used = {matching_key(getattr(config, setting), name) for name in names}
         if idle := [key for key in getattr(config, setting) if key not in used]:
@@ -175,7 +192,7 @@ def find_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 def _largest_ranks(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     linears = all_linears(model)
-    return {name: min(weight_shape(linears[name])) for name in names}
+    return {name: min(weight_shape(linears[name])[-2:]) for name in names}
 
 
 def _narrow(model: nn.Module, config: AdapterConfig, names: Iterable[str]) -> dict[str, int]:

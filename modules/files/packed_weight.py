@@ -2,7 +2,7 @@
 
 <linear>.weight                      the codes: uint8 [ceil(n / 2), 1], or the same bytes as another dtype
 <linear>.weight.absmax               fp32 [blocks]; with double quantization uint8 [blocks]
-<linear>.weight.quant_map            fp32 [16]: the levels of NF4 or FP4
+<linear>.weight.quant_map            fp32 [16]: the levels of the data type
 <linear>.weight.nested_absmax        fp32 [ceil(blocks / 256)]   } only with double
 <linear>.weight.nested_quant_map     fp32 [256]: the 8-bit map   } quantization
 <linear>.weight.quant_state.bitsandbytes__nf4 or …__fp4
@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from kernels import QuantState, Weight
-from kernels.codebook import BITSANDBYTES_TYPES, BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, levels
+from kernels.codebook import (
+    BLOCK_FORMATS,
+    BLOCKSIZES,
+    NESTED_BLOCKSIZE,
+    absmax_map,
+    levels,
+    quant_types,
+)
 from kernels.weight import FLOATS, nested_blocks, packed_sizes
 from modules.files.tensors import TensorFiles, describe
 
@@ -35,13 +42,13 @@ def read_packed(files: TensorFiles, weight: str, shape: torch.Size, quant_type: 
     """The packed weight called `weight`. Its tensors are copied as they are and never unpacked.
 
     Args:
-        shape: [out, in], the model's.
-        quant_type: "nf4" or "fp4".
+        shape: [out, in], the model's; of experts [experts, out, in].
+        quant_type: the data type, one of `kernels.codebook.quant_types()`.
 
     Raises:
         ValueError: a tensor is missing, or does not fit the others or the model.
     """
-    for other in BITSANDBYTES_TYPES:
+    for other in quant_types():
         if other != quant_type and f"{weight}.{QUANT_STATE}{other}" in files:
             raise ValueError(f"{files.path(weight)}: {weight} is packed in {other}, not in {quant_type}")
     state = _read_quant_state(files, weight, shape, quant_type)
@@ -57,7 +64,7 @@ def read_packed(files: TensorFiles, weight: str, shape: torch.Size, quant_type: 
     absmax = files.read(f"{weight}.absmax", torch.uint8 if nested else torch.float32, (blocks,))
     nested_absmax = nested_offset = None
     if nested:
-        _check_map(files, f"{weight}.nested_quant_map", dynamic_map())
+        _check_map(files, f"{weight}.nested_quant_map", absmax_map(quant_type))
         nested_absmax = files.read(f"{weight}.nested_absmax", torch.float32, (nested_blocks(blocks),))
         nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32)
     dtype = getattr(torch, state["dtype"])
@@ -68,7 +75,7 @@ def read_packed(files: TensorFiles, weight: str, shape: torch.Size, quant_type: 
 def _check_map(files: TensorFiles, name: str, expected: Tensor) -> None:
     found = files.read(name, torch.float32, expected.shape)
     # bitsandbytes computes the 8-bit map on each machine, and the last bits may differ between machines.
-    if not torch.allclose(found, expected, rtol=1e-6, atol=0):
+    if not torch.allclose(found, expected, rtol=1e-6, atol=0, equal_nan=True):
         raise ValueError(f"{files.path(name)}: {name} does not hold bitsandbytes' values")
 
 
@@ -87,10 +94,12 @@ def _read_quant_state(files: TensorFiles, weight: str, shape: torch.Size, quant_
 
     floats = [str(dtype).removeprefix("torch.") for dtype in FLOATS]
     check("quant_type", state.get("quant_type") == quant_type, quant_type)
-    check("blocksize", state.get("blocksize") in BLOCKSIZES, f"one of {', '.join(map(str, BLOCKSIZES))}")
+    sizes = (BLOCK_FORMATS[quant_type].blocksize,) if quant_type in BLOCK_FORMATS else BLOCKSIZES
+    check("blocksize", state.get("blocksize") in sizes, f"one of {', '.join(map(str, sizes))}")
     check("dtype", state.get("dtype") in floats, f"one of {', '.join(floats)}")
     check("shape", state.get("shape") == list(shape), f"{list(shape)}, the model's")
-    if any(key.startswith("nested_") for key in state) or f"{weight}.nested_absmax" in files:
+    nested = any(key.startswith("nested_") for key in state) or f"{weight}.nested_absmax" in files
+    if nested or quant_type in BLOCK_FORMATS:
         check("nested_blocksize", state.get("nested_blocksize") == NESTED_BLOCKSIZE, str(NESTED_BLOCKSIZE))
         check("nested_dtype", state.get("nested_dtype") == "float32", "float32")
         offset = state.get("nested_offset")
@@ -122,7 +131,7 @@ def packed_tensors(weight: Weight) -> dict[str, Tensor]:
             "nested_offset": quant_state.nested_offset.item(),
         }
         tensors["weight.nested_absmax"] = quant_state.nested_absmax
-        tensors["weight.nested_quant_map"] = dynamic_map().clone()
+        tensors["weight.nested_quant_map"] = absmax_map(quant_state.quant_type).clone()
     as_json = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     tensors[f"weight.{QUANT_STATE}{quant_state.quant_type}"] = as_json
     return tensors

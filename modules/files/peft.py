@@ -6,8 +6,9 @@
     base_model.model.<path>.base_layer.bias         [out], an adapted linear's bias that trained
     base_model.model.<path>.<tensor>                a tensor of another module that trained whole
 
-The files of the baselines: baselines.py. A file is written under a temporary name and then renamed, so an interrupted
-write leaves no partial file.
+The files of the baselines: baselines.py; LoRA on experts: peft_experts.py. PEFT has no DoRA on experts. That is written
+under the names above, in the shapes of the layers, with qdora_config.json in place of adapter_config.json. A file is
+written under a temporary name and then renamed, so an interrupted write leaves no partial file.
 """
 
 import json
@@ -21,15 +22,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from modules.adapters.attach import add_adapter, own_tensors, prepare_to_add
+from modules.adapters.attach import add_adapter, give_up_adding, own_tensors, prepare_to_add
 from modules.adapters.base_print import OtherBase, is_other_base
 from modules.adapters.config import BASELINES, AdapterConfig
 from modules.adapters.init import initialise
 from modules.adapters.model_code import left_out
 from modules.adapters.own import own_tensor
 from modules.adapters.saving import saves_adapters
-from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, set_adapter, state_of
-from modules.adapters.targets import find_targets, matches
+from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, state_of
+from modules.adapters.targets import all_linears, find_targets, matches
 from modules.files.baselines import (
     OUR_CONFIG_FILE,
     baseline_state,
@@ -41,6 +42,7 @@ from modules.files.baselines import (
 )
 from modules.files.checked import Damaged, base_of, load_tensors, save_tensors, seal_files, verify_file
 from modules.files.peft_config import read_config, targets_in_file, write_config
+from modules.files.peft_experts import experts_in_file, fits_peft, from_peft, of_experts, to_peft
 from modules.linear import DoRALinear, LoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -53,7 +55,8 @@ _LAYER = re.compile(rf"{re.escape(PREFIX)}(.+)\.(?:lora_.+|base_layer\..+)")
 def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
     """The tensors of an adapter under the names in its file, which are PEFT's if PEFT has this kind of adapter.
 
-    PiSSA and OLoRA become a plain LoRA of twice the rank, which computes the same.
+    Those of experts are of all experts, and not yet in PEFT's layout, see peft_experts.py. PiSSA and OLoRA become a
+    plain LoRA of twice the rank, which computes the same.
 
     Args:
         name: of the adapter; None: the active adapter.
@@ -69,7 +72,7 @@ def adapter_state(model: nn.Module, name: str | None = None) -> dict[str, Tensor
         lora_A, lora_B = module.factors()
         state |= {f"{PREFIX}{path}.lora_A.weight": lora_A, f"{PREFIX}{path}.lora_B.weight": lora_B}
         if isinstance(module, DoRALinear):
-            state[f"{PREFIX}{path}.lora_magnitude_vector"] = module.magnitude
+            state[f"{PREFIX}{path}.lora_magnitude_vector"] = module.whole_magnitude()
         if module.bias is not None:
             state[f"{PREFIX}{path}.base_layer.bias"] = module.bias
     return state
@@ -90,8 +93,11 @@ def save_adapter(
     """
     if not adapters(model):
         raise ValueError("the model has no adapter to save")
-    state = {key: tensor.detach().contiguous() for key, tensor in adapter_state(model, name).items()}
-    file, config = _config_file(model, named_adapter(model, name), state, base_model_name)
+    adapter, state = named_adapter(model, name), adapter_state(model, name)
+    if fits_peft(adapter):
+        state = to_peft(model, of_experts(adapter), state, PREFIX)
+    state = {key: tensor.detach().contiguous() for key, tensor in state.items()}
+    file, config = _config_file(model, adapter, state, base_model_name)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{WEIGHTS_FILE}.partial"
@@ -108,10 +114,11 @@ def _config_file(
 ) -> tuple[str, dict]:
     """The name and the content of the config file of `adapter`, whose tensors are `state`."""
     config = adapter.config
-    if config.adapter not in BASELINES:
+    if config.adapter not in BASELINES and fits_peft(adapter):
         adapted = [path for path, module in adapter.modules.items() if isinstance(module, LoRALinear)]
         return CONFIG_FILE, write_config(model, config, adapted, base_model_name)
     if not is_prompt_tuning(config):
+        config = replace(config, experts=None, shared_factor="none")  # each expert has its own tensors in the file
         return OUR_CONFIG_FILE, our_config(config, base_model_name)
     [(tokens, d)] = (tensor.shape for tensor in state.values())
     heads = model.config.get_text_config().num_attention_heads
@@ -143,16 +150,18 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     raw, tensors = _read(directory)
     active = prepare_to_add(model, name)
     try:
+        if experts := experts_in_file(raw, all_linears(model)):
+            tensors = from_peft(model, experts, tensors, PREFIX)
         config, names, own, unknown = _contents(model, raw, tensors)
         _check_sizes(config, tensors)
         add_adapter(model, name, config, names, own)
     except ValueError as error:
-        set_adapter(model, active)
+        give_up_adding(model, active)
         raise ValueError(f"{directory}: {error}") from error
     state = adapter_state(model, name)
     if wrong := _differences(state, tensors, left_out(model)) | unknown:
         detach(model, name)
-        set_adapter(model, active)
+        give_up_adding(model, active)
         if ranks := _other_ranks(state, tensors, wrong):
             raise ValueError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree: {_first_three(ranks)}")
         raise ValueError(f"{directory} is an adapter for another model: {_first_three(wrong)}")
@@ -198,6 +207,8 @@ def _contents(
         return read_prompt_tuning(raw), [], {}, {}
     config = read_config(raw)
     names = targets_in_file(model, raw, config)
+    if raw.get("target_parameters"):
+        config = replace(config, target_modules=names)
     own, unknown = _tensors_of_base(model, names, tensors)
     modules = [name for name, _ in model.named_modules()]
     there = [suffix for suffix in config.modules_to_save if any(matches([suffix], name) for name in modules)]

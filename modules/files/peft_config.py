@@ -6,6 +6,8 @@ from torch import nn
 
 from modules.adapters.config import ALL_LINEAR, AdapterConfig
 from modules.adapters.targets import adapted_linears, all_linears, decoder_linears, find_saved, matches
+from modules.experts import is_experts
+from modules.files.peft_experts import experts_in_file
 from modules.linear import NF4Linear, is_conv1d
 
 # Keys that do not change the adapter's output, and keys that read_config reads.
@@ -14,6 +16,7 @@ _HARMLESS = {
     *("peft_version", "runtime_config", "megatron_core", "qalora_group_size", "fan_in_fan_out"),
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"),
     *("bias", "use_dora", "use_rslora", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    "target_parameters",
     *("init_lora_weights", "eva_config", "corda_config", "loftq_config", "lora_ga_config"),
 }
 # Initialisations that change the base. PEFT applies them again when it loads the file.
@@ -42,7 +45,7 @@ def read_config(raw: dict) -> AdapterConfig:
         adapter="dora" if raw.get("use_dora") else "lora",
         rank=raw["r"],
         lora_alpha=raw["lora_alpha"],
-        target_modules=raw["target_modules"],
+        target_modules=raw["target_modules"] or ([] if raw.get("target_parameters") else None),
         dropout=raw.get("lora_dropout", 0.0),
         exclude_modules=raw.get("exclude_modules"),
         rank_pattern=raw.get("rank_pattern"),
@@ -63,8 +66,9 @@ def targets_in_file(model: nn.Module, raw: dict, config: AdapterConfig) -> list[
     linears = decoder_linears(model) if config.target_modules == ALL_LINEAR else all_linears(model)
     names = [
         name
-        for name in linears
-        if (config.target_modules == ALL_LINEAR or matches(config.target_modules, name))
+        for name, linear in linears.items()
+        if not is_experts(linear)
+        and (config.target_modules == ALL_LINEAR or matches(config.target_modules, name))
         and not (config.exclude_modules and matches(config.exclude_modules, name))
         and not any(re.match(rf"(^|.*\.){module}($|\..*)", name) for module in config.modules_to_save)
     ]
@@ -72,15 +76,17 @@ def targets_in_file(model: nn.Module, raw: dict, config: AdapterConfig) -> list[
         if isinstance(linears[name], NF4Linear) or (config.init == "olora" and is_conv1d(linears[name])):
             kind = type(linears[name]).__name__
             raise ValueError(f"init_lora_weights={config.init!r} is not supported over {kind}: {name} is one")
+    experts = experts_in_file(raw, linears)
     layers = raw.get("layers_to_transform")
     if layers is None or layers == []:
-        return names
+        return names + experts
     layers = [layers] if isinstance(layers, int) else layers
     pattern = raw.get("layers_pattern") or r"[^.]*"
     pattern = pattern if isinstance(pattern, str) else "|".join(pattern)
     numbers = {name: re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", name) for name in names}
     full = {name for name in names if not isinstance(config.target_modules, str) and name in config.target_modules}
-    return [name for name in names if name in full or (numbers[name] and int(numbers[name][1]) in layers)]
+    chosen = [name for name in names if name in full or (numbers[name] and int(numbers[name][1]) in layers)]
+    return chosen + experts
 
 
 def write_config(model: nn.Module, config: AdapterConfig, adapted: list[str], base_model_name: str | None) -> dict:
@@ -91,14 +97,16 @@ def write_config(model: nn.Module, config: AdapterConfig, adapted: list[str], ba
     ranks = 2 if config.init.startswith(("pissa", "olora")) else 1
     alphas = ranks**0.5 if config.rslora else ranks
     linears = all_linears(model)
+    experts = [name for name in adapted if is_experts(linears[name])]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": base_model_name,
         "r": ranks * config.rank,
         "lora_alpha": _number(alphas * config.lora_alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": _target_modules(model, adapted),
+        "lora_dropout": 0.0 if experts else config.dropout,  # PEFT refuses dropout on experts
+        "target_modules": _target_modules(model, [name for name in adapted if name not in experts]),
+        "target_parameters": experts or None,
         "rank_pattern": {key: ranks * rank for key, rank in config.rank_pattern.items()},
         "alpha_pattern": {key: _number(alphas * alpha) for key, alpha in config.alpha_pattern.items()},
         "modules_to_save": find_saved(model, config.modules_to_save) or None,
@@ -118,7 +126,13 @@ def _number(value: float) -> int | float:
 def _target_modules(model: nn.Module, adapted: list[str]) -> list[str] | str:
     """A `target_modules` by which PEFT matches exactly `adapted`: suffixes, full names or a regular expression."""
     bases = {f"{name}.base" for name in adapted_linears(model)}
-    modules = [name for name, _ in model.named_modules() if name not in bases]
+    if not adapted:
+        return []
+    modules = [
+        name
+        for name, module in model.named_modules()
+        if name not in bases and not is_experts(getattr(module, "base", module))
+    ]
     for suffixes in (sorted({name.rpartition(".")[2] for name in adapted}), adapted):
         if {name for name in modules if matches(suffixes, name)} == set(adapted):
             return suffixes

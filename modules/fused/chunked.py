@@ -4,8 +4,8 @@ Of a part backward keeps the input alone, and computes the rest again. So the wi
 for one part, not for all tokens. Each part dequantizes packed weights again.
 
 An MLP is a module of two or more linears, with or without adapters, whose results for a token depend on that token
-alone. A probe shows that on small stand-ins. Not among these are layers that have the linears of their MLP beside other
-things (OPT), and experts, which choose among weights for each token.
+alone. A probe shows that on small stand-ins. Experts that modules/experts.py knows are computed in parts too. Not among
+these are layers that have the linears of their MLP beside other things (OPT), and Llama 4's experts.
 """
 
 import copy
@@ -15,14 +15,14 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from modules import seeds
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.state import state_of
+from modules.experts import Experts, is_experts, take_over_experts
 from modules.fused.mlp import FusedMLP
 from modules.fused.module import Fused, can_be_replaced
 from modules.linear import LoRALinear, NF4Linear, is_conv1d, weight_shape
+from modules.parts import in_parts
 
 LEAST = 4  # the narrowest side of a stand-in
 
@@ -40,15 +40,7 @@ class ChunkedMLP(Fused):
         self.__dict__ |= {"own_class": getattr(mlp, "own_class", type(mlp)), "tokens": tokens, "random": random}
 
     def forward(self, x: Tensor, *more: Tensor) -> Tensor:
-        whole = super().forward
-        # not slices, whose gradients would each be as large as x
-        parts = list(zip(*(tensor.flatten(0, -2).split(self.tokens) for tensor in (x, *more))))
-        if len(parts) == 1:
-            return whole(x, *more)
-        again = torch.is_grad_enabled()
-        about = {"use_reentrant": False, "preserve_rng_state": self.random, "context_fn": seeds.kept}
-        done = [checkpoint(whole, *part, **about) if again else whole(*part) for part in parts]
-        return torch.cat(done).view(*x.shape[:-1], -1)
+        return in_parts(super().forward, (x, *more), self.tokens, self.random)
 
     def __reduce__(self):  # pickle finds no class that was made here
         return _blank, (type(self).__bases__[1],), self.__dict__
@@ -68,9 +60,14 @@ def compute_mlps_in_parts(model: nn.Module, tokens: int) -> list[str]:
     Returns:
         The full names of these MLPs.
     """
+    take_over_experts(model)
     state = state_of(model)
     adapted = {} if state is None else state.base
     replaced, chunked = [], {}  # by identity: a module may be there twice
+    for path, module in model.named_modules():
+        if isinstance(module, Experts):
+            module.tokens = tokens
+            replaced.append(path)
     for prefix, parent in list(model.named_modules()):
         for name, module in list(parent._modules.items()):
             path = f"{prefix}.{name}" if prefix else name
@@ -110,7 +107,8 @@ def _blank(code: type[nn.Module]) -> ChunkedMLP:
 def _size(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear, whose adapter counts as the linear; None: it is no linear."""
     base = module.base if isinstance(module, LoRALinear | BottleneckLinear) else module
-    return weight_shape(base) if isinstance(base, nn.Linear | NF4Linear) or is_conv1d(base) else None
+    is_linear = (isinstance(base, nn.Linear | NF4Linear) or is_conv1d(base)) and not is_experts(base)
+    return weight_shape(base) if is_linear else None
 
 
 @torch.no_grad()

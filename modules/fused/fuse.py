@@ -3,6 +3,7 @@
 from torch import nn
 
 from modules.adapters.state import state_of
+from modules.experts import Experts
 from modules.fused import attention, rotary
 from modules.fused.joined import join
 from modules.fused.mlp import fused_mlp
@@ -52,6 +53,9 @@ def unfuse(model: nn.Module) -> None:
     for path, base in {} if state is None else state.base.items():
         if isinstance(base, Fused):
             raise ValueError(f"an adapter trains {path}, which is fused: detach the adapter before unfuse")
+    for module in model.modules():
+        if isinstance(module, Experts):
+            module.tokens = None
     own = {module: module.own() for module in model.modules() if isinstance(module, Fused)}
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

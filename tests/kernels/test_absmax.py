@@ -90,7 +90,7 @@ def test_the_triton_kernels_equal_the_reference(n, kind):
         got = quantize_absmax(absmax)
         back = dequantize_absmax(*got)
     assert_all_same(got, reference.quantize_absmax(absmax))
-    assert_same(back, reference.dequantize_absmax(*got), "dequantized")
+    assert_same(back, reference.dequantize_absmax(*got, "nf4"), "dequantized")
 
 
 @needs_triton
@@ -102,7 +102,7 @@ def test_the_triton_kernels_read_and_write_their_own_memory_only(monkeypatch, be
         got = quantize_absmax(absmax)
         back = dequantize_absmax(*(embedded(t, before) for t in want))
     assert_all_same(got, want)
-    assert_same(back, reference.dequantize_absmax(*want), "dequantized")
+    assert_same(back, reference.dequantize_absmax(*want, "nf4"), "dequantized")
 
 
 def test_a_lost_absmax_is_seen():
@@ -123,9 +123,9 @@ def test_the_table_maps_zero_to_the_code_of_its_nearest_point():
 def test_the_cpu_kernel_dequantizes_as_the_reference(n, kind):
     codes = reference.quantize_absmax(block_maxima(n, kind))
     with use_backend("cpu"):
-        assert _dequantize_absmax.column(*codes) == "cpu"
+        assert _dequantize_absmax.column(*codes, "nf4") == "cpu"
         back = dequantize_absmax(*codes)
-    assert_same(back, reference.dequantize_absmax(*codes), "dequantized")
+    assert_same(back, reference.dequantize_absmax(*codes, "nf4"), "dequantized")
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the CPU kernels cannot run here")
@@ -136,7 +136,7 @@ def test_the_cpu_kernel_dequantizes_any_codes_to_the_last_bit(n):
     nested, offset = torch.rand(-(-n // 256), generator=generator), torch.rand((), generator=generator)
     exact = dynamic_map("cpu")[codes.long()] * nested.repeat_interleave(256)[:n] + offset
     with use_backend("cpu"):
-        assert _dequantize_absmax.column(codes, nested, offset) == "cpu"
+        assert _dequantize_absmax.column(codes, nested, offset, "nf4") == "cpu"
         assert torch.equal(dequantize_absmax(codes, nested, offset), exact)
 
 
@@ -149,7 +149,7 @@ def test_opcheck_of_quantize():
 @pytest.mark.usefixtures("backend")
 def test_opcheck_of_dequantize():
     absmax = block_maxima(300, "normal").to(torch.get_default_device())
-    torch.library.opcheck(torch.ops.qdora.dequantize_absmax.default, reference.quantize_absmax(absmax))
+    torch.library.opcheck(torch.ops.qdora.dequantize_absmax.default, (*reference.quantize_absmax(absmax), "nf4"))
 
 
 @pytest.mark.usefixtures("backend")

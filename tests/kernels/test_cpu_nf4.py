@@ -1,4 +1,4 @@
-"""bitsandbytes' routine behind dequantize on a CPU: the reference's bits, and the reference where it cannot be used."""
+"""Dequantize on a CPU, by bitsandbytes' routine and by a kernel where that cannot be used: the reference's bits."""
 
 import importlib.util
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels import QuantState, Weight, cpu, dequantize_4bit, quantize_4bit, use_backend
-from kernels.codebook import BLOCKSIZES
+from kernels.codebook import BLOCKSIZES, default_blocksize
 from kernels.cpu import nf4 as cpu_nf4
 from kernels.nf4 import _dequantize_4bit
 from kernels.reference import nf4 as reference
@@ -58,7 +58,8 @@ def test_infinities_and_nan_stay():
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("why", ["absent", "without the symbols", "no library", "wrong"])
-def test_the_reference_computes_where_the_routine_cannot(why, monkeypatch, tmp_path):
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_a_kernel_computes_where_the_routine_cannot(dtype, why, monkeypatch, tmp_path):
     weight = packed(1024, 64, True)
     if why == "wrong":
         monkeypatch.setattr(cpu_nf4, "_symbol", lambda *_: lambda *pointers_and_sizes: None)
@@ -71,11 +72,24 @@ def test_the_reference_computes_where_the_routine_cannot(why, monkeypatch, tmp_p
         elif why == "without the symbols":
             library.symlink_to(torch._C.__file__)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if why == "absent" else spec)
-    assert cpu_nf4._routine(torch.float32) is None
-    assert _dequantize_4bit.column(weight, torch.float32) == "reference"
-    want = reference.dequantize_4bit(weight, torch.float32)
-    assert torch.equal(dequantize_4bit(weight), want)
-    assert torch.equal(cpu_nf4.dense(weight, torch.float32), want)
+    assert cpu_nf4._routine(dtype) is None
+    assert _dequantize_4bit.column(weight, dtype) == ("reference" if dtype == torch.float16 else "cpu")
+    want = reference.dequantize_4bit(weight, dtype)
+    assert torch.equal(dequantize_4bit(weight, dtype=dtype), want)
+    assert torch.equal(cpu_nf4.dense(weight, dtype), want)
+
+
+@pytest.mark.usefixtures("number_of_threads")
+@pytest.mark.parametrize("quant_type", ["int4", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_data_types(dtype, quant_type):
+    blocksize = default_blocksize(quant_type)
+    for blocks in (1, 7, 300):
+        w = torch.randn(blocks * blocksize) * torch.linspace(1e-4, 100, blocks * blocksize)
+        weight = Weight(*quantize_4bit(w, double_quant=True, quant_type=quant_type))
+        assert _dequantize_4bit.column(weight, dtype) == "cpu"
+        got, want = dequantize_4bit(weight, dtype=dtype), reference.dequantize_4bit(weight, dtype)
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
 def test_the_package_is_not_imported():

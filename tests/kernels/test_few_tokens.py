@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernels import QuantState, Weight, dequantize_4bit, dora_linear, quantize_4bit, use_backend, weight_norm_sq
-from kernels.codebook import CODEBOOKS
+from kernels.codebook import BLOCK_FORMATS, CODEBOOKS
 from kernels.triton import dora, few_tokens, lora, nf4_gemv, nf4_linear, nf4_small_batch
 from kernels.triton.case import meta, meta_packed
 from kernels.triton.launch import recording
@@ -27,6 +27,9 @@ SHAPES = [
     (5, 70, 160, 64, "nf4", True, FP16),
     (17, 130, 416, 32, "fp4", True, FP16),
     (64, 33, 288, 4096, "int4", False, FP16),
+    # two blocks in 32 columns, for both
+    (2, 5, 1056, 16, "nvfp4", True, FP16),
+    (9, 70, 160, 16, "nvfp4", True, FP16),
 ]
 
 
@@ -91,12 +94,15 @@ def test_product_with_everything_in_its_epilogue(shape, most_splits, monkeypatch
 
 @needs_triton
 @pytest.mark.usefixtures("on_triton_device")
-@pytest.mark.parametrize("quant_type", CODEBOOKS)
-@pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
+@pytest.mark.parametrize(
+    ("quant_type", "double"),
+    [*((name, double) for name in CODEBOOKS for double in (False, True)), *((name, True) for name in BLOCK_FORMATS)],
+)
 @pytest.mark.parametrize(("tokens", "dtype"), [(2, FP32), (4, FP16), (64, FP16)])
 def test_the_identity_gives_the_dequantized_weight(tokens, dtype, double, quant_type):
     in_features = 64
-    weight = packed(21, in_features, 32, quant_type, double)
+    blocksize = BLOCK_FORMATS[quant_type].blocksize if quant_type in BLOCK_FORMATS else 32
+    weight = packed(21, in_features, blocksize, quant_type, double)
     x = torch.eye(in_features, dtype=dtype)[-tokens:]
     y, _ = product(x, weight)
     want = dequantize_4bit(weight.values, weight.quant_state, dtype).t()[-tokens:]

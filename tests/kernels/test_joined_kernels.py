@@ -9,7 +9,7 @@ from kernels import Weight, use_backend, weight_norm_sq
 from kernels.joined import _joined_linears, _joined_linears_backward
 from kernels.triton import joined
 from kernels.triton.case import meta, meta_packed
-from kernels.triton.dora_norm import _finish_kernel, _norm_nf4_kernel
+from kernels.triton.dora_norm import _norm_nf4_kernel, finish_kernel
 from kernels.triton.gemm import gemm_kernel
 from kernels.triton.launch import recording
 from kernels.triton.low_rank import project_kernel, projects_kernel
@@ -99,7 +99,7 @@ def test_a_known_norm_takes_one_launch():
     with recording() as with_known:
         calls(3, dora=True, known=True)[0]()
     kernels = [launch.kernel for launch in with_known]
-    assert norms == kernels.count(_finish_kernel) == 3 and _norm_nf4_kernel not in kernels
+    assert norms == kernels.count(finish_kernel) == 3 and _norm_nf4_kernel not in kernels
 
 
 @pytest.mark.parametrize("linears", [2, 3])

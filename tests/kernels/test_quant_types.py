@@ -176,12 +176,14 @@ def test_the_state_says_which_data_type():
     assert not torch.equal(dequantize_4bit(packed, state), dequantize_4bit(packed, as_nf4))
 
 
-@pytest.mark.parametrize("quant_type", ["fp4", "int4"])
+@pytest.mark.parametrize("quant_type", ["fp4", "int4", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("tokens, columns", [(5, 96), (70, 50)], ids=["few tokens", "many tokens, odd columns"])
 def test_linears_multiply_with_any_data_type(backend, quant_type, tokens, columns):
     """As with the dense weight that the codes stand for: the same kernels with another table."""
     device = torch.get_default_device()
-    packed, state = quantize_4bit(weights(48 * columns).view(48, columns).to(device), 32, True, quant_type)
+    blocksize = 16 if quant_type == "nvfp4" else 32
+    w = weights(48 * columns).view(48, columns).to(device)
+    packed, state = quantize_4bit(w, blocksize, True, quant_type)
     w = dequantize_4bit(packed, state)
     generator = torch.Generator().manual_seed(1)
     x, lora_A, lora_B, magnitude = (

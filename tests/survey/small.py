@@ -43,6 +43,7 @@ SIZES: dict[str, Any] = {
     "mamba_n_heads": 8,
     "encoder_hash_byte_group_vocab": 50,
     "rotary_dim": 8,
+    "first_k_dense_replace": 1,
     "is_decoder": True,
     "attention_type": "original_full",
     **dict.fromkeys(("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "hidden_dropout_prob"), 0.0),

@@ -76,3 +76,8 @@ def test_freed_memory_is_kept_unless_it_is_scarce(monkeypatch, free, kept):
     monkeypatch.setattr(machine, "_huge_pages", lambda: None)
     machine.keep_freed_memory()
     assert bool(asked) == kept
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    machine.set_up_cpu(TrainerConfig())
+    assert ("ONEDNN_PRIMITIVE_CACHE_CAPACITY" in os.environ) != kept
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)

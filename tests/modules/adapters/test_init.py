@@ -214,7 +214,7 @@ def test_frozen_a(adapter):
         ({"init": "eva"}, "init=eva needs calibration batches"),
         ({"init": "eva", "calibration": []}, "init=eva needs 4 calibration tokens or more; .* saw 0"),
         ({"init": "eva", "calibration": [{"input_ids": IDS[:1, :2]}]}, "init=eva needs 4 calibration tokens or more"),
-        ({"calibration": []}, "calibration batches are for init=eva, not init=default"),
+        ({"calibration": []}, "calibration batches are for init=eva and experts=reached, not init=default"),
     ],
     ids=str,
 )

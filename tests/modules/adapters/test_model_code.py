@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modules import adapted_linears, attach, load_adapter, quantize, save_adapter
-from modules.adapters.model_code import OWN_FORWARD, READ, changed_in_place, experts, left_out
+from modules.adapters.model_code import OWN_FORWARD, READ, changed_in_place, left_out, unknown_experts
 from modules.adapters.targets import all_linears
 from tests.survey.small import build
 
@@ -74,8 +74,13 @@ def test_results_changed_in_place_are_copied():
     assert copies == {name for name in adapted_linears(model) if ".mlp." in name}
 
 
-def test_experts_are_counted():
-    assert sum(experts(build("qwen3_moe")).values()) == 2 * 4 * 3 * 32 * 64 and not experts(build("llama"))
+def test_experts_of_unknown_classes_are_counted():
+    assert sum(unknown_experts(build("longcat_flash")).values()) > 2 * 3 * 32 * 64
+    assert len(unknown_experts(build("jetmoe"))) == 8 and unknown_experts(build("dbrx"))
+    model = build("qwen3_moe")
+    assert not unknown_experts(build("llama")) and not unknown_experts(model)
+    attach(model, "lora", rank=2)
+    assert not unknown_experts(model)
 
 
 def test_narrow_linears_get_the_rank_they_can_have(tmp_path):

@@ -42,7 +42,7 @@ def test_unsupported_uses_and_bad_files_are_refused(tmp_path):
         )
         with pytest.raises(ValueError, match=f"is {adapter}, which cannot be merged"):
             merge(model)
-        with pytest.raises(ValueError, match="a bitsandbytes directory cannot hold adapters: detach or merge"):
+        with pytest.raises(ValueError, match="a directory of a packed model cannot hold adapters: detach or merge"):
             save_bnb4(model, tmp_path / "out")
     save_adapter(model, tmp_path)
     raw = json.loads((tmp_path / OUR_CONFIG_FILE).read_text())

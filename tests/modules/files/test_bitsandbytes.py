@@ -6,13 +6,16 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from modules import NF4Linear, attach, quantize
-from modules.files.bitsandbytes import by_definition, load_bnb4, save_bnb4
+from modules.files.bitsandbytes import by_definition, load_bnb4, save_bnb4, save_packed
+from modules.files.checked import SUMS
 from tests.modules.architectures import ARCHITECTURES, logits
+from tests.modules.moe_cases import MODELS as MOE_MODELS
+from tests.modules.moe_cases import moe_model, outputs
 
 LINEAR = "model.layers.1.mlp.down_proj"  # of the Llama: [64, 128]
 
@@ -155,7 +158,7 @@ def test_save_overwrites_nothing_and_drops_nothing(llama, tmp_path):
     with pytest.raises(ValueError, match="old exists already: nothing is overwritten"):
         save_bnb4(llama, tmp_path / "old")
     attach(llama, "lora", rank=4)
-    with pytest.raises(ValueError, match="a bitsandbytes directory cannot hold adapters: detach or merge them first"):
+    with pytest.raises(ValueError, match="a directory of a packed model cannot hold adapters: detach"):
         save_bnb4(llama, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
@@ -179,3 +182,31 @@ def test_by_definition_where_rows_are_no_whole_number_of_blocks(llama, tmp_path,
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
     ours = llama.get_submodule(name).dequantize().weight.double()
     torch.testing.assert_close(ours, exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", MOE_MODELS)
+def test_packed_experts_are_written_and_read_again(tmp_path, kind):
+    model = moe_model(kind)
+    quantize(model, blocksize=32)
+    with pytest.raises(ValueError, match=r"experts\.\w+ is packed, and bitsandbytes has no packed experts"):
+        save_bnb4(model, tmp_path / "bnb4")
+    save_packed(model, tmp_path / "packed")
+    again = load_bnb4(tmp_path / "packed")
+    assert torch.equal(outputs(again), outputs(model))
+    state, want = again.state_dict(), model.state_dict()
+    assert state.keys() == want.keys() and all(torch.equal(state[name], want[name]) for name in want)
+    with pytest.raises((ValueError, RuntimeError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+
+def test_a_scale_of_packed_experts_that_is_missing_is_named(tmp_path):
+    model = moe_model("qwen3_moe")
+    quantize(model)
+    save_packed(model, tmp_path / "packed")
+    (tmp_path / "packed" / SUMS).unlink()
+    path = tmp_path / "packed" / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.experts.down_proj.weight.absmax"
+    save_file({key: tensor for key, tensor in tensors.items() if key != name}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        load_bnb4(tmp_path / "packed")

@@ -92,7 +92,7 @@ def test_pissa_that_peft_converted_is_plain(tmp_path):
 REFUSED = {
     "peft_type 'IA3' is not supported, only LORA and PROMPT_TUNING are": {"peft_type": "IA3"},
     "lora_bias=True is not supported": {"lora_bias": True},
-    "target_parameters=['mlp.experts.gate_up_proj'] is not supported": {
+    "target_parameters: mlp.experts.gate_up_proj matches no experts of the model": {
         "target_parameters": ["mlp.experts.gate_up_proj"]
     },
     "layer_replication=[[0, 2]] is not supported": {"layer_replication": [[0, 2]]},

@@ -34,7 +34,6 @@ MODELS = {
 NONE = {
     "opt": WIDTHS | {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "mamba": WIDTHS,
-    "mixtral": WIDE | {"num_local_experts": 4, "num_key_value_heads": 2},
 }
 
 

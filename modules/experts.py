@@ -1,0 +1,388 @@
+"""Mixtures of experts: one module for the linears of all experts of a layer, dense or packed, with or without adapters.
+
+transformers keeps the experts of a layer as parameters of three dimensions. `take_over_experts` puts an ExpertsLinear
+in the place of each such parameter, and has the layer compute with the ops of kernels/experts.py: the tokens are sorted
+by expert once, and each linear takes them so. `give_back_experts` undoes it.
+
+state_dict keys
+    ExpertsLinear              those of transformers' parameters, in their layout: <path>, <path>_bias
+    NF4Experts                 as NF4Linear, of a weight [experts, out, in]; but <path>_bias
+    LoRAExperts, DoRAExperts   base.*, lora_A [experts, rank, in], lora_B [experts, out, rank],
+                               magnitude [experts, out]; of the chosen experts alone, [1, …] where all share a factor
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from kernels import QuantState, Weight
+from modules import seeds
+from modules.linear import DoRALinear, LoRALinear, NF4Linear, dense_weight, operands, weight_of
+from modules.parts import in_parts
+
+SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+IN_OUT = ("Llama4TextExperts",)  # classes that keep weights as [experts, in, out] and do not say so
+
+
+class ExpertsLinear(nn.Module):
+    """Frozen linears of one shape, one for each expert.
+
+    Args:
+        weight: [experts, out, in].
+        bias: [experts, out] or None.
+        in_out: the model keeps the weight as [experts, in, out].
+    """
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None, in_out: bool = False):
+        super().__init__()
+        self.num_experts, self.out_features, self.in_features = weight.shape
+        self.in_out = in_out
+        self.weight = weight
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """Rows [S, in] sorted by expert to rows [S, out]. `ends` is as in kernels/experts.py."""
+        if self.weight.requires_grad:  # the op is for frozen weights
+            return self._by_torch(x, ends)
+        x, weight = operands(x, self)
+        return kernels.experts_linear(x, ends, weight, self.bias)
+
+    def _by_torch(self, x: Tensor, ends: Tensor) -> Tensor:
+        ends = ends.tolist()
+        *parts, others = x.tensor_split(ends)
+        biases = [None] * len(parts) if self.bias is None else self.bias
+        results = [nn.functional.linear(part, *of) for part, *of in zip(parts, self.weight, biases)]
+        return torch.cat([*results, others.new_zeros(len(others), self.out_features)])
+
+    def own_weight(self) -> Tensor:
+        """The weight in the layout that the model keeps it in."""
+        return self.weight.transpose(1, 2).contiguous() if self.in_out else self.weight
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        key, weight = prefix.removesuffix("."), self.own_weight()
+        destination[key] = weight if keep_vars else weight.detach()
+        if self.bias is not None:
+            destination[f"{key}_bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        key = f"{prefix}weight"
+        if self.in_out and key in state_dict:
+            state_dict = state_dict | {key: state_dict[key].transpose(1, 2)}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return _extra_repr(self)
+
+
+class NF4Experts(NF4Linear):
+    """Frozen linears of one shape, one for each expert. Their weight [experts, out, in] is packed as one tensor."""
+
+    def __init__(self, packed: Tensor, quant_state: QuantState, bias: Tensor | None = None, in_out: bool = False):
+        super().__init__(packed, quant_state, bias)
+        self.num_experts, self.in_out = quant_state.shape[0], in_out
+
+    @classmethod
+    def from_linear(
+        cls, linear: ExpertsLinear, blocksize: int | None = None, double_quant: bool = True, quant_type: str = "nf4"
+    ) -> "NF4Experts":
+        packed, quant_state = kernels.quantize_4bit(linear.weight.detach(), blocksize, double_quant, quant_type)
+        return cls(packed, quant_state, linear.bias, linear.in_out)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        x, weight = operands(x, self)
+        return kernels.experts_linear(x, ends, weight, self.bias)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bias is not None:  # under transformers' name, which a model with dense experts has too
+            destination[f"{prefix.removesuffix('.')}_bias"] = destination.pop(f"{prefix}bias")
+
+    def dequantize(self) -> ExpertsLinear:
+        return dense_experts(self, dense_weight(self), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts} experts, {super().extra_repr()}"
+
+
+def _extra_repr(linear: nn.Module) -> str:
+    shape = f"{linear.num_experts} experts, {linear.in_features}, {linear.out_features}"
+    return f"{shape}, bias={linear.bias is not None}"
+
+
+def dense_experts(like: ExpertsLinear | NF4Experts, weight: Tensor, bias: Tensor | None) -> ExpertsLinear:
+    """Frozen dense linears of `weight` [experts, out, in] and a copy of `bias`, for the place of `like`."""
+    bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return ExpertsLinear(nn.Parameter(weight.detach().contiguous(), requires_grad=False), bias, like.in_out)
+
+
+def pack_linear(linear: nn.Module, blocksize: int, double_quant: bool, quant_type: str) -> NF4Linear:
+    """The packed linear of a dense one: nn.Linear, Conv1D or ExpertsLinear."""
+    kind = NF4Experts if isinstance(linear, ExpertsLinear) else NF4Linear
+    return kind.from_linear(linear, blocksize, double_quant, quant_type)
+
+
+class LoRAExperts(LoRALinear):
+    """LoRALinear of every expert: y = xWₑᵀ + s·(drop(x)Aₑᵀ)Bₑᵀ + biasₑ for the rows x of expert e.
+
+    Biases stay frozen.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, lora_alpha: float, dropout: float = 0.0, rslora: bool = False):
+        super().__init__(base, rank, lora_alpha, dropout, rslora)
+        self.register_buffer("chosen", None, persistent=False)
+
+    def choose(self, numbers: list[int]) -> None:
+        """Have A, B and magnitude for the experts `numbers` alone. The others compute what the base does.
+
+        Raises:
+            ValueError: a number is not that of an expert.
+        """
+        if wrong := [number for number in numbers if number >= self.base.num_experts]:
+            raise ValueError(f"experts: {wrong[0]} is not one of the {self.base.num_experts}, 0 and up")
+        self.chosen = torch.tensor(sorted(numbers), device=self.lora_A.device)
+        self._take(self.chosen, "lora_A", "lora_B")
+
+    def share(self, factor: str) -> None:
+        """Have one A or one B for all experts. `factor` is "A" or "B"."""
+        self._take(self.lora_A.new_zeros(1, dtype=torch.int64), f"lora_{factor}")
+
+    @torch.no_grad()
+    def _take(self, numbers: Tensor, *names: str) -> None:
+        for name in names:
+            setattr(self, name, nn.Parameter(getattr(self, name)[numbers]))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [experts, r, in] and B [experts, out, r] of the update s·BA, with zeros for experts that have none."""
+        lora_A, lora_B = super().factors()
+        experts = max(len(lora_A), len(lora_B))
+        lora_A, lora_B = (factor.expand(experts, *factor.shape[1:]) for factor in (lora_A, lora_B))
+        return (lora_A, lora_B) if self.chosen is None else (self._among_all(lora_A), self._among_all(lora_B))
+
+    def _among_all(self, of_chosen: Tensor) -> Tensor:
+        zeros = of_chosen.new_zeros(self.base.num_experts, *of_chosen.shape[1:])
+        return zeros.index_copy(0, self.chosen, of_chosen)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        x, weight = operands(x, self.base)
+        seed = seeds.draw(x.device) if dropout else None
+        return kernels.experts_lora(
+            x, ends, weight, *self.factors(), self.scaling, self.base.bias, dropout=dropout, seed=seed
+        )
+
+    @torch.no_grad()
+    def merge(self) -> ExpertsLinear:
+        weight = self.merged_weight()
+        if self.chosen is not None:
+            weight = dense_weight(self.base).index_copy(0, self.chosen, weight[self.chosen])
+        return dense_experts(self.base, weight, self.base.bias)
+
+    def train_bias(self) -> None:
+        """Leave the biases of experts frozen."""
+
+
+class DoRAExperts(LoRAExperts, DoRALinear):
+    """DoRALinear of every expert."""
+
+    def choose(self, numbers: list[int]) -> None:
+        super().choose(numbers)
+        self._take(self.chosen, "magnitude")
+
+    def weight_norm_sq(self) -> Tensor:
+        weight = weight_of(self.base)
+        return kernels.weight_norm_sq(weight.rows()).view(weight.shape[:2])
+
+    def norm(self, weight: Weight) -> Tensor:
+        return kernels.experts_norm(weight, self.norm_sq, *self.factors(), self.scaling)
+
+    def whole_magnitude(self) -> Tensor:
+        return self.magnitude if self.chosen is None else self.norm_sq.sqrt().index_copy(0, self.chosen, self.magnitude)
+
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        x, weight = operands(x, self.base)
+        magnitude = self.whole_magnitude()
+        return kernels.experts_dora(
+            *(x, ends, weight, self.norm_sq, *self.factors(), magnitude, self.scaling, self.base.bias),
+            dropout=dropout,
+            seed=seeds.draw(x.device) if dropout else None,
+            norm=self.known_norm(weight),
+        )
+
+
+class _OfModules(nn.Module):
+    """The code of a layer's experts whose weights are modules, before the own class among the bases of its class."""
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for name in PROJECTIONS:
+            if name in self._modules:
+                for key, new in ((name, f"{name}.weight"), (f"{name}_bias", f"{name}.bias")):
+                    if prefix + key in state_dict:
+                        state_dict[prefix + new] = state_dict.pop(prefix + key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Experts(_OfModules):
+    """Experts as transformers marks them (`use_experts_implementation`)."""
+
+    tokens: int | None = None  # to compute at a time; None: all
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Σ over the experts of each token of weight · expert(token).
+
+        Args:
+            hidden_states: [T, hidden].
+            top_k_index: int64 [T, k], the experts of each token. A number that no expert has adds nothing.
+            top_k_weights: [T, k].
+
+        Returns:
+            [T, hidden] in the dtype of `hidden_states`.
+        """
+        tensors = hidden_states, top_k_index, top_k_weights
+        return self._rows(*tensors) if self.tokens is None else in_parts(self._rows, tensors, self.tokens)
+
+    def _rows(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        order, ends = kernels.route(top_k_index, self.num_experts)
+        x = kernels.gather(hidden_states, order, top_k_index.shape[-1])
+        if self.has_gate:
+            h = self._gated(self.gate_up_proj(x, ends))
+        else:
+            h = self.act_fn(self.up_proj(x, ends))
+        y = self.down_proj(h, ends)
+        if self.has_post_expert_norm:
+            y = self.post_expert_norm(y)
+        return kernels.combine(y, order, top_k_weights).to(hidden_states.dtype)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        default = self._apply_gate.__name__ == "_default_apply_gate"  # transformers': act(gate) · up
+        if default and type(self.act_fn).__name__ in SILU:
+            return kernels.swiglu(*gate_up.chunk(2, dim=-1))
+        return self._apply_gate(gate_up)
+
+
+class AllExperts(_OfModules):
+    """Experts of Llama 4, which shows every token to every expert, scaled by a gate that is often zero."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        rows = hidden_states.shape[0] // self.num_experts
+        ends = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=hidden_states.device) * rows
+        gate, up = self.gate_up_proj(hidden_states, ends).chunk(2, dim=-1)
+        return self.down_proj(up * self.act_fn(gate), ends)
+
+
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The full names and modules of `model` whose experts can be taken over, or are already."""
+    for name, module in model.named_modules():
+        if isinstance(module, _OfModules) or _is_known(module):
+            yield name, module
+
+
+def _is_known(module: nn.Module) -> bool:
+    """True for classes that transformers marks as experts, and for Llama 4's."""
+    marked = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+    return (marked or type(module).__name__ in IN_OUT) and any(
+        name in PROJECTIONS and parameter is not None and parameter.dim() == 3
+        for name, parameter in module._parameters.items()
+    )
+
+
+@functools.cache
+def _with_modules(own: type[nn.Module]) -> type[nn.Module]:
+    code = AllExperts if own.__name__ in IN_OUT else Experts
+    return type(own.__name__, (code, own), {"own_class": own, "__module__": own.__module__})
+
+
+def experts_weights(model: nn.Module) -> list[str]:
+    """The full names of the parameters of `model` that `take_over_experts` puts an ExpertsLinear in the place of."""
+    return [
+        f"{path}.{name}"
+        for path, module in experts_modules(model)
+        for name in PROJECTIONS
+        if module._parameters.get(name) is not None
+    ]
+
+
+def take_over_experts(model: nn.Module) -> None:
+    """Put an ExpertsLinear in the place of every parameter of `model` that holds the weights of several experts."""
+    for _, module in list(experts_modules(model)):
+        if not isinstance(module, _OfModules):
+            _take_over(module)
+
+
+def _take_over(module: nn.Module) -> None:
+    in_out = type(module).__name__ in IN_OUT or module.is_transposed
+    for name in PROJECTIONS:
+        weight = module._parameters.pop(name, None)
+        if weight is None:
+            continue
+        bias = module._parameters.pop(f"{name}_bias", None)
+        if in_out:
+            weight.data = weight.data.transpose(1, 2).contiguous()
+        linear = ExpertsLinear(weight, bias, in_out)
+        module.add_module(name, linear.train(module.training))
+    module.__class__ = _with_modules(type(module))
+
+
+def give_back_experts(model: nn.Module) -> None:
+    """Undo `take_over_experts` for each layer whose experts are all dense and have no adapter."""
+    for _, module in list(experts_modules(model)):
+        if isinstance(module, _OfModules):
+            linears = {name: module._modules[name] for name in PROJECTIONS if name in module._modules}
+            if all(isinstance(linear, ExpertsLinear) for linear in linears.values()):
+                _give_back(module, linears)
+
+
+def _give_back(module: nn.Module, linears: dict[str, ExpertsLinear]) -> None:
+    module.__class__ = module.own_class
+    for name, linear in linears.items():
+        del module._modules[name]
+        if linear.in_out:
+            linear.weight.data = linear.own_weight().detach()
+        module.register_parameter(name, linear.weight)
+        if linear.bias is not None:
+            module.register_parameter(f"{name}_bias", linear.bias)
+
+
+@torch.no_grad()
+def reached_experts(model: nn.Module, batches: Iterable[dict]) -> dict[str, list[int]]:
+    """The numbers of the experts that have a token of `batches`, by the full name of the module of the experts.
+
+    Args:
+        batches: dicts of keyword arguments of `model`, whose experts are taken over. Tokens whose `attention_mask` is 0
+            do not count.
+    """
+    found: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def see(name: str, module: nn.Module, args: tuple) -> None:
+        if isinstance(module, AllExperts):
+            tokens = args[0].view(module.num_experts, -1, args[0].shape[-1]).any(dim=2)
+            counted = tokens if mask is None else tokens & mask.flatten()
+            hit = counted.any(dim=1)
+        else:
+            index = args[1] if mask is None else args[1][mask.flatten()]
+            hit = torch.zeros(module.num_experts + 1, dtype=torch.bool, device=index.device)
+            hit[index.flatten().clamp(max=module.num_experts)] = True
+        found[name] = found.get(name, False) | hit[: module.num_experts]
+
+    training = model.training
+    model.eval()
+    hooks = [module.register_forward_pre_hook(functools.partial(see, name)) for name, module in experts_modules(model)]
+    try:
+        for batch in batches:
+            mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return {name: hit.nonzero().flatten().tolist() for name, hit in found.items()}
+
+
+def is_experts(linear: nn.Module) -> bool:
+    """True for the linears of experts, dense or packed."""
+    return isinstance(linear, ExpertsLinear | NF4Experts)
