@@ -23,9 +23,7 @@ MOST_THREADS = (
     16  # unless trainer.threads says otherwise: the products of a small model's tokens are too small for more
 )
 SCARCE = 2**32  # bytes of free memory
-FEW_PRIMITIVES = (
-    32  # that oneDNN keeps where memory is scarce. By default 1024, each with code for one shape of product
-)
+FEW_PRIMITIVES = 32  # that oneDNN keeps where memory is scarce, not 1024: each has code for one shape of a product
 HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
 LOAD = OthersLoad()  # since this program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
