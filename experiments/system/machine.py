@@ -19,9 +19,7 @@ from experiments.system import memory, parallel
 from kernels import cpu
 from kernels.cpu.others import OthersLoad, crowded
 
-MOST_THREADS = (
-    16  # unless trainer.threads says otherwise: the products of a small model's tokens are too small for more
-)
+MOST_THREADS = 16  # by default: the products of a small model's tokens are too small for more
 SCARCE = 2**32  # bytes of free memory
 FEW_PRIMITIVES = 32  # that oneDNN keeps where memory is scarce, not 1024: each has code for one shape of a product
 HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
