@@ -257,7 +257,6 @@ class Experts(_OfModules):
             y = self.post_expert_norm(y)
         return kernels.combine(y, order, top_k_weights).to(hidden_states.dtype)
 
-
     def _gated(self, gate_up: Tensor) -> Tensor:
         default = self._apply_gate.__name__ == "_default_apply_gate"  # transformers': act(gate) · up
         if default and type(self.act_fn).__name__ in SILU:
