@@ -74,3 +74,5 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_experts_as_one_does(folder, method, mode):
     assert_same_training(folder / f"{method}-{mode}", folder / f"{method}-one")
+    loads = [(folder / f"{method}-{name}" / "experts.csv").read_text() for name in (mode, "one")]
+    assert loads[0] == loads[1] and loads[0].count("\n") == 3
