@@ -27,6 +27,7 @@ from experiments.models.tiny import tiny_model
 from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
+from modules.adapters.base_print import base_print
 from modules.adapters.config import REACHED, quantized_start
 from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules, decoder_blocks
@@ -114,7 +115,8 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
         if cfg.quant.name != "none":
             take_over_experts(model)
             shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
-            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, bar("quantizing"), cfg.quant.type)
+            sizes = blocksizes(cfg.quant, shapes, base_print(model))
+            quantize(model, sizes, cfg.quant.double, bar("quantizing"), cfg.quant.type)
             release_file(model)
         return
     if cfg.quant.name == "none":
@@ -204,7 +206,7 @@ def _in_parts(model: PreTrainedModel, tokens: int) -> None:
     if not found:
         raise UserError(f"{told}no MLP of {names} can be computed in parts: leave it out")
     if whole and parallel.is_main():
-        print(f"{told}not of {names}, for all tokens at once")
+        print(f"{told}{names} still compute all tokens at once")
 
 
 def _check_positions(cfg: Config, model: PreTrainedModel) -> None:

@@ -4,7 +4,8 @@ A dispatch mode sees each operation: it adds the storages that come into being, 
 remembers the highest sum.
 
 For a CPU our ops run as kernels/cpu/ has them: torch's operations, and kernels that do nothing on meta tensors but
-write to memory that is counted. For a GPU an op is one operation, but for the loss, which is taken apart into chunks.
+write to memory that is counted; rows of experts are spread evenly, and one expert at a time is dense. For a GPU an op
+is one operation, but for the loss, which is taken apart into chunks; all experts of a linear are dense at once.
 """
 
 import functools
@@ -27,7 +28,7 @@ ATTENTION = (qdora.attention, qdora.attention_backward)
 ON_CPU = (  # ops that are taken apart there
     *(qdora.rms_norm, qdora.rms_norm_backward, qdora.swiglu, qdora.swiglu_backward),
     *(qdora.rotary, qdora.rotary_backward, *ATTENTION, qdora.linear_cross_entropy),
-    *(*flops.LINEARS, qdora.joined_linears, qdora.joined_linears_backward),
+    *(*flops.LINEARS, *flops.EXPERTS, qdora.joined_linears, qdora.joined_linears_backward),
 )
 POSITIONS = (aten.index, aten.index_put, aten._index_put_impl_)  # which tokens carry labels decides shapes
 
@@ -81,9 +82,11 @@ class Allocations(TorchDispatchMode):
             with self:
                 return by_chunks(_loss_by_kernel, *args)
         if self.on_cpu and packet in ON_CPU:
+            if packet in flops.EXPERTS:
+                args = _with_even_ends(func, args)
             with self:
                 return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
-        out = func(*args, **kwargs)
+        out = (_grouped_products if packet is aten._grouped_mm else func)(*args, **kwargs)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=out)
         for tensor in _tensors((out,)):
@@ -115,8 +118,27 @@ def _tensors(values: Iterable) -> Iterator[Tensor]:
 
 def _dense_weight(func: torch._ops.OpOverload, args: tuple) -> int:
     """Bytes of the dense weight that one of our linears makes while it computes; 0 if it has no packed weight."""
-    if func.overloadpacket not in flops.LINEARS:
+    if func.overloadpacket not in (*flops.LINEARS, *flops.EXPERTS):
         return 0
-    given = dict(zip((argument.name for argument in func._schema.arguments), args))
-    codes, *constants = given["weight"]
+    codes, *constants = _by_name(func, args)["weight"]
     return 2 * codes.numel() * args[0].element_size() if constants else 0
+
+
+def _by_name(func: torch._ops.OpOverload, args: tuple) -> dict:
+    return dict(zip((argument.name for argument in func._schema.arguments), args))
+
+
+def _with_even_ends(func: torch._ops.OpOverload, args: tuple) -> list:
+    """`args` of an op of experts, with the ends of rows that are spread evenly over the experts."""
+    given = _by_name(func, args)
+    rows, experts = len(args[0]), len(given["ends"])
+    ends = torch.arange(1, experts + 1, device="cpu") * rows // experts
+    return [*(given | {"ends": ends.int()}).values()]
+
+
+def _grouped_products(a: Tensor, b: Tensor, offs: Tensor, *_) -> Tensor:
+    """torch._grouped_mm of rows [S, K] and [G, K, N], or of columns [M, S] and [S, N]: for widths that are no multiple
+    of 16 bytes, and in dtypes, that the meta device refuses and others take."""
+    if b.dim() == 3:
+        return a.new_empty(a.shape[0], b.shape[2])
+    return a.new_empty(len(offs), a.shape[0], b.shape[1])

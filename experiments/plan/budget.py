@@ -20,6 +20,7 @@ from experiments.runs.result_numbers import nbytes, storage
 from experiments.training.optim import OPTIMIZERS
 from modules import LoRALinear, NF4Linear, adapters, decoder_linears, fuse, parameter_groups
 from modules.adapters.config import REACHED
+from modules.experts import ExpertsLinear
 from modules.linear import weight_shape
 from modules.paging import PAGE_BYTES
 
@@ -186,10 +187,17 @@ def planned_model(cfg: Config, dtype: torch.dtype, seq: int = 0) -> PreTrainedMo
 
 
 def most_gpus(model: PreTrainedModel) -> tuple[int, str]:
-    """On how many GPUs shards make sense, and for which linear: it has that many rows, and more would get nothing."""
-    rows = {name: weight_shape(linear)[0] for name, linear in decoder_linears(model).items()}
-    name = min(rows, key=rows.get)
-    return rows[name], name
+    """On how many GPUs shards make sense, and why: a linear has that many rows, or dense experts, and more would get
+    nothing."""
+    linears = decoder_linears(model)
+    parts = {name: _parts(linear) for name, linear in linears.items()}
+    name = min(parts, key=parts.get)
+    return parts[name], f"{name} has {parts[name]} {'experts' if isinstance(linears[name], ExpertsLinear) else 'rows'}"
+
+
+def _parts(linear: nn.Module) -> int:
+    """Into how many parts a linear can be cut. Dense experts stay whole; the codes of packed ones are one tensor."""
+    return linear.num_experts if isinstance(linear, ExpertsLinear) else math.prod(weight_shape(linear)[:-1])
 
 
 def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1, on_cpu: bool = False) -> Budget:
@@ -206,9 +214,9 @@ def budget(cfg: Config, dtype: torch.dtype, batch: int, seq: int, gpus: int = 1,
     rows, length = (1, cfg.trainer.tokens or batch * seq) if cfg.data.packing else (batch, seq)
     if seq > length:
         raise UserError(f"seq={seq} fits no pack of trainer.tokens={length}: raise it")
-    most, narrowest = most_gpus(model)
+    most, why = most_gpus(model)
     if gpus > most:
-        raise UserError(f"gpus={gpus}: {narrowest} has {most} rows, so shards make sense on {most} GPUs at most")
+        raise UserError(f"gpus={gpus}: {why}, so shards make sense on {most} GPUs at most")
     parts = stored(model)
     trains = [p for p in model.parameters() if p.requires_grad]
     optimizers = {name: of(parameter_groups(model, cfg.lr)) for name, of in OPTIMIZERS.items()}

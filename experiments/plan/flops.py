@@ -4,6 +4,7 @@ A product of [m, k] with [k, n] has 2mkn. Dequantization and element-wise work a
 formulas.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,10 @@ qdora, aten = torch.ops.qdora, torch.ops.aten
 LINEARS = (
     *(qdora.nf4_linear, qdora.nf4_linear_backward, qdora.lora_linear, qdora.lora_linear_backward),
     *(qdora.dora_linear, qdora.dora_linear_backward),
+)
+EXPERTS = (
+    *(qdora.experts_linear, qdora.experts_linear_backward, qdora.experts_lora, qdora.experts_lora_backward),
+    *(qdora.experts_dora, qdora.experts_dora_backward),
 )
 
 
@@ -45,15 +50,24 @@ def _(dy, weight_format, **_):
 
 @_formula(qdora.lora_linear)
 def _(x, lora_A, lora_B, **_):
-    return _base(x[0], lora_A, lora_B) + _adapter(x[0], lora_A, lora_B)
+    return _forward(x, lora_A, lora_B, 1)
 
 
 @_formula(qdora.dora_linear)
 def _(x, norm, lora_A, lora_B, dropout, **_):
+    of_norm = _norm(lora_A, lora_B) if norm is None else 0
+    return _forward(x, lora_A, lora_B, 2 if dropout else 1) + of_norm
+
+
+def _forward(x: tuple, lora_A: tuple, lora_B: tuple, products: int) -> int:
+    """So many products with the base, and the adapter's."""
+    return products * _base(x[0], lora_A, lora_B) + _adapter(x[0], lora_A, lora_B)
+
+
+def _norm(lora_A: tuple, lora_B: tuple) -> int:
+    """The products in ‖W + sBA‖: WAᵀ, AAᵀ and B(AAᵀ)."""
     rank = lora_A[0]
-    of_norm = 2 * rank * (lora_A[1] * lora_B[0] + rank * (lora_A[1] + lora_B[0])) if norm is None else 0
-    products = 2 if dropout else 1
-    return products * _base(x[0], lora_A, lora_B) + _adapter(x[0], lora_A, lora_B) + of_norm
+    return 2 * rank * (lora_A[1] * lora_B[0] + rank * (lora_A[1] + lora_B[0]))
 
 
 def _backward(x: tuple, lora_A: tuple, lora_B: tuple, products: int, needs_dx: bool) -> int:
@@ -70,6 +84,52 @@ def _(x, lora_A, lora_B, needs_dx, **_):
 @_formula(qdora.dora_linear_backward)
 def _(x, lora_A, lora_B, dropout, needs_dx, **_):
     return _backward(x, lora_A, lora_B, 2 if dropout else 1, needs_dx)
+
+
+# Of experts each row of x is a token of one of them, so the FLOPs are those of a linear of as many rows.
+
+
+def _expert_shape(weight: list[tuple], weight_format: str) -> torch.Size:
+    """[experts, out, in]"""
+    return weight[0] if len(weight) == 1 else packed_shape(weight_format)
+
+
+@_formula(qdora.experts_linear)
+def _(x, weight, weight_format, **_):
+    return 2 * x[0] * math.prod(_expert_shape(weight, weight_format)[1:])
+
+
+@_formula(qdora.experts_linear_backward)
+def _(dy, weight, weight_format, **_):
+    return 2 * dy[0] * math.prod(_expert_shape(weight, weight_format)[1:])
+
+
+@_formula(qdora.experts_lora)
+def _(x, lora_A, lora_B, **_):
+    return _forward(x, lora_A[1:], lora_B[1:], 1)
+
+
+@_formula(qdora.experts_dora)
+def _(x, norm, lora_A, lora_B, dropout, **_):
+    with_rows = min(x[0], lora_A[0])  # experts, if the rows are spread evenly
+    of_norms = with_rows * _norm(lora_A[1:], lora_B[1:]) if norm is None else 0
+    return _forward(x, lora_A[1:], lora_B[1:], 2 if dropout else 1) + of_norms
+
+
+@_formula(qdora.experts_lora_backward)
+def _(x, lora_A, lora_B, needs_dx, **_):
+    return _backward(x, lora_A[1:], lora_B[1:], 1, needs_dx)
+
+
+@_formula(qdora.experts_dora_backward)
+def _(x, lora_A, lora_B, dropout, needs_dx, **_):
+    return _backward(x, lora_A[1:], lora_B[1:], 2 if dropout else 1, needs_dx)
+
+
+@register_flop_formula(aten._grouped_mm)
+def _(a, b, *_, **__):
+    """Of transformers' own experts. Each row of `a` meets one group of `b`, or each column in the gradient of `b`."""
+    return 2 * a[0] * a[1] * b[-1]
 
 
 @register_flop_formula(aten.addmm_)

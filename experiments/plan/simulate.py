@@ -16,6 +16,8 @@ context, and what an allocator loses to fragmentation.
 """
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,7 +32,9 @@ from experiments.training.gradients import checkpoint_blocks
 from experiments.training.loss import LabelLoss
 from experiments.training.offload import Offload
 from kernels import use_backend
-from modules import AdamW
+from modules import AdamW, NF4Linear
+from modules.experts import experts_modules
+from modules.linear import weight_shape
 
 aten = torch.ops.aten
 
@@ -47,6 +51,7 @@ class Step:
         weight: the largest dense weight that was made of a packed one; 0 without any.
         flops: of the step, those that checkpointing repeats included.
         host: in pinned host memory, where activations are kept there.
+        idle: parameters of experts that a token does not meet.
     """
 
     peak: int
@@ -56,6 +61,7 @@ class Step:
     weight: int
     flops: int
     host: int = 0
+    idle: int = 0
 
 
 class _OnHost:
@@ -199,7 +205,11 @@ def simulate(
             nonlocal before_loss
             memory.phase, before_loss = "loss", memory.live
 
-        hook = model.get_output_embeddings().register_forward_pre_hook(loss_begins)
+        idle: dict[str, int] = {}
+        hooks = [model.get_output_embeddings().register_forward_pre_hook(loss_begins)]
+        for name, experts in experts_modules(model):
+            note = functools.partial(_note_idle, idle, name)
+            hooks.append(experts.register_forward_pre_hook(note, with_kwargs=True))
         activations = None
         for _ in range(2 if accumulating else 1):
             memory.phase, before, casts.keeps = "forward", memory.live, True
@@ -211,7 +221,8 @@ def simulate(
             memory.phase = "backward"
             loss.backward()
             del loss
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         memory.phase = "optimizer"
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -219,4 +230,15 @@ def simulate(
     phase = max(PHASES, key=memory.peaks.get)
     flops_a_pass = memory.flops // (2 if accumulating else 1)
     loss_bytes = memory.peaks["loss"] - before_loss
-    return Step(memory.peaks[phase], phase, activations, loss_bytes, memory.weight, flops_a_pass, host_bytes)
+    found = activations, loss_bytes, memory.weight, flops_a_pass, host_bytes, sum(idle.values())
+    return Step(memory.peaks[phase], phase, *found)
+
+
+def _note_idle(idle: dict[str, int], name: str, experts: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before a forward of a layer's experts: write down how many of their parameters a token does not meet."""
+    top_k_index = kwargs.get("top_k_index", args[1] if len(args) > 1 else None)
+    if top_k_index is None:  # every token meets every expert
+        return
+    packed = (math.prod(weight_shape(linear)) for linear in experts.modules() if isinstance(linear, NF4Linear))
+    parameters = sum(p.numel() for p in experts.parameters()) + sum(packed)
+    idle[name] = parameters // experts.num_experts * (experts.num_experts - top_k_index.shape[-1])

@@ -24,6 +24,7 @@ def table(cfg: Config, needs: Budget) -> str:
     lines = [
         f"{needs.parameters:,} parameters, of which {needs.trained:,} train ({share:.3%}); "
         f"{needs.bits:.3f} bits a weight in the linears",
+        *_active(needs),
         "",
         *_parts(cfg, needs),
         "",
@@ -34,6 +35,13 @@ def table(cfg: Config, needs: Budget) -> str:
         *_hours(cfg, needs),
     ]
     return "\n".join(lines)
+
+
+def _active(needs: Budget) -> list[str]:
+    idle = needs.step(False).idle
+    return [f"{needs.parameters - idle:,} of them compute for a token, those of its experts and the others"] * bool(
+        idle
+    )
 
 
 def _row(name: str, size: int, note: str = "") -> str:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,7 +18,8 @@ from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import prepare_model
-from experiments.runs import directory, result_numbers, spectrum
+from experiments.runs import directory, load_balance, result_numbers, spectrum
+from experiments.runs.before_stop import BeforeStop
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
 from experiments.runs.measures import Measures, without_prefix
@@ -32,6 +33,7 @@ from experiments.system.energy import EnergyMeter
 from experiments.system.progress import bar
 from experiments.training.engines import engine_of
 from experiments.training.evaluation import Evaluation, evaluate
+from experiments.training.expert_load import ExpertLoad
 from experiments.training.loop import Trainer, checkpoints_by_time, heldout_record
 from kernels.bench.machine import commit
 from modules.adapters.config import changes_base
@@ -61,34 +63,6 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
             one.train()
             result = one.measure_after()
         return one.finish(result)
-
-
-@dataclass
-class BeforeStop:
-    """The part of a run that cannot be measured again after a stop. Checkpoints keep it.
-
-    Attributes:
-        before: the evaluation before training.
-        texts_before: the answers to the sample prompts before training.
-        measures_before: exact match and the second domain's loss before training.
-        seconds: the time of the run until the stop.
-        joules: the energy of the run until the stop; None: the machine does not tell.
-        tracker_id: the tracker's name for the run.
-        metrics: the checksum of the records of metrics.jsonl.
-    """
-
-    before: Evaluation | None = None
-    texts_before: list[str] | None = None
-    measures_before: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    joules: float | None = 0.0
-    tracker_id: str | None = None
-    metrics: str | None = None
-
-    @classmethod
-    def of_checkpoint(cls, saved: dict) -> "BeforeStop":
-        """The object that `asdict` made `saved` of."""
-        return cls(**saved | {"before": Evaluation(**saved["before"])})
 
 
 class _Run:
@@ -125,6 +99,7 @@ class _Run:
         self.trained = self.trainer.trained
         if not parallel.is_main():
             torch.manual_seed(parallel.seed_of(cfg.seed))  # until here all processes draw the same
+        self.loads: dict[int, dict[str, list[int]]] = {}  # of experts, by the step of the newest evaluation
         self.checkpoints = Checkpoints(files.path, cfg, self.data)
         self.before_stop = BeforeStop()
 
@@ -202,11 +177,13 @@ class _Run:
         """Save the weights, measure the model, show samples; return the measured part of result.json."""
         cfg, trained, before = self.cfg, self.trained, self.before_stop
         layers = self._save_weights(finished=True)
+        balance = load_balance.rows(self._load())
         samples = self._samples()
         if parallel.is_main():
             heading = f"{title(cfg)} on {cfg.data.name}"
             self.files.plot_loss(heading)
             self.files.write_samples(heading, samples)
+            self.files.write_experts(balance)
         result = {
             "method": cfg.method.name,
             "rank": cfg.rank,
@@ -215,6 +192,7 @@ class _Run:
             **result_numbers.compare(before.before, trained.best if cfg.trainer.keep_best else trained.evaluation),
             **result_numbers.before_and_after(before.measures_before, self.measures.measure(self.model)),
             **spectrum.summary(layers),
+            **load_balance.summary(balance),
             **self.storage,
         }
         self.tracking.summarize(result)
@@ -258,11 +236,25 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
-        evaluation = evaluate(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"))
+        load = ExpertLoad(self.model)
+        evaluation = evaluate(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"), load)
+        self.loads = {self.trained.steps: load.total()}
         self._log({"step": self.trained.steps} | heldout_record(evaluation))
         loss, accuracy = f"loss {evaluation.loss:.3f}", f"token accuracy {evaluation.token_accuracy:.1%}"
         tqdm.write(f"held out, step {self.trained.steps}: {loss}, {accuracy}")
         return evaluation
+
+    def _load(self) -> dict[str, list[int]]:
+        """The tokens that each expert gets with the weights that the run ends with: of the newest evaluation, unless
+        that was of other weights, or before a stop."""
+        step = self.trained.best_step if self.cfg.trainer.keep_best else self.trained.steps
+        if step not in self.loads:
+            load = ExpertLoad(self.model)
+            if load.layers:
+                batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
+                evaluate(self.model, self.data.heldout, batch_size, pad_id, bar("counting tokens of experts"), load)
+            return load.total()
+        return self.loads[step]
 
     def _checkpoint(self) -> None:
         now = asdict(self.before_stop) | {"seconds": self._seconds(), "joules": self._joules()}

@@ -14,6 +14,7 @@ from experiments.data.chat import IGNORED, Example
 from experiments.data.samples import collate, eval_batches
 from experiments.errors import UserError
 from experiments.system import parallel
+from experiments.training.expert_load import ExpertLoad
 from modules.adapters.prefix import prompt_lengths
 
 
@@ -94,15 +95,19 @@ def evaluate(
     batch_size: int,
     pad_id: int,
     progress: Callable[[Iterable], Iterable] = iter,
+    load: ExpertLoad | None = None,
 ) -> Evaluation:
     """Measure `model` on `examples`, `batch_size` at a time; each process does its share. Leaves the model in
-    the mode (training or not) it was in."""
+    the mode (training or not) it was in. `load` counts the tokens of its experts."""
     training = model.training
     model.eval()
     loss = correct = tokens = 0.0
     for group in progress(eval_batches(examples, batch_size * parallel.size())):
-        own = parallel.share(group) or [group[0].unlabelled()]
-        logits, targets = label_logits(model, to_device(collate(own, pad_id), model.device))
+        share = parallel.share(group)
+        batch = to_device(collate(share or [group[0].unlabelled()], pad_id), model.device)
+        mask = batch["attention_mask"] * bool(share)
+        with contextlib.nullcontext() if load is None else load.counting(mask):
+            logits, targets = label_logits(model, batch)
         found = F.cross_entropy(logits.float(), targets, reduction="sum").double().item()
         sums = parallel.total(found, (logits.argmax(dim=-1) == targets).sum().item(), targets.numel())
         parallel.stop_if_interrupted()

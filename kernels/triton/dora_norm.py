@@ -272,7 +272,9 @@ def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64, quant_
     # the norm of a packed W alone is computed in fp32 (`weight_norm_sq` in dora.py)
     compute = DTYPES[dtype] if rank or kind == "dense" else torch.float32
     adapter = (meta(rank, 4096), meta(4096, rank)) if rank else (None, None)
-    budgets = {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0} if kind != "dense" and dtype != "fp32" else {}
+    budgets = {}  # most instructions a weight, by the rank
+    if kind != "dense" and dtype != "fp32":
+        budgets = {64: {16: 10.0, 64: 10.0, 128: 13.0, 256: 20.0}, 16: {16: 10.8, 64: 11.9}}.get(blocksize, {})
     return Case(
         kernel="dora_norm_dense" if kind == "dense" else "dora_norm_nf4",
         config=f"r{rank}-b{blocksize}-{'nf4' if kind == 'single' else kind}-{dtype}"
@@ -284,7 +286,7 @@ def _case(rank: int, kind: str, dtype: str = "bf16", blocksize: int = 64, quant_
         flops_per_value=(lambda a: 2 * a.BLOCK_R) if rank else 0.0,
         loop=lambda a: a.BLOCK_R >= a.R,  # else the innermost loop runs over ranks, not over weights
         launches=3 if rank else 2,  # A is laid out for this kernel; the sums of the splits are added
-        max_instr=budgets.get(rank) if blocksize == 64 else None,
+        max_instr=budgets.get(rank),
         min_load_bits=128 if rank else 64,
         mma=rank > 0 and dtype != "fp32",
     )

@@ -13,7 +13,8 @@ from kernels.codebook import absmax_map, levels
 from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.dora_norm import FINISH_BLOCK, NUM_WARPS, finish_kernel, norm_tiles, squares_dense, squares_nf4
 from kernels.triton.launch import cdiv, launch, split_columns
-from kernels.triton.nf4 import PROGRAM, STEP, dense, dequantize_program, tiles_of, words
+from kernels.triton.nf4 import STEP, dense, dequantize_program, words
+from kernels.triton.nf4_quantize import PROGRAM, tiles_of
 from kernels.weight import Weight
 
 

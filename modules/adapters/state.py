@@ -49,6 +49,7 @@ class AdapterState:
         active: the name of the active adapter; None: the base alone is in the tree.
         merged: dense layers stand for the active adapter in the tree.
         untied: `merge` set config.tie_word_embeddings to False.
+        base_print: the fingerprint of the base that the first adapter was put on (base_print.py).
     """
 
     trainable: list[nn.Parameter]
@@ -57,6 +58,7 @@ class AdapterState:
     active: str | None = None
     merged: bool = False
     untied: bool = False
+    base_print: dict[str, str] = field(default_factory=dict)
 
 
 def state_of(model: nn.Module) -> AdapterState | None:

@@ -24,7 +24,8 @@ from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.export import export
 from experiments.models.directory import UNTRAINABLE
-from experiments.models.generation import Sampling, generate
+from experiments.models.generation import generate
+from experiments.models.sampling import Sampling
 from experiments.models.tiny import CHATML
 from experiments.runs.finished import load_run
 from experiments.runs.one_run import run
