@@ -201,7 +201,9 @@ def _in_parts(model: PreTrainedModel, tokens: int) -> None:
     whole |= {name for name, module in model.named_modules() if isinstance(module, AllExperts)}
     with contextlib.suppress(ValueError):  # the model has no decoder blocks
         inside = found + list(whole)
-        whole |= {one for one in decoder_blocks(model)[1] if not any(name.startswith(f"{one}.") for name in inside)}
+        whole |= {
+            one for one in decoder_blocks(model)[1] if not any(f"{name}.".startswith(f"{one}.") for name in inside)
+        }
     names = ", ".join(sorted({type(model.get_submodule(name)).__name__ for name in whole})) or type(model).__name__
     if not found:
         raise UserError(f"{told}no MLP of {names} can be computed in parts: leave it out")

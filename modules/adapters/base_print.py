@@ -62,4 +62,4 @@ def _sample(module: nn.Module) -> Tensor:
 def _type(module: nn.Module, sample: Tensor) -> str:
     if not isinstance(module, NF4Linear):
         return str(sample.dtype).removeprefix("torch.")
-    return f"{module.quant_type} of {module.blocksize}"
+    return f"{module.quant_type} of {module.blocksize} from {module.dtype}"  # rounded weights may have other codes
