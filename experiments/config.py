@@ -123,7 +123,7 @@ class TrainerConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16: of matmuls
     device: str = "auto"  # auto | cpu | cuda
-    threads: int | None = None  # CPU threads a process; by default its share of the cores
+    threads: int | None = None  # CPU threads a process; by default its share of the cores, 16 at most
     samples: int = 3  # held-out prompts answered before and after, for samples.md
     sample_tokens: int = 48  # longest answer
 

@@ -35,15 +35,14 @@ from experiments.data.template import chat_template
 from experiments.data.tokens import begin_and_end, tokenize
 from experiments.errors import UserError
 from experiments.models.generation import (
-    Generated,
     Kept,
-    Sampling,
     decode,
     decodes_in_place,
     generate,
     own_settings,
     without_reasoning,
 )
+from experiments.models.sampling import Generated, Sampling
 from experiments.runs.finished import FinishedRun, load_run
 from experiments.system import machine
 from experiments.system.cli import command, read_options

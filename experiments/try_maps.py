@@ -153,7 +153,8 @@ def try_maps(cfg: TrialConfig) -> str:
     for trial in trials:
         if trial.kind == "tuned":
             file = f"map_{trial.title.removeprefix('tuned').strip(', ').replace(' ', '_')}.yaml"
-            write_map(directory / file, QuantMap(cfg.quant.double, profile.shapes, trial.blocksizes), trial.title)
+            quant_map = QuantMap(cfg.quant.double, profile.shapes, trial.blocksizes, profile.base)
+            write_map(directory / file, quant_map, trial.title)
     write_atomically(directory / "trials.csv", as_csv(profile, trials))
     plot(directory / "trials.png", f"{cfg.model.name} in {cfg.quant.type}", profile, trials)
     return text

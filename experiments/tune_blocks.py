@@ -38,6 +38,7 @@ from experiments.system.cli import hydra_command
 from experiments.system.directory import results_directory
 from experiments.system.progress import bar
 from modules import decoder_linears
+from modules.adapters.base_print import base_print
 from modules.linear import weight_shape
 
 MAP, PROFILE = "map.yaml", "profile.csv"  # in output_dir
@@ -61,6 +62,7 @@ def measure_profile(cfg: TuneConfig) -> Profile:
     layers = profile_model(calibration, cfg.quant.double, cfg.quant.type, bar("profiling"))
     about = {
         "model": cfg.model.path or cfg.model.name,
+        "base": base_print(model),
         "data": cfg.data.path or cfg.data.name,
         "samples": len(examples),
         "tokens": calibration.tokens,
@@ -87,7 +89,7 @@ def tune(cfg: TuneConfig) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     if not cfg.profile:
         write_profile(directory / PROFILE, profile)
-    write_map(directory / MAP, QuantMap(cfg.quant.double, profile.shapes, best), text)
+    write_map(directory / MAP, QuantMap(cfg.quant.double, profile.shapes, best, profile.base), text)
     return text
 
 

@@ -1,14 +1,51 @@
 """Rows of tokens sorted by expert, for experts.py, and back. T tokens have k experts each.
 
     order, ends = route(top_k_index)        pair (t, j) is t·k + j; row i of the sorted rows is pair order[i]
-    x[order // k]                           gather: its backward sums over each token's k rows
-    out_t = Σ_j weights[t, j] · y_(t,j)     combine
+    y_i = x[order[i] // k]                  gather,   dx_t = Σ_j dy_(t,j)
+    out_t = Σ_j w_tj · y_(t,j)              combine,  dy_(t,j) = w_tj · dout_t,  dw_tj = dout_t · y_(t,j)
 
-Every sum is in fp32 and goes over j in order: no atomics, so two runs give the same bits. The host never waits.
+y_(t,j) is the sorted row of the pair. Every sum is in fp32 and goes over j, or over columns, in a fixed order: no
+atomics, so two runs give the same bits. The host never waits. Not materialised: the rows in the order of the pairs.
 """
 
 import torch
 from torch import Tensor
+
+from kernels.op import define_op
+
+
+@define_op
+def _gather(x: Tensor, order: Tensor, k: int) -> Tensor:
+    return x.new_empty(order.shape[0], x.shape[1])
+
+
+@define_op
+def _combine(y: Tensor, order: Tensor, weights: Tensor | None, k: int) -> Tensor:
+    """[T, H] in y's dtype; without weights all are 1."""
+    return y.new_empty(y.shape[0] // k, y.shape[1])
+
+
+@define_op
+def _combine_backward(dout: Tensor, y: Tensor, order: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy [T·k, H] in y's dtype, dweights [T, k] in that of weights); dout is contiguous."""
+    return y.new_empty(y.shape), weights.new_empty(weights.shape)
+
+
+def _gather_backward(kept, needs, dy: Tensor) -> dict:
+    return {"x": _combine(dy.contiguous(), kept.order, None, kept.k) if needs.x else None}
+
+
+def _keep(inputs, _) -> dict:
+    return {"y": inputs.y, "order": inputs.order, "weights": inputs.weights}
+
+
+def _backward(kept, needs, dout: Tensor) -> dict:
+    dy, dweights = _combine_backward(dout.contiguous(), kept.y, kept.order, kept.weights)
+    return {"y": dy if needs.y else None, "weights": dweights if needs.weights else None}
+
+
+_gather.differentiate(lambda inputs, _: {"order": inputs.order, "k": inputs.k}, _gather_backward)
+_combine.differentiate(_keep, _backward)
 
 
 def route(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +78,7 @@ def gather(x: Tensor, order: Tensor, k: int) -> Tensor:
     """
     if x.dim() != 2 or order.shape != (x.shape[0] * k,):
         raise ValueError(f"x {tuple(x.shape)} and order {tuple(order.shape)} must be [tokens, size] and [tokens · {k}]")
-    return _Gather.apply(x, order, k)
+    return _gather(x, order, k)
 
 
 def combine(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
@@ -58,51 +95,4 @@ def combine(y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
             f"y {tuple(y.shape)}, order {tuple(order.shape)} and weights {tuple(weights.shape)} must be "
             "[tokens · k, size], [tokens · k] and [tokens, k]"
         )
-    return _Combine.apply(y, order, weights)
-
-
-def _rows_of_pairs(order: Tensor, k: int) -> Tensor:
-    """The sorted row of each pair [T, k]: the inverse of `order`."""
-    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return rows.view(-1, k)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, order: Tensor, k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.k = k
-        return x.index_select(0, order // k)
-
-    @staticmethod
-    def backward(ctx, dy: Tensor):
-        (order,) = ctx.saved_tensors
-        rows = _rows_of_pairs(order, ctx.k)
-        dx = dy.index_select(0, rows[:, 0]).float()
-        for j in range(1, ctx.k):
-            dx += dy.index_select(0, rows[:, j])
-        return dx.to(dy.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(y, order, weights)
-        rows, factors = _rows_of_pairs(order, weights.shape[1]), weights.float()
-        out = y.index_select(0, rows[:, 0]) * factors[:, :1]
-        for j in range(1, weights.shape[1]):
-            out += y.index_select(0, rows[:, j]) * factors[:, j : j + 1]
-        return out.to(y.dtype)
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        y, order, weights = ctx.saved_tensors
-        dy = dweights = None
-        k = weights.shape[1]
-        if ctx.needs_input_grad[0]:
-            dy = (dout.index_select(0, order // k) * weights.float().view(-1, 1)[order]).to(y.dtype)
-        if ctx.needs_input_grad[2]:
-            rows, wide = _rows_of_pairs(order, k), dout.float()
-            each = [(wide * y.index_select(0, rows[:, j])).sum(1) for j in range(k)]
-            dweights = torch.stack(each, 1).to(weights.dtype)
-        return dy, None, dweights
+    return _combine(y.contiguous(), order, weights, weights.shape[1])

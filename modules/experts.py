@@ -23,6 +23,7 @@ from modules import seeds
 from modules.linear import DoRALinear, LoRALinear, NF4Linear, dense_weight, operands, weight_of
 from modules.parts import in_parts
 
+SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 IN_OUT = ("Llama4TextExperts",)  # classes that keep weights as [experts, in, out] and do not say so
 
@@ -248,13 +249,19 @@ class Experts(_OfModules):
         order, ends = kernels.route(top_k_index, self.num_experts)
         x = kernels.gather(hidden_states, order, top_k_index.shape[-1])
         if self.has_gate:
-            h = self._apply_gate(self.gate_up_proj(x, ends))
+            h = self._gated(self.gate_up_proj(x, ends))
         else:
             h = self.act_fn(self.up_proj(x, ends))
         y = self.down_proj(h, ends)
         if self.has_post_expert_norm:
             y = self.post_expert_norm(y)
         return kernels.combine(y, order, top_k_weights).to(hidden_states.dtype)
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        default = self._apply_gate.__name__ == "_default_apply_gate"  # transformers': act(gate) · up
+        if default and type(self.act_fn).__name__ in SILU:
+            return kernels.swiglu(*gate_up.chunk(2, dim=-1))
+        return self._apply_gate(gate_up)
 
 
 class AllExperts(_OfModules):

@@ -7,6 +7,7 @@ from torch import nn
 from kernels.codebook import default_blocksize
 from kernels.weight import check_blocksize, check_double_quant, check_quant_type
 from modules.adapters.attach import refuse_parts
+from modules.adapters.base_print import base_print
 from modules.adapters.config import changes_base, quantized_start
 from modules.adapters.init import pack
 from modules.adapters.linear4bit import take_over_linear4bit
@@ -79,6 +80,8 @@ def quantize(
             state.base[name] = packed
         for adapter in over:
             adapter.modules[name].set_base(packed)
+    if state is not None:
+        state.base_print = base_print(model)
 
 
 def dequantize(model: nn.Module) -> None:

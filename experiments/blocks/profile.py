@@ -76,6 +76,12 @@ class Profile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: layer.shape for name, layer in self.layers.items()}
 
+    @property
+    def base(self) -> dict[str, str]:
+        """The model's fingerprint (modules/adapters/base_print.py); older profiles have none."""
+        found = self.about.get("base", {})
+        return found if isinstance(found, dict) else {}
+
     def rises(self, measure: str) -> dict[str, dict[int, float]]:
         """`measure`, output or fisher, by linear and block size."""
         return {

@@ -34,6 +34,7 @@ from experiments.data.text import text_blocks
 from experiments.system import machine
 
 LARGE = 2**20  # bytes of files from which on tokens are kept in the cache, and several processes make them
+MOST_PROCESSES = 16  # that make tokens: one process reads what they all get
 WINDOW_BATCHES = 32  # batches among which samples are sorted by length: more means less padding and less mixing
 
 
@@ -82,7 +83,7 @@ def load_data(cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, trains: bool 
         chat_template(tokenizer)  # there must be one
     sources = sources_of(cfg)
     large = sum(source.bytes for source in sources) >= LARGE
-    processes = machine.usable_cores() if large else 1
+    processes = min(machine.usable_cores(), MOST_PROCESSES) if large else 1
 
     def make(writer: Writer) -> cache.Made:
         of_kind = text_blocks if cfg.source == "text" else chat_samples

@@ -27,6 +27,7 @@ from experiments.models.tiny import tiny_model
 from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
+from modules.adapters.base_print import base_print
 from modules.adapters.config import REACHED, quantized_start
 from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules, decoder_blocks
@@ -114,7 +115,8 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
         if cfg.quant.name != "none":
             take_over_experts(model)
             shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
-            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, bar("quantizing"), cfg.quant.type)
+            sizes = blocksizes(cfg.quant, shapes, base_print(model))
+            quantize(model, sizes, cfg.quant.double, bar("quantizing"), cfg.quant.type)
             release_file(model)
         return
     if cfg.quant.name == "none":
@@ -199,12 +201,14 @@ def _in_parts(model: PreTrainedModel, tokens: int) -> None:
     whole |= {name for name, module in model.named_modules() if isinstance(module, AllExperts)}
     with contextlib.suppress(ValueError):  # the model has no decoder blocks
         inside = found + list(whole)
-        whole |= {one for one in decoder_blocks(model)[1] if not any(name.startswith(f"{one}.") for name in inside)}
+        whole |= {
+            one for one in decoder_blocks(model)[1] if not any(f"{name}.".startswith(f"{one}.") for name in inside)
+        }
     names = ", ".join(sorted({type(model.get_submodule(name)).__name__ for name in whole})) or type(model).__name__
     if not found:
         raise UserError(f"{told}no MLP of {names} can be computed in parts: leave it out")
     if whole and parallel.is_main():
-        print(f"{told}not of {names}, for all tokens at once")
+        print(f"{told}{names} still compute all tokens at once")
 
 
 def _check_positions(cfg: Config, model: PreTrainedModel) -> None:

@@ -32,7 +32,8 @@ from experiments.runs.model_files import ADAPTER, base_name, load_trained, read_
 from experiments.system import parallel
 from experiments.system.files import delete_directory, directory_atomically
 from experiments.training.evaluation import Evaluation
-from experiments.training.loop import Trained, Trainer, checkpoints_by_time
+from experiments.training.loop import Trainer, checkpoints_by_time
+from experiments.training.trained import Trained
 from modules import save_adapter
 from modules.files.checked import Damaged, save_tensors, seal_directory, verify_file
 
@@ -63,7 +64,7 @@ class Checkpoints:
         """Write a checkpoint.
 
         Args:
-            before_stop: the run's own state beside the trainer's (one_run.BeforeStop), as JSON.
+            before_stop: the run's own state beside the trainer's (before_stop.py), as JSON.
         """
         tensors, state = _training_state(trainer)
         state |= {

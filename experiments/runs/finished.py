@@ -1,5 +1,6 @@
 """The model of a finished run, or of a checkpoint, loaded to be used."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from experiments.runs.config_file import read_config
 from experiments.runs.model_files import ADAPTER, MODEL, WEIGHTS, load_trained, over_own_base, run_of
 from experiments.system import machine
 from modules import adapters, dequantize, load_adapter, merge
+from modules.adapters.base_print import OtherBase
 from modules.adapters.merge import can_merge
 from modules.adapters.state import named_adapter
 
@@ -58,7 +60,11 @@ def _load(cfg: Config, directory: Path, dtype: torch.dtype) -> tuple[PreTrainedM
     model, tokenizer = load_base(over_own_base(cfg, run_of(directory)), dtype)
     if (directory / ADAPTER).is_dir():
         try:
-            load_adapter(model, directory / ADAPTER)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", OtherBase)
+                load_adapter(model, directory / ADAPTER)
+        except OtherBase as error:
+            raise UserError(f"{error}: put that one back") from error
         except ValueError as error:
             raise UserError(str(error)) from error
     else:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from experiments.errors import UserError
-from experiments.models.generation import Kept, Sampling, generate
+from experiments.models.generation import Kept, generate
+from experiments.models.sampling import Sampling
 from experiments.runs.finished import FinishedRun
 from experiments.system.quiet import quiet
 from modules.adapters.prefix import virtual_tokens

@@ -20,10 +20,11 @@ from experiments.system.files import directory_atomically
 from experiments.system.quiet import quiet
 from experiments.training.engines import Engine
 from modules import save_adapter, set_adapter
+from modules.adapters.base_print import is_other_base
 from modules.adapters.config import changes_base
-from modules.adapters.state import DEFAULT
+from modules.adapters.state import DEFAULT, state_of
 from modules.files.bitsandbytes import load_bnb4, save_packed
-from modules.files.checked import load_tensors, save_tensors, seal_directory
+from modules.files.checked import base_of, load_tensors, save_tensors, seal_directory
 
 ADAPTER, MODEL, BASE, WEIGHTS = "adapter", "model", "base", "weights.safetensors"
 
@@ -87,7 +88,8 @@ def over_own_base(cfg: Config, run: Path) -> Config:
 
 def save_trained(model: nn.Module, directory: Path) -> None:
     """Write the parameters that train, and tensors of the adapter that they depend on, to weights.safetensors."""
-    save_tensors({name: p.detach().contiguous() for name, p in _trained(model).items()}, directory / WEIGHTS)
+    tensors = {name: p.detach().contiguous() for name, p in _trained(model).items()}
+    save_tensors(tensors, directory / WEIGHTS, _base_print(model))
 
 
 @torch.no_grad()
@@ -109,8 +111,15 @@ def load_trained(model: nn.Module, directory: Path, engine: Engine | None = None
     ]
     if wrong:
         raise UserError(f"{path} was written for another model; it differs in {', '.join(wrong[:3])}")
+    if is_other_base(base_of(path), _base_print(model)):
+        raise UserError(f"{path} was trained on another base model of the same shapes: put that one back")
     for name, parameter in parameters.items():
         engine.set(parameter, tensors[name])
+
+
+def _base_print(model: nn.Module) -> dict[str, str]:
+    state = state_of(model)
+    return {} if state is None else state.base_print
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

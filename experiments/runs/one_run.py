@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import prepare_model
 from experiments.runs import directory, load_balance, result_numbers, spectrum
+from experiments.runs.before_stop import BeforeStop
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
 from experiments.runs.measures import Measures, without_prefix
@@ -62,34 +63,6 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
             one.train()
             result = one.measure_after()
         return one.finish(result)
-
-
-@dataclass
-class BeforeStop:
-    """The part of a run that cannot be measured again after a stop. Checkpoints keep it.
-
-    Attributes:
-        before: the evaluation before training.
-        texts_before: the answers to the sample prompts before training.
-        measures_before: exact match and the second domain's loss before training.
-        seconds: the time of the run until the stop.
-        joules: the energy of the run until the stop; None: the machine does not tell.
-        tracker_id: the tracker's name for the run.
-        metrics: the checksum of the records of metrics.jsonl.
-    """
-
-    before: Evaluation | None = None
-    texts_before: list[str] | None = None
-    measures_before: dict[str, float] = field(default_factory=dict)
-    seconds: float = 0.0
-    joules: float | None = 0.0
-    tracker_id: str | None = None
-    metrics: str | None = None
-
-    @classmethod
-    def of_checkpoint(cls, saved: dict) -> "BeforeStop":
-        """The object that `asdict` made `saved` of."""
-        return cls(**saved | {"before": Evaluation(**saved["before"])})
 
 
 class _Run:

@@ -18,6 +18,7 @@ from kernels.bench.spec import DTYPES, Bench, Inputs, Result
 SCALING = 2.0
 BLOCKSIZE = 64
 PROJECTIONS = ("gate_up", "down")
+# On a CPU. So small, the calls take longer than the products.
 SMALL = {"experts": 8, "top_k": 2, "hidden": 256, "intermediate": 192, "rank": 16}
 OF_MODELS = (  # Qwen3-30B-A3B and Mixtral-8x7B
     {"experts": 128, "top_k": 8, "hidden": 2048, "intermediate": 768, "rank": 16},

@@ -28,7 +28,7 @@ from kernels.codebook import NESTED_BLOCKSIZE, absmax_map, levels
 from kernels.triton.absmax import load_row_absmax
 from kernels.triton.case import Case, meta, meta_packed
 from kernels.triton.launch import cdiv, launch, next_power_of_2, split_columns
-from kernels.triton.nf4 import nibble_shifts
+from kernels.triton.nf4_quantize import nibble_shifts
 from kernels.weight import Weight
 
 MAX_TOKENS = 64

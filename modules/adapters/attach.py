@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 
 from torch import nn
 
+from modules.adapters.base_print import base_print
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.config import ALL_LINEAR, REACHED, SETTINGS, AdapterConfig
 from modules.adapters.init import check_init, initialise, principal_inputs
@@ -195,7 +196,9 @@ def add_adapter(
     Raises:
         ValueError: the model has no decoder that can have a prefix. The model is then unchanged.
     """
-    state = state_of(model) or AdapterState([p for p in model.parameters() if p.requires_grad])
+    state = state_of(model)
+    if state is None:
+        state = AdapterState([p for p in model.parameters() if p.requires_grad], base_print=base_print(model))
     linears = all_linears(model)
     modules: dict[str, nn.Module] = {}
     for path, tensors in own.items():

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from modules.experts import ExpertsLinear, NF4Experts, experts_weights
-from modules.linear import LoRALinear, is_conv1d
+from modules.experts import ExpertsLinear, experts_weights
+from modules.linear import LoRALinear, NF4Linear, is_conv1d
 
 INITIALISE = ("__init__", "_init_weights", "reset_parameters")
 OWN_FORWARD, READ = "its class computes more than a linear", "the model's code reads its weight"
@@ -121,7 +121,7 @@ def unknown_experts(model: nn.Module) -> dict[str, int]:
     name, and their numbers of values."""
     known, found = {*experts_weights(model)}, {}
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding | ExpertsLinear | NF4Experts | LoRALinear) or is_conv1d(module):
+        if isinstance(module, nn.Linear | nn.Embedding | NF4Linear | ExpertsLinear | LoRALinear) or is_conv1d(module):
             continue
         for name, parameter in module._parameters.items():
             full = f"{path}.{name}"

@@ -49,6 +49,8 @@ class AdapterState:
         active: the name of the active adapter; None: the base alone is in the tree.
         merged: dense layers stand for the active adapter in the tree.
         untied: `merge` set config.tie_word_embeddings to False.
+        base_print: the fingerprint of the base, as the first adapter found it or as it was packed since
+            (base_print.py).
     """
 
     trainable: list[nn.Parameter]
@@ -57,6 +59,7 @@ class AdapterState:
     active: str | None = None
     merged: bool = False
     untied: bool = False
+    base_print: dict[str, str] = field(default_factory=dict)
 
 
 def state_of(model: nn.Module) -> AdapterState | None:

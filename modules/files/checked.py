@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 ENTRY, COUNT, SUMS = "checksums", "checksums_of", "checksums.json"
+BASE = "base"  # a fingerprint in the same place
 _TOP = "# checksum "  # of the first line of a single text file
 _LENGTH = 8  # bytes before the header, which give its length
 
@@ -33,9 +34,13 @@ class Damaged(ValueError):
     """A file is not the one that was written, or cannot be read. The message names it."""
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with checksums."""
-    entries = {"format": "pt"} | _entries(tensors)
+def save_tensors(tensors: dict[str, Tensor], path: Path, base: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with checksums.
+
+    Args:
+        base: the fingerprint of the base model that they belong to (modules/adapters/base_print.py).
+    """
+    entries = {"format": "pt"} | _entries(tensors) | ({BASE: json.dumps(base)} if base else {})
     save_file(tensors, path, metadata=entries)
     _write_metadata(path, entries)
 
@@ -48,6 +53,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """
     verify(path)
     return load_file(path)
+
+
+def base_of(path: Path) -> dict[str, str]:
+    """The fingerprint of the base model in a safetensors file; empty: it has none."""
+    with safe_open(path, framework="pt") as file:
+        written = (file.metadata() or {}).get(BASE, "{}")
+    try:
+        return dict(json.loads(written))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise Damaged(f"{path} is damaged: its fingerprint of the base cannot be read") from error
 
 
 def verify(path: Path) -> None:

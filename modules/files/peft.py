@@ -14,6 +14,7 @@ written under a temporary name and then renamed, so an interrupted write leaves 
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from modules.adapters.attach import add_adapter, give_up_adding, own_tensors, prepare_to_add
+from modules.adapters.base_print import OtherBase, is_other_base
 from modules.adapters.config import BASELINES, AdapterConfig
 from modules.adapters.init import initialise
 from modules.adapters.model_code import left_out
 from modules.adapters.own import own_tensor
 from modules.adapters.saving import saves_adapters
-from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter
+from modules.adapters.state import DEFAULT, Adapter, adapters, detach, named_adapter, state_of
 from modules.adapters.targets import all_linears, find_targets, matches
 from modules.files.baselines import (
     OUR_CONFIG_FILE,
@@ -38,7 +40,7 @@ from modules.files.baselines import (
     read_our_config,
     read_prompt_tuning,
 )
-from modules.files.checked import Damaged, load_tensors, save_tensors, seal_files, verify_file
+from modules.files.checked import Damaged, base_of, load_tensors, save_tensors, seal_files, verify_file
 from modules.files.peft_config import read_config, targets_in_file, write_config
 from modules.files.peft_experts import experts_in_file, fits_peft, from_peft, of_experts, to_peft
 from modules.linear import DoRALinear, LoRALinear
@@ -99,7 +101,7 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{WEIGHTS_FILE}.partial"
-    save_tensors(state, partial)
+    save_tensors(state, partial, state_of(model).base_print)
     os.replace(partial, directory / WEIGHTS_FILE)
     partial = directory / f".{file}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
@@ -139,6 +141,9 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
     Raises:
         ValueError: the directory has no adapter, or several and `name` selects none; or the adapter is unreadable, has
             a setting that is not supported, or does not fit the model. The model is then unchanged.
+
+    Warns:
+        OtherBase: `save_adapter` wrote it for another base model of the same shapes.
     """
     directory = _find(Path(directory), name)
     name = name or DEFAULT
@@ -160,6 +165,8 @@ def load_adapter(model: nn.Module, directory: str | Path, name: str | None = Non
         if ranks := _other_ranks(state, tensors, wrong):
             raise ValueError(f"{directory}: {CONFIG_FILE} and {WEIGHTS_FILE} disagree: {_first_three(ranks)}")
         raise ValueError(f"{directory} is an adapter for another model: {_first_three(wrong)}")
+    if is_other_base(base_of(directory / WEIGHTS_FILE), state_of(model).base_print):
+        warnings.warn(f"{directory} was trained on another base model of the same shapes", OtherBase, stacklevel=2)
     for path in names:
         initialise(model.get_submodule(path), config.init)
     for key, tensor in state.items():

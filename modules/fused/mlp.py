@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from modules.experts import SILU
 from modules.fused.joined import joined
 from modules.fused.module import Fused, can_be_replaced, computes_the_same
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
-SILU = ("SiLU", "SiLUActivation")  # torch's and transformers'
 
 
 class FusedMLP(Fused):

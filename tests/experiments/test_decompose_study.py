@@ -54,6 +54,7 @@ BAD_DECOMPOSITION = {
     "too large": (["ranks=[33]", "every=1"], "too small for rank 33"),
     "every": (["every=0", "ranks=[2]"], "every=0: choose 1 or more"),
     "blocksize": (["blocksize=48", "ranks=[2]"], "blocksize=48: choose one of 32, 64"),
+    "block": (["quant_type=mxfp4", "ranks=[2]"], "blocksize=64: mxfp4 has blocks of 32: set blocksize=32"),
     "type": (["quant_type=nf3", "ranks=[2]"], "quant_type=nf3: choose nf4, fp4, int4"),
     "no model": (["base=/nowhere", "ranks=[2]"], "/nowhere: no such directory or file"),
     "untuned": (["tuned=tiny", "ranks=[2]"], "tiny has the weights of tiny: nothing changed"),

@@ -9,7 +9,8 @@ import pytest
 
 from experiments import evaluate
 from experiments.errors import UserError
-from experiments.models.generation import Sampling, decode, generate
+from experiments.models.generation import decode, generate
+from experiments.models.sampling import Sampling
 from experiments.runs import checkpoints, lm_eval_harness
 from experiments.runs.finished import load_run
 from experiments.training.evaluation import evaluate as measure

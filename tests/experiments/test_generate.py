@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments import generate
-from experiments.models.generation import Sampling, decode, own_settings, without_reasoning
+from experiments.models.generation import decode, own_settings, without_reasoning
 from experiments.models.generation import generate as generate_ids
+from experiments.models.sampling import Sampling
 from experiments.runs.finished import load_run
 from modules import adapted_linears, unfuse
 from tests.experiments.data import templates

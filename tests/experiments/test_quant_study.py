@@ -11,6 +11,7 @@ from experiments.data.samples import load_data
 from experiments.models.load import load_model
 from experiments.system.cli import composed
 from experiments.training.evaluation import evaluate
+from kernels import dequantize_4bit, quantize_4bit
 from kernels.codebook import normal_float
 from modules import decoder_linears, quantize
 from tests.experiments.helpers import csv_rows, nearest
@@ -75,8 +76,23 @@ def test_without_the_loss(quant, tmp_path):
     assert code == 0 and "held-out" not in text and not (tmp_path / "out" / "loss.png").exists()
 
 
+def test_block_formats_beside_others(quant, tmp_path):
+    """They come once each, whatever the block sizes, with the error that quantize_4bit makes and the bits it takes."""
+    code, text = quant("quant_types=[nf4,mxfp4,nvfp4]", "blocksizes=[64,128]", "double=[false,true]", "loss=false")
+    assert code == 0, text
+    rows = [row for row in csv_rows(tmp_path / "out" / "study.csv") if row["weights"] == "Gaussian"]
+    found = [(row["quant_type"], row["blocksize"], row["double"]) for row in rows]
+    assert found[4:] == [("mxfp4", "32", "True"), ("nvfp4", "16", "True")] and len(found) == 6
+    assert "block 64: 0.500, 0.127; 128:" in text
+    w = quant_study.random_weights(5000, 0)["Gaussian"]
+    for row, codes_and_scales in zip(rows[4:], (4 + 8 / 32, 4 + 8 / 16)):
+        error = dequantize_4bit(*quantize_4bit(w, quant_type=row["quant_type"])) - w
+        assert float(row["rms_relative"]) == pytest.approx((error.norm() / w.norm()).item(), rel=1e-4)
+        assert float(row["bits"]) == pytest.approx(codes_and_scales, abs=0.03)  # and 32 bits for 256 blocks
+
+
 BAD_QUANT = {
-    "type": (["quant_types=[nf4,nf9]"], "quant_types: 'nf9' is not one of nf4, fp4, int4 or nfK with K from 2 to 8"),
+    "type": (["quant_types=[nf4,nf9]"], "quant_types: 'nf9' is not one of nf4, fp4, int4, mxfp4, nvfp4 or nfK"),
     "block": (["blocksizes=[48]"], "blocksizes: 48 is not one of 32, 64"),
     "nothing": (["double=[]"], "double=[] leaves nothing to compare"),
     "every": (["every=0"], "every=0: choose 1 or more"),

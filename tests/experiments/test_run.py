@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from experiments.config import RENAMED_METHODS, resolve
 from experiments.data.samples import load_data
@@ -19,7 +20,10 @@ from experiments.models.load import load_model
 from experiments.system.cli import composed
 from experiments.system.files import PROJECT_ROOT
 from experiments.training.evaluation import evaluate
-from tests.experiments.helpers import records
+from kernels import Weight, quantize_4bit
+from modules import decoder_linears
+from modules.files.block_formats import parts_of_weight
+from tests.experiments.helpers import records, tiny
 
 METHODS = ["full", "lora", "qlora", "dora", "qdora"]
 RESULT_KEYS = {
@@ -198,6 +202,29 @@ def test_a_packed_directory_is_trained_over_as_it_is(command, tmp_path, packed_t
         results.append(json.loads((tmp_path / "out" / "result.json").read_text()))
     same = ("loss_before", "loss_after", "trainable_params", "total_params", "bits_per_weight", "base_bytes")
     assert [results[0][key] for key in same] == [results[1][key] for key in same]
+
+
+def test_a_directory_that_modelopt_packed_is_trained_over_as_it_is(command, tmp_path):
+    model, tokenizer = tiny()
+    model.save_pretrained(tmp_path / "packed")
+    tokenizer.save_pretrained(tmp_path / "packed")
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    for name, linear in decoder_linears(model).items():
+        parts = parts_of_weight(Weight(*quantize_4bit(linear.weight, quant_type="nvfp4")))
+        ends = ("weight", "weight_scale", "weight_scale_2")
+        tensors |= {f"{name}.{end}": part for end, part in zip(ends, (parts[0].flatten(1), *parts[1:]))}
+    save_file(tensors, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    path = tmp_path / "packed" / "config.json"
+    packed_by = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | packed_by))
+    losses = []
+    for settings in (["model=tiny"], ["model=hf", f"model.path={path.parent}", "overwrite=true"]):
+        code, text = command("+method=qdora", "quant=nvfp4", "trainer.dtype=float32", *settings)
+        assert code == 0, text
+        losses.append(json.loads((tmp_path / "out" / "result.json").read_text())["loss_after"])
+    assert losses[0] == losses[1]
+    code, text = command("+method=qdora", *settings)
+    assert code == 1 and "q_proj is packed in nvfp4, not in nf4: choose quant=nvfp4" in text
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,10 @@ BAD = {
         "is of quant.double=true, not false: set it so",
     ),
     "another type": (["quant.type=fp4", "profile={profile}"], "is of quant.type=nf4, not fp4: set it so"),
+    "one block size": (
+        ["quant.type=nvfp4"],
+        "quant.type=nvfp4: its blocks have one size, so there is nothing to choose",
+    ),
     "no type": (["quant.type=nf3"], "quant.type=nf3: choose nf4, fp4, int4"),
     "no CSV": (["profile={map}"], "is not a profile that tune_blocks wrote: "),
     "misspelt": (["budgett=0.05"], "no such key: budgett; did you mean budget?"),

@@ -143,10 +143,11 @@ def test_every_launch_of_nf4_is_compiled():
         for i in range(5, 13)
         for double in ("", "double-")
         for dtype in ("bf16", "fp16", "fp32")
-    }
+    } | {f"b16-double-{dtype}-nvfp4" for dtype in ("bf16", "fp16", "fp32")}
     assert configs["nf4_quantize"] == {
         *(f"b{2**i}-{dtype}" for i in range(5, 13) for dtype in ("bf16", "fp16", "fp32")),
         *(f"search-b{blocksize}-{dtype}" for blocksize in (64, 4096) for dtype in ("bf16", "fp16", "fp32")),
+        *(f"scales-b{blocksize}-{dtype}" for blocksize in (16, 32) for dtype in ("bf16", "fp32")),
     }
     assert len({(case.kernel, case.config) for case in cases}) == len(cases)
 

@@ -104,6 +104,17 @@ def test_a_wrong_result_gets_no_time(kernel, machine):
     assert line.split("wrong", 1)[1].strip() == f"no time: {case.refused['wrong']}"
 
 
+def test_the_memory_of_weights_stands_beside_the_times(machine):
+    bench = with_provider("experts_lora")
+    (case,) = Runner(machine, quick=True).cases(bench)
+    packed, dense = (case.memory[name][0] for name in ("ours", "peft"))
+    weights = 8 * 3 * 256 * 192
+    assert dense == 4 * weights and 4.12 < 8 * packed / weights < 4.15
+    lines = dict(zip(case.memory, Table(bench).lines(case)))
+    assert lines["ours"].endswith(" 0.6") and lines["peft"].endswith(" 4.7")
+    assert Table(bench).header().endswith("weights, MB")
+
+
 def test_our_own_wrong_result_gets_no_time_and_fails_the_run(tmp_path, capsys):
     bench = with_provider("nf4_dequantize", ours=lambda inputs: lambda: {"w": torch.full((4096,), torch.nan)})
     assert run([bench], tmp_path / "b.csv", plots=None, quick=True) == 1

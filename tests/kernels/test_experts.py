@@ -85,6 +85,16 @@ def test_a_packed_expert_is_that_part_of_the_whole(blocksize, columns, out, doub
         assert torch.equal(part.dense().view(-1)[first : first + end - start], want)
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4-double"])
+def test_rows_of_a_weight_are_those_of_its_experts(kind):
+    shape = Shape((0, 0, 0), columns=33, out=5)
+    weight, w = make_experts(kind, shape, torch.float32)
+    rows = weight.rows()
+    assert rows.shape == (15, 33) and torch.equal(rows.dense(), w.flatten(0, 1))
+    assert rows.values.data_ptr() == weight.values.data_ptr()
+    torch.testing.assert_close(norm_sq_3d(weight), w.square().sum(2))
+
+
 @pytest.mark.parametrize(("rank", "columns"), [(1, 96), (3, 33), (16, 128), (64, 96)])
 @pytest.mark.parametrize("kind", ["dense", "nf4-double"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -157,12 +167,27 @@ def test_non_contiguous_inputs(op):
     tensors, _, dy = make_tensors(op, shape, torch.float32)
     leaves = {name: t.mT.contiguous().mT.requires_grad_() for name, t in tensors.items()}
     assert not any(t.is_contiguous() for t in (*leaves.values(), turned.values))
-    y = make_op(op, turned, shape)(**leaves)
+    y = make_op(op, turned, shape)(**leaves, ends=shape.ends.repeat_interleave(2)[::2])
     y.backward(dy.t().contiguous().t())
     want = with_gradients(make_op(op, weight, shape), tensors, dy)
     torch.testing.assert_close(y, want["y"])
     for name, leaf in leaves.items():
         torch.testing.assert_close(leaf.grad, want[f"d{name}"])
+
+
+def test_one_factor_for_all_experts():
+    """A view of one A [1, rank, in] as that of each expert: its gradient is their sum."""
+    shape = Shape((3, 0, 2), columns=32, out=24, rank=4)
+    weight, _ = make_experts("nf4", shape, torch.float32)
+    tensors, _, dy = make_tensors("dora", shape, torch.float32)
+    one = tensors["lora_A"][:1]
+    run = make_op("dora", weight, shape)
+    leaves = tensors | {"lora_A": one}
+    got = with_gradients(lambda lora_A, **others: run(lora_A=lora_A.expand(3, -1, -1), **others), leaves, dy)
+    want = with_gradients(run, tensors | {"lora_A": one.repeat(3, 1, 1)}, dy)
+    want["dlora_A"] = want["dlora_A"].sum(0, keepdim=True)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
 
 
 def test_no_rows_at_all():

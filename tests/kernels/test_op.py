@@ -104,7 +104,7 @@ def test_by_device(card, recwarn):
 def test_a_cpu_kernel_runs_what_it_supports():
     assert _quantize_4bit.column(torch.zeros(63), 64, "nf4") == "reference"
     assert _quantize_4bit.column(CPU.half(), 64, "nf4") == "reference"
-    assert _dequantize_4bit.column(Weight(*quantize_4bit(CPU, quant_type="fp4")), torch.float32) == "reference"
+    assert _dequantize_4bit.column(Weight(*quantize_4bit(CPU, quant_type="fp4")), torch.float16) == "reference"
 
 
 def test_the_cpu_kernels_can_be_missing(monkeypatch):

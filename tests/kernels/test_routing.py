@@ -4,14 +4,16 @@ import pytest
 import torch
 
 from kernels import combine, gather, route
-from tests.kernels.linear_cases import DTYPES, randn
+from kernels.routing import _combine, _combine_backward, _gather
+from tests.kernels.linear_cases import DTYPES, opcheck, randn
 from tests.kernels.op_cases import assert_as_accurate, with_gradients
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def indices(tokens: int, k: int, experts: int, seed: int = 0) -> torch.Tensor:
     """k different experts of each token."""
-    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed))
-    return scores.topk(k, 1).indices
+    return randn(tokens, experts, seed=seed).topk(k, 1).indices
 
 
 @pytest.mark.parametrize("k", range(1, 9))
@@ -69,11 +71,31 @@ def test_a_mixture_against_float64(dtype, k):
 
 
 def test_sums_are_in_fp32():
-    """1 + 2⁻¹⁰ added eight times in bf16 would lose the small part."""
+    """In fp16, 1 + 2⁻¹³ is 1, however often it is added."""
     order, _ = route(torch.arange(8).view(1, 8), 8)
-    y = torch.full((8, 2), 2.0**-10).bfloat16()
+    y = torch.full((8, 2), 2.0**-13).half()
     y[0] = 1.0
-    assert torch.equal(combine(y, order, torch.ones(1, 8)), torch.full((1, 2), 1 + 7 * 2.0**-10).bfloat16())
+    assert torch.equal(combine(y, order, torch.ones(1, 8)), torch.full((1, 2), 1 + 7 * 2.0**-13).half())
+
+
+@pytest.mark.parametrize(("tokens", "size"), [(0, 8), (1, 1), (9, 1100)])
+def test_sizes(tokens, size):
+    """No tokens, one number, more columns than a program's."""
+    index, weights = indices(tokens, 2, 3), randn(tokens, 2, seed=2)
+    x = randn(tokens, size, seed=1).requires_grad_()
+    order, _ = route(index, 3)
+    out = combine(gather(x, order, 2), order, weights)
+    out.sum().backward()
+    torch.testing.assert_close(out, x * weights.sum(1, keepdim=True))
+    torch.testing.assert_close(x.grad, weights.sum(1, keepdim=True).expand(tokens, size))
+
+
+def test_opcheck():
+    order, _ = route(indices(3, 2, 4), 4)
+    x, y, weights = randn(3, 8, seed=1), randn(6, 8, seed=2), randn(3, 2, seed=3)
+    opcheck(_gather, x.requires_grad_(), order, 2)
+    opcheck(_combine, y.requires_grad_(), order, weights.requires_grad_(), 2)
+    opcheck(_combine_backward, randn(3, 8, seed=4), y.detach(), order, weights.detach())
 
 
 def test_compiles_to_one_graph():

@@ -26,7 +26,7 @@ from modules.experts import ExpertsLinear, NF4Experts, take_over_experts
 from modules.fused import compute_mlps_in_parts
 from modules.norms import Norms
 from tests.modules.architectures import scramble
-from tests.modules.moe_cases import IDS, MODELS, by_formula, experts_of, moe_model, outputs
+from tests.modules.moe_cases import IDS, MODELS, by_formula, experts_of, gradients_by_formula, moe_model, outputs
 
 
 def adapted(model, adapter="dora", **settings):
@@ -61,45 +61,20 @@ def test_logits_are_those_of_the_formula(kind, adapter, packed):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "llama4_text"])
-def test_gradients_of_lora_are_those_of_the_formula(kind, packed):
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_gradients_are_those_of_the_formula(kind, adapter, packed):
     plain = moe_model(kind)
     model = copy.deepcopy(plain)
     if packed:
         quantize(model)
-    adapted(model, "lora")
+    adapted(model, adapter)
     exact = by_formula(plain, model)
     gradients(model)
     gradients(exact)
-    for path, layer in experts_of(model).items():
-        dw = exact.get_parameter(path).grad
-        dw = dw.mT if layer.base.in_out else dw
-        lora_A, lora_B = (factor.detach().double() for factor in layer.factors())
-        for got, want in (
-            (layer.lora_A.grad, layer.scaling * lora_B.mT @ dw),
-            (layer.lora_B.grad, layer.scaling * dw @ lora_A.mT),
-        ):
-            assert (got - want).norm() < 1e-4 * want.norm()
-
-
-def test_gradients_of_dora_are_those_of_the_formula():
-    """The norm is a constant: m/‖V‖ scales the gradient of V = W + sBA."""
-    plain = moe_model("qwen3_moe")
-    model = adapted(copy.deepcopy(plain), "dora")
-    exact = by_formula(plain, model)
-    gradients(model)
-    gradients(exact)
-    for path, layer in experts_of(model).items():
-        dw, w = exact.get_parameter(path).grad, layer.base.weight.double()
-        lora_A, lora_B = (factor.detach().double() for factor in layer.factors())
-        v = w + layer.scaling * lora_B @ lora_A
-        norm = v.norm(dim=-1, keepdim=True)
-        dv = layer.magnitude.detach().double()[..., None] / norm * dw
-        for got, want in (
-            (layer.lora_A.grad, layer.scaling * lora_B.mT @ dv),
-            (layer.lora_B.grad, layer.scaling * dv @ lora_A.mT),
-            (layer.magnitude.grad, (dw * v / norm).sum(-1)),
-        ):
-            assert (got - want).norm() < 1e-4 * want.norm()
+    wanted = gradients_by_formula(model, exact)
+    assert wanted.keys() == trainable_parameters(model).keys()
+    for name, want in wanted.items():
+        assert (model.get_parameter(name).grad - want).norm() < 1e-4 * want.norm(), name
 
 
 @pytest.mark.parametrize("kind", MODELS)

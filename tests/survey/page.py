@@ -39,7 +39,9 @@ def page(lines: dict[str, str], methods: list[str]) -> str:
         _paragraph(
             f"Of {len(lines)} architectures of `AutoModelForCausalLM` a small random model is trained for a step, "
             "saved, loaded, generates, and is exported dense and packed. Logits, gradients and tokens are those of "
-            f"PEFT over transformers' own model, with each of {', '.join(f'`{method}`' for method in methods)}."
+            "PEFT over transformers' own model, with each of "
+            f"{', '.join(f'`{method}`' for method in methods)}; of DoRA on experts, which PEFT lacks, those of the "
+            "formula. Models with experts are exported dense alone, for bitsandbytes packs none."
         ),
         _paragraph(f"**Right, with all linears** ({len(whole)}): {', '.join(whole)}."),
         f"**Right**, but for parts that stay dense and get no adapter ({len(right)}):",

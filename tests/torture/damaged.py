@@ -33,6 +33,7 @@ from experiments.errors import UserError
 from experiments.models.directory import load_directory
 from experiments.models.load import prepare_model
 from experiments.runs import one_run
+from experiments.runs.before_stop import BeforeStop
 from experiments.runs.checkpoints import Checkpoints, of_run
 from experiments.runs.config_file import read_config
 from experiments.runs.groups import group, read_runs
@@ -191,7 +192,7 @@ def _checkpoint(one: Path, other: Path) -> Subject:
         cfg.resume, cfg.trainer.steps = str(run), 8
         checkpoint = checkpoint_of(cfg)
         told = Checkpoints(run, cfg, data).restore(checkpoint, trainer)
-        before = one_run.BeforeStop.of_checkpoint(told)
+        before = BeforeStop.of_checkpoint(told)
         state = trainer.optimizer.state_dict()
         tensors = {f"{i} {key}": torch.as_tensor(v) for i, s in state["state"].items() for key, v in s.items()}
         random = digest({"torch": torch.get_rng_state()})

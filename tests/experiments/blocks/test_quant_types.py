@@ -92,7 +92,7 @@ def test_errors_are_numpys():
 
 @pytest.mark.parametrize("quant_type", ["nf1", "nf9", "nf44", "int8", "NF4", ""])
 def test_other_data_types_are_refused(quant_type):
-    with pytest.raises(ValueError, match=f"'{quant_type}' is not one of nf4, fp4, int4 or nfK with K from 2 to 8"):
+    with pytest.raises(ValueError, match=f"'{quant_type}' is not one of nf4, fp4, int4, mxfp4, nvfp4 or nfK"):
         check_quant_type(quant_type)
 
 

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from experiments.errors import UserError
 from experiments.models import decoding, generation
-from experiments.models.generation import Kept, Sampling, generate
+from experiments.models.generation import Kept, generate
+from experiments.models.sampling import Sampling
 from experiments.system import memory
 from tests.survey import life, small
 

@@ -16,8 +16,9 @@ from experiments.system.cli import composed
 from experiments.training.engines import Engine
 from experiments.training.evaluation import Evaluation, evaluate, label_logits
 from experiments.training.gradients import accumulate
-from experiments.training.loop import Trainer, lr_factor
+from experiments.training.loop import Trainer
 from experiments.training.loss import LabelLoss
+from experiments.training.trained import lr_factor
 from tests.experiments.helpers import SMALL, TINY, write_chats
 
 

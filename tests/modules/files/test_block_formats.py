@@ -7,17 +7,19 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, Mxfp4Config
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from kernels import Weight, quantize_4bit
 from modules import NF4Linear, quantize
+from modules.experts import NF4Experts
 from modules.files.bitsandbytes import load_bnb4, save_bnb4, save_packed
 from modules.files.block_formats import GPT_OSS, load_block_format, parts_of_weight, read_parts
 from modules.files.tensors import TensorFiles
 from modules.linear import weight_of
 from tests.modules.architectures import logits
 from tests.modules.files.conftest import CONFIGS
+from tests.modules.moe_cases import pack_as_shipped
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 LINEAR = "model.layers.1.mlp.up_proj"
@@ -192,6 +194,11 @@ def test_blocks_across_rows_fit_no_file():
 
 # ------------------------------------------------------------------------------------------- gpt-oss
 
+SMALL_OSS = {
+    **{"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 32, "head_dim": 16, "vocab_size": 99},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    **{"sliding_window": 8, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 1},
+}
 SHAPES = {"gate_up_proj": torch.Size([3, 12, 64]), "down_proj": torch.Size([3, 64, 32])}  # [experts, out, in]
 
 
@@ -205,6 +212,26 @@ def experts(tmp_path):
         tensors[f"{name}_scales"] = torch.randint(110, 135, (*rows, columns // 32), dtype=torch.uint8)
     save_file(tensors, tmp_path / "model.safetensors")
     return tmp_path, tensors
+
+
+def test_gpt_oss_as_it_is_shipped(tmp_path):
+    """Experts stay packed, everything else is dense; the logits are those of the model that transformers unpacks."""
+    config = GptOssConfig(**SMALL_OSS, layer_types=["sliding_attention", "full_attention"])
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    tensors = pack_as_shipped(tmp_path)
+    model = load_block_format(tmp_path, torch.float32)
+    experts = [module for module in model.modules() if isinstance(module, NF4Experts)]
+    assert len(experts) == 4 and {module.quant_type for module in experts} == {"mxfp4"}
+    assert type(model.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    torch.testing.assert_close(logits(model), logits(theirs.eval()), rtol=1e-5, atol=1e-5)
+    missing = "model.layers.1.mlp.experts.down_proj_scales"
+    save_file({name: tensor for name, tensor in tensors.items() if name != missing}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        load_block_format(tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
