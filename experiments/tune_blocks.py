@@ -32,7 +32,7 @@ from experiments.blocks.tuning import TuneConfig, budget_of, by_kind, check, loa
 from experiments.config import TrainerConfig
 from experiments.data.samples import load_data
 from experiments.models.architecture import architecture_for_heads
-from experiments.models.load import load_model
+from experiments.models.load import load_model, take_experts
 from experiments.system import machine
 from experiments.system.cli import hydra_command
 from experiments.system.directory import results_directory
@@ -52,6 +52,7 @@ def measure_profile(cfg: TuneConfig) -> Profile:
     device, dtype = machine.set_up(trainer)
     print(f"profiling {cfg.model.name}: {machine.describe(device, dtype)}")
     model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    take_experts(model)
     shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
     architecture = architecture_for_heads(cfg.model, cfg.quant.align)
     options(cfg, shapes, budget_of(cfg, shapes), architecture)  # finds minutes earlier that there are none

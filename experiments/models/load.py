@@ -252,11 +252,21 @@ def say_left_out(cfg: Config, model: PreTrainedModel) -> None:
     for reason, names in reasons.items():
         print(f"{how}: {_ends(names)}: {reason}")
     if values := unknown_experts(model):
-        count = sum(values.values())
-        print(f"{how}: experts of a class not known here, {_ends(values)}: {count:,} weights stay dense and untrained")
+        print(f"{how}: {_unknown(values)} stay dense and untrained")
     asked = AdapterConfig(cfg.method.adapter, **adapter_settings(cfg))
     if narrow := [name for name, layer in adapted_linears(model).items() if layer.rank < asked.rank_of(name)]:
         print(f"of the largest rank they can have: {_ends(narrow)}")
+
+
+def take_experts(model: PreTrainedModel) -> None:
+    """Have the experts of `model` among its linears, and print how many weights of others are not."""
+    take_over_experts(model)
+    if values := unknown_experts(model):
+        print(f"left out: {_unknown(values)}")
+
+
+def _unknown(values: dict[str, int]) -> str:
+    return f"experts of a class not known here, {_ends(values)}: {sum(values.values()):,} weights"
 
 
 def _ends(names: Iterable[str]) -> str:
