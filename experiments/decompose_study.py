@@ -38,7 +38,7 @@ from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, quant_types
 from modules import NF4Linear, decoder_linears
 from modules.adapters.decompose import METHODS, decompose
 from modules.adapters.quantized_init import quantized_init
-from modules.experts import take_over_experts
+from modules.mixtures import take_over_experts
 
 WEIGHTS, CHANGES = "W", "ΔW"
 FILES = ("decompose.csv", "starts.csv", "decompose.png")

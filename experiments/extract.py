@@ -35,8 +35,8 @@ from experiments.training.evaluation import Evaluation, evaluate
 from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_linears, save_adapter
 from modules.adapters.decompose import METHODS
 from modules.adapters.nearest import nearest_dora, nearest_lora
-from modules.experts import take_over_experts
 from modules.linear import dense_weight
+from modules.mixtures import take_over_experts
 
 
 @dataclass

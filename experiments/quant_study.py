@@ -42,7 +42,7 @@ from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
 from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, default_blocksize
 from modules import NF4Linear, decoder_linears
-from modules.experts import take_over_experts
+from modules.mixtures import take_over_experts
 
 FILES = ("study.csv", "errors.png", "loss.png")
 COLUMNS = ("weights", "quant_type", "blocksize", "double", "bits", "rms_relative", "max_relative", "sqnr_db", "loss")

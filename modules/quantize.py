@@ -13,8 +13,9 @@ from modules.adapters.init import pack
 from modules.adapters.linear4bit import take_over_linear4bit
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import decoder_linears
-from modules.experts import give_back_experts, pack_linear, take_over_experts
+from modules.experts import pack_linear
 from modules.linear import NF4Linear
+from modules.mixtures import give_back_experts, take_over_experts
 
 
 def quantize(

@@ -31,9 +31,9 @@ from modules.adapters.base_print import base_print
 from modules.adapters.config import REACHED, quantized_start
 from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules, decoder_blocks
-from modules.experts import AllExperts, take_over_experts
 from modules.fused import compute_mlps_in_parts
 from modules.linear import weight_shape
+from modules.mixtures import AllExperts, take_over_experts
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
 

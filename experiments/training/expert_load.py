@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.system import parallel
-from modules.experts import experts_modules
+from modules.mixtures import experts_modules
 
 
 class ExpertLoad:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from modules.adapters.config import AdapterConfig
-from modules.experts import give_back_experts
+from modules.mixtures import give_back_experts
 
 DEFAULT = "default"  # the name of an adapter that is given none
 

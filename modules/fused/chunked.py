@@ -4,7 +4,7 @@ Of a part backward keeps the input alone, and computes the rest again. So the wi
 for one part, not for all tokens. Each part dequantizes packed weights again.
 
 An MLP is a module of two or more linears, with or without adapters, whose results for a token depend on that token
-alone. A probe shows that on small stand-ins. Experts that modules/experts.py knows are computed in parts too, and so
+alone. A probe shows that on small stand-ins. Experts that modules/mixtures.py knows are computed in parts too, and so
 are the MLPs of layers that have their linears beside other things (chunked_layer.py). Llama 4's experts are not.
 """
 
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.state import state_of
-from modules.experts import Experts, is_experts, take_over_experts
+from modules.experts import is_experts
 from modules.fused.chunked_layer import layer_in_parts
 from modules.fused.mlp import FusedMLP
 from modules.fused.module import Fused, can_be_replaced
 from modules.linear import LoRALinear, NF4Linear, is_conv1d, weight_shape
+from modules.mixtures import Experts, take_over_experts
 from modules.parts import in_parts
 
 LEAST = 4  # the narrowest side of a stand-in

@@ -16,7 +16,8 @@ from experiments.models.tiny import byte_tokenizer
 from experiments.runs.shared_base import _pack
 from experiments.system.cli import composed
 from modules import attach
-from modules.experts import NF4Experts, take_over_experts
+from modules.experts import NF4Experts
+from modules.mixtures import take_over_experts
 from tests.experiments.helpers import TINY, write_chats
 from tests.modules.moe_cases import experts_of, moe_model
 from tests.survey.small import build
