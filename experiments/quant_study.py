@@ -58,9 +58,8 @@ class StudyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)  # whose held-out part is measured on
     quant_types: list[str] = field(default_factory=list)  # nf4 | fp4 | int4 | mxfp4 | nvfp4 | nf2 … nf8
-    # weights that share an absmax, and absmax in 8 bits; mxfp4 and nvfp4 have one block size and scales of 8 bits
-    blocksizes: list[int] = field(default_factory=list)
-    double: list[bool] = field(default_factory=list)
+    blocksizes: list[int] = field(default_factory=list)  # weights that share an absmax; mxfp4 and nvfp4 have their own
+    double: list[bool] = field(default_factory=list)  # absmax in 8 bits, as the scales of mxfp4 and nvfp4 always are
     every: int = 10  # errors are measured on every so many-th linear of the decoder
     values: int = 1_048_576  # random weights of each kind
     loss: bool = True  # measure the held-out loss, of the whole decoder in every setting

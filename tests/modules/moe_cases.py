@@ -72,6 +72,7 @@ def gradients_by_formula(adapted: nn.Module, exact: nn.Module) -> dict[str, torc
         dw = exact.get_parameter(path if stacked else f"{path}.weight").grad
         if dw is None:
             continue
+        dw = dw.double()
         dw = dw.mT if stacked and layer.base.in_out else dw
         lora_A, lora_B = (factor.detach().double() for factor in layer.factors())
         if hasattr(layer, "magnitude"):

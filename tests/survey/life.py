@@ -126,7 +126,7 @@ def reference(ours: PreTrainedModel, directory: Path, out: Path) -> nn.Module:
     experts, which PEFT does not have, transformers' model with the weights that the formula gives."""
     base = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     if not (out / "adapter" / CONFIG_FILE).is_file():
-        return by_formula(base, ours)
+        return by_formula(base, ours).float()  # not every model runs in float64
     for name, linear in decoder_linears(ours).items():
         if isinstance(linear, NF4Experts):
             base.get_parameter(name).data.copy_(dense_weight(linear).mT if linear.in_out else dense_weight(linear))

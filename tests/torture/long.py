@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import TMonitor
 
 from experiments import run  # noqa: F401  the import is no growth
 from experiments.config import resolve
@@ -33,7 +34,8 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
             gc.collect()
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             tensors = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
-            seen[record["step"]] = resident, len(os.listdir("/proc/self/fd")), threading.active_count(), tensors
+            threads = sum(not isinstance(one, TMonitor) for one in threading.enumerate())  # tqdm starts its when it likes
+            seen[record["step"]] = resident, len(os.listdir("/proc/self/fd")), threads, tensors
 
     out = folder / "out"
     every = max(1, count // 40)
