@@ -34,7 +34,7 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
             gc.collect()
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
             tensors = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
-            threads = sum(not isinstance(one, TMonitor) for one in threading.enumerate())  # tqdm starts its when it likes
+            threads = sum(not isinstance(one, TMonitor) for one in threading.enumerate())  # tqdm's starts at any time
             seen[record["step"]] = resident, len(os.listdir("/proc/self/fd")), threads, tensors
 
     out = folder / "out"
