@@ -38,7 +38,7 @@ def campaign(count: int, folder: Path, seed: int = 0) -> list[str]:
             seen[record["step"]] = resident, len(os.listdir("/proc/self/fd")), threads, tensors
 
     out = folder / "out"
-    every = max(1, count // 40)
+    every = max(4, count // 40)
     where = ["data=jsonl", f"data.path={write_chats(folder)}", f"output_dir={out}", f"trainer.steps={count}"]
     where += [f"trainer.eval_every={every}", f"trainer.checkpoint_every={every}", f"seed={seed}"]
     with quiet():

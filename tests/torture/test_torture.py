@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes, memo
 
 def test_damaged_files(tmp_path):
     pytest.importorskip("optuna", reason="a search needs Optuna: no study to damage")
-    assert damaged.campaign(110, tmp_path) == []
+    assert damaged.campaign(60, tmp_path) == []
 
 
 def test_killed_runs(tmp_path):
@@ -37,4 +37,4 @@ def test_numbers_that_are_none(tmp_path):
 
 
 def test_many_steps(tmp_path: Path):
-    assert long.campaign(120, tmp_path) == []
+    assert long.campaign(60, tmp_path) == []
