@@ -15,7 +15,7 @@ from typing import Any
 
 from experiments.config import RENAMED_METHODS
 from experiments.errors import UserError
-from experiments.system.files import METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
+from experiments.system.files import HELDOUT, METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
 from modules.files.checked import verify_file
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
@@ -137,7 +137,7 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
         UserError: `copy` has a file in it that does not belong to a copy.
     """
     for path in [copy, *copy.rglob("*")] if copy.exists() else []:
-        if not (path.is_dir() or path.name in (RESULT, METRICS, SPECTRUM) or path.parent == copy / "report"):
+        if not (path.is_dir() or path.name in (RESULT, METRICS, SPECTRUM, HELDOUT) or path.parent == copy / "report"):
             raise UserError(f"{path} does not belong to a copy of results: choose another folder than {copy}")
     with directory_atomically(copy) as directory:
         for among in groups:
@@ -149,7 +149,7 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
 
 def _copy_run(run: Run, original: Path, directory: Path) -> None:
     directory.mkdir()
-    for name in (RESULT, METRICS):
+    for name in (RESULT, METRICS, HELDOUT):
         if (original / name).exists():
             shutil.copyfile(original / name, directory / name)
     if run.effective_ranks:  # the singular values themselves are most of the file

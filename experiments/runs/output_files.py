@@ -1,13 +1,14 @@
-"""The files that a run writes about itself: metrics.jsonl, result.json, spectrum.csv, loss.png, samples.md."""
+"""The files that a run writes about itself: its metrics, its result with spectra and held-out samples, loss.png …"""
 
 import json
 from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
+from experiments.runs import heldout
 from experiments.runs.config_file import CONFIG, write_config
 from experiments.runs.spectrum import COLUMNS
-from experiments.system.files import METRICS, RESULT, SPECTRUM, as_csv, sync, write_atomically, write_figure
+from experiments.system.files import HELDOUT, METRICS, RESULT, SPECTRUM, as_csv, sync, write_atomically, write_figure
 from experiments.system.palette import BLUE, ORANGE
 from modules.files.checked import SUMS, checksum_of, seal_files
 
@@ -65,12 +66,15 @@ class OutputFiles:
 
     def write_result(self, result: dict) -> None:
         write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
-        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM))
+        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM, HELDOUT))
 
     def write_spectra(self, rows: list[dict]) -> None:
         """Write spectrum.csv, a line an adapted linear (experiments/runs/spectrum.py); nothing without an adapter."""
         if rows:
             write_atomically(self.path / SPECTRUM, as_csv(COLUMNS, rows))
+
+    def write_heldout(self, rows: list[dict]) -> None:
+        write_atomically(self.path / HELDOUT, heldout.text_of(rows))
 
     def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
         """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""
