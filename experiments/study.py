@@ -23,7 +23,7 @@ from experiments.studies import definition
 from experiments.studies.definition import Study
 from experiments.studies.plan import FINAL, SEARCH, Job, Plan, Results, pace, plan
 from experiments.system.cli import command, read_options
-from experiments.system.files import STUDY, writable_dir, write_atomically
+from experiments.system.files import RESULT, STUDY, writable_dir, write_atomically
 
 WAIT = 5.0  # seconds between looks at what another process does
 
@@ -77,24 +77,30 @@ def _work(study: Study, results: Results, folder: Path) -> dict[str, str]:
         left = [job for job in plan(study, results, failed).missing(results) if job.identity not in failed]
         if not left:
             return failed
-        if not any(_do(job, folder, failed) for job in left):
+        for job in left:
+            outcome = _do(job, folder)
+            if outcome.status != sweep.ELSEWHERE:
+                results.refresh()
+                if results.of(job) is None:
+                    failed[job.identity] = outcome.reason or f"{outcome.directory}/{RESULT} cannot be read: delete it"
+                    print(f"failed: {job.name}: {failed[job.identity]}", file=sys.stderr)
+                break  # what comes next may depend on it
+        else:
             time.sleep(WAIT)  # others do them all, and more may follow from their results
 
 
-def _do(job: Job, folder: Path, failed: dict[str, str]) -> bool:
-    """Do a run; False: another process does."""
+def _do(job: Job, folder: Path) -> sweep.Outcome:
     cfg = copy.deepcopy(job.cfg)
     cfg.output_dir = str(folder)
-    outcome = sweep.job(cfg, job.name)
-    if outcome.status == sweep.ELSEWHERE:
-        return False
-    if outcome.status == sweep.FAILED:
-        failed[job.identity] = outcome.reason
-        print(f"failed: {job.name}: {outcome.reason}", file=sys.stderr)
-    elif outcome.status == sweep.DONE:
+    try:
+        outcome = sweep.job(cfg, job.name)
+    except KeyboardInterrupt as stop:
+        stop.args = (f"go on with the same command and output_dir={folder}",)
+        raise
+    if outcome.status == sweep.DONE:
         for name in (ADAPTER, MODEL, BASE):  # hundreds of runs: their numbers are kept
             shutil.rmtree(Path(outcome.directory) / name, ignore_errors=True)
-    return True
+    return outcome
 
 
 def state(study: Study, made: Plan, results: Results) -> str:

@@ -1,10 +1,11 @@
 """Format: an order in a sentence becomes JSON with fixed keys and types.
 
 Orders are generated, always the same ones. Training, validation and held-out orders share wordings and no value: no
-customer, town or article, no quantity and no price.
+customer, town or article, no quantity, price or date.
 
-    Ola Marsh from Riga orders 3 lamps at 24.5 euros each, express.
-    {"customer": "Ola Marsh", "town": "Riga", "article": "lamp", "quantity": 3, "price": 24.5, "express": true}
+    Ola Marsh from Riga orders forty-two lamps at 24 euros 50 each for 4 May 2031, express.
+    {"customer": "Ola Marsh", "town": "Riga", "article": "lamp", "quantity": 42, "price": 24.5, "date": "2031-05-04",
+     "express": true}
 """
 
 import functools
@@ -13,8 +14,9 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
-TASK = "Write the order as JSON with the keys customer, town, article, quantity, price and express."
-TYPES = {"customer": str, "town": str, "article": str, "quantity": int, "price": float, "express": bool}
+TASK = "Write the order as JSON with the keys customer, town, article, quantity, price, date and express."
+STRINGS = dict.fromkeys(("customer", "town", "article"), str)
+TYPES = STRINGS | {"quantity": int, "price": float, "date": str, "express": bool}
 SIZES = {"train": 1200, "validation": 400, "heldout": 400}
 SHARE = {"train": 4, "validation": 1, "heldout": 2}  # of seven values in turn
 
@@ -55,10 +57,20 @@ ARTICLES = (
     *("pan", "saw", "tent", "wallet"),
 )
 WORDINGS = (
-    "{customer} from {town} orders {quantity} {articles} at {price} euros each{express}.",
-    "Please send {quantity} {articles} to {customer} in {town}, {price} euros apiece{express}.",
-    "{town}: {customer} would like {quantity} {articles}. The price is {price} euros each{express}.",
-    "An order of {quantity} {articles} at {price} euros each came from {customer}, who lives in {town}{express}.",
+    "{customer} from {town} orders {quantity} {articles} at {price} each for {date}{express}.",
+    "Please send {quantity} {articles} to {customer} in {town} by {date}, {price} apiece{express}.",
+    "{town}, {date}: {customer} would like {quantity} {articles}. The price is {price} each{express}.",
+    "An order of {quantity} {articles} for {date}, {price} each, came from {customer}, who lives in {town}{express}.",
+)
+NUMBERS = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September", "October")
+MONTHS += ("November", "December")
+DATES = tuple(
+    f"{year}-{month:02}-{day:02}" for year in range(2026, 2036) for month in range(1, 13) for day in range(1, 29)
 )
 EXPRESS = {True: (", express", ", by express delivery"), False: ("", ", no hurry", ", by normal post")}
 
@@ -88,6 +100,19 @@ def values_of(part: str) -> dict[str, tuple]:
         "article": own(ARTICLES),
         "quantity": own(tuple(range(2, 100))),
         "price": own(tuple(tenths / 10 for tenths in range(11, 991))),
+        "date": own(DATES),
+    }
+
+
+def _in_words(order: dict[str, Any]) -> dict[str, str]:
+    """The values of an order but `express` as a sentence has them."""
+    year, month, day = map(int, order["date"].split("-"))
+    tens, unit = divmod(order["quantity"], 10)
+    quantity = NUMBERS[order["quantity"]] if tens < 2 else "-".join([TENS[tens], *([NUMBERS[unit]] if unit else [])])
+    euros, cents = divmod(round(100 * order["price"]), 100)
+    return {
+        **{"customer": order["customer"], "town": order["town"], "articles": f"{order['article']}s"},
+        **{"quantity": quantity, "price": f"{euros} euros {cents:02}", "date": f"{day} {MONTHS[month - 1]} {year}"},
     }
 
 
@@ -98,8 +123,7 @@ def records(part: str) -> tuple[Record, ...]:
     found: dict[str, Record] = {}
     while len(found) < SIZES[part]:
         order = {key: rng.choice(own) for key, own in values.items()} | {"express": rng.random() < 0.5}
-        words = order | {"articles": f"{order['article']}s", "express": rng.choice(EXPRESS[order["express"]])}
-        sentence = rng.choice(WORDINGS).format(**words)
+        sentence = rng.choice(WORDINGS).format(**_in_words(order), express=rng.choice(EXPRESS[order["express"]]))
         found.setdefault(sentence, Record(sentence, order))
     return tuple(found.values())
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.report.page import Section, Table
-from experiments.report.study_plots import curves_of_rates, differences, forgetting
+from experiments.report.study_plots import by_rank, curves_of_rates, differences, forgetting
 from experiments.studies import definition
 from experiments.studies.answers import (
     FORGOTTEN,
@@ -95,13 +95,15 @@ def _section(study: Study, made: Plan, results: Results, name: str, question: Qu
         section.lines.append(f"- The best learning rate is at the edge of the grid: {', '.join(edges)}.")
     section.lines += [f"- Not compared: {told_pair(one)}: {one.why_not}." for one in found if one.why_not]
     section.tables = [_answers_table(found), _settings_table(study, made, results, question)]
-    runs = [
-        run
-        for task, setting in itertools.product(question.tasks, question.settings)
-        for run in runs_of(study, made, results, task, setting).values()
-    ]
+    by_task = {
+        task: [list(runs_of(study, made, results, task, setting).values()) for setting in question.settings]
+        for task in question.tasks
+    }
+    runs = [run for settings in by_task.values() for members in settings for run in members]
     if any(one.seeds for one in found):
         section.pictures[f"{name}-differences.png"] = differences(question.asks, found, runs)
+    if (picture := by_rank(question.asks, by_task)) is not None:
+        section.pictures[f"{name}-ranks.png"] = picture
     if question.forgetting:
         paths = {
             task: {setting: path(study, made, results, question, task, setting) for setting in question.settings}

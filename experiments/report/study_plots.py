@@ -1,11 +1,13 @@
 """The pictures of a study: differences with their intervals, loss by learning rate, forgetting against gain."""
 
 import math
+from collections import defaultdict
 
 import numpy
 from matplotlib.figure import Figure
 
-from experiments.report.drawing import Picture, finish, style
+from experiments.report.drawing import LOSS, Picture, errorbar, finish, log_ticks, style
+from experiments.report.statistics import mean
 from experiments.runs.groups import Run
 from experiments.studies.answers import FORGOTTEN, Answer
 from experiments.system.palette import COLOURS
@@ -109,3 +111,39 @@ def forgetting(title: str, paths: dict, gains: dict[str, float], runs: list[Run]
         "task, from no training along rising learning rates: means over seeds, and each seed faintly. Lower is better."
     )
     return Picture("forgetting", caption, figure, runs)
+
+
+def by_rank(title: str, runs: dict[str, list[list[Run]]]) -> Picture | None:
+    """Held-out loss by rank, a panel a task, a line for each rule of the scale; None for fewer than three ranks.
+
+    Args:
+        runs: of each task the runs of each setting.
+    """
+    every = [run for settings in runs.values() for members in settings for run in members]
+    found = {run.config["rank"] for run in every if "rank" in run.config}
+    if len(found) < 3:
+        return None
+    figure = Figure(figsize=(4.8 * len(runs) + 1.5, 4.6), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (task, settings) in zip(panels, runs.items()):
+        lines = defaultdict(dict)
+        for members in settings:
+            if members and "rank" in members[0].config:
+                config = members[0].config
+                lines[config["method.name"], config.get("rslora", False)][config["rank"]] = mean(members, "loss_after")
+        for position, ((method, root), points) in enumerate(sorted(lines.items())):
+            ranks = sorted(points)
+            errorbar(
+                axes,
+                ranks,
+                [points[r] for r in ranks],
+                label=f"{method}, {'α/√r' if root else 'α/r'}",
+                **style(position),
+            )
+        log_ticks(axes, found)
+        finish(axes, xlabel="rank", ylabel=LOSS, title=task)
+    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, frameon=False, fontsize="small", loc="outside lower center", ncols=5)
+    caption = "Held-out loss after training against rank, each at its best learning rate: mean ± deviation over seeds."
+    return Picture("rank", caption, figure, every)

@@ -4,6 +4,7 @@ What is run next depends on results: a round of the search on the round before, 
 seeds on the pilot. So the plan is made again from the files whenever something has been added.
 """
 
+import contextlib
 import itertools
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -47,23 +48,19 @@ class Job:
 
 
 class Results:
-    """The results in a folder, by their run's hash. Each file is read once."""
+    """The results in a folder, by their run's hash."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.runs: dict[str, Run] = {}
-        self.unreadable: set[Path] = set()
         self.samples: dict[str, Samples] = {}
 
     def refresh(self) -> None:
         for path in sorted(self.folder.glob(f"*_*/{RESULT}")):
-            if path.parent.name.rpartition("_")[2] not in self.runs and path not in self.unreadable:
-                try:
+            if path.parent.name.rpartition("_")[2] not in self.runs:
+                with contextlib.suppress(OSError, ValueError):  # damaged, or not a run's: it counts as missing
                     run = read_run(path, self.folder)
-                except (OSError, ValueError):
-                    self.unreadable.add(path)
-                    continue
-                self.runs[run.identity] = run
+                    self.runs[run.identity] = run
 
     def of(self, job: Job) -> Run | None:
         return self.runs.get(job.identity)
