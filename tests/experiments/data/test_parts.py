@@ -15,8 +15,9 @@ from experiments.system.cli import composed
 from tests.experiments.helpers import tiny
 
 SMALL = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 NUMBERS = {word: number for number, word in enumerate(f"{SMALL} eighteen nineteen".split(), start=1)}
-NUMBERS |= {word: 10 * n for n, word in enumerate(["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"], 2)}
+NUMBERS |= {word: 10 * n for n, word in enumerate(TENS.split(), start=2)}
 
 
 def load(*overrides: str):
