@@ -21,11 +21,12 @@ from hydra.core.config_store import ConfigStore
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from experiments.blocks.quant_types import quantize_dequantize
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.models.load import load_model
+from experiments.models.load import load_model, take_experts
 from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.system import machine
 from experiments.system.cli import hydra_command
@@ -37,6 +38,7 @@ from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, quant_types
 from modules import NF4Linear, decoder_linears
 from modules.adapters.decompose import METHODS, decompose
 from modules.adapters.quantized_init import quantized_init
+from modules.mixtures import take_over_experts
 
 WEIGHTS, CHANGES = "W", "ΔW"
 FILES = ("decompose.csv", "starts.csv", "decompose.png")
@@ -81,7 +83,7 @@ def check(cfg: DecomposeConfig) -> None:
 
 
 def matrices(cfg: DecomposeConfig) -> dict[str, dict[str, Tensor]]:
-    """W and, with `cfg.tuned`, ΔW of every `cfg.every`-th linear [out, in], fp32, by name.
+    """W and, with `cfg.tuned`, ΔW of every `cfg.every`-th linear [out, in], fp32, by name; of experts each is one.
 
     Raises:
         UserError: a model that is not there or packed, or a rank that a linear cannot have.
@@ -90,19 +92,30 @@ def matrices(cfg: DecomposeConfig) -> dict[str, dict[str, Tensor]]:
         base, tuned = load_model(model_config(cfg.base), torch.float32, seed=0)[0], None
     else:
         base, tuned, _ = load_pair(cfg.base, cfg.tuned)
-    linears = decoder_linears(base)
-    if any(isinstance(linear, NF4Linear) for linear in linears.values()):
+    take_experts(base)
+    if any(isinstance(linear, NF4Linear) for linear in decoder_linears(base).values()):
         raise UserError(f"{cfg.base} is packed: choose a dense model")
-    weights = {name: linear.weight.detach() for name, linear in list(linears.items())[:: cfg.every]}
+    weights = dict(list(_weights(base).items())[:: cfg.every])
     smallest = min(weights, key=lambda name: min(weights[name].shape))
     if max(cfg.ranks) > min(weights[smallest].shape):
         raise UserError(f"ranks: {smallest} is {list(weights[smallest].shape)}, too small for rank {max(cfg.ranks)}")
     if tuned is None:
         return {WEIGHTS: weights}
-    changes = {name: tuned.get_submodule(name).weight.detach() - w for name, w in weights.items()}
+    take_over_experts(tuned)
+    after = _weights(tuned)
+    changes = {name: after[name] - w for name, w in weights.items()}
     if not any(change.any() for change in changes.values()):
         raise UserError(f"{cfg.tuned} has the weights of {cfg.base}: nothing changed")
     return {WEIGHTS: weights, CHANGES: {name: change for name, change in changes.items() if change.any()}}
+
+
+def _weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights of the decoder's linears; those of experts under `<linear>.<expert>`."""
+    found = {}
+    for name, linear in decoder_linears(model).items():
+        weight = linear.weight.detach()
+        found |= {name: weight} if weight.dim() == 2 else {f"{name}.{e}": w for e, w in enumerate(weight)}
+    return found
 
 
 def _rows(tensors: dict[str, Tensor], title: str, measure: Callable[[Tensor], Iterable[dict]]) -> list[dict]:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from experiments.config import DataConfig, TrainerConfig
 from experiments.data.samples import load_data
 from experiments.errors import UserError
+from experiments.models.load import take_experts
 from experiments.runs.base_and_tuned import load_pair, model_config
 from experiments.runs.model_files import ADAPTER
 from experiments.system import machine
@@ -35,6 +36,7 @@ from modules import DoRALinear, LoRALinear, adapted_linears, attach, decoder_lin
 from modules.adapters.decompose import METHODS
 from modules.adapters.nearest import nearest_dora, nearest_lora
 from modules.linear import dense_weight
+from modules.mixtures import take_over_experts
 
 
 @dataclass
@@ -58,19 +60,20 @@ REPORT = "extract.json"
 
 @torch.no_grad()
 def set_extracted(layer: LoRALinear, tuned: Tensor, method: str) -> float:
-    """Set a new adapter of `layer` to the values that bring it nearest to the weight `tuned` [out, in].
+    """Set a new adapter of `layer` to the values that bring it nearest to the weight `tuned` [out, in]; each expert by
+    itself, if these are [experts, out, in].
 
     Returns:
         The missing share of the change, ‖W′ − W″‖ / ‖W′ − W‖; 0 where nothing changed.
     """
     w = dense_weight(layer.base).float()
-    if isinstance(layer, DoRALinear):
-        lora_A, lora_B, magnitude = nearest_dora(w, tuned, layer.rank, method)
-        layer.magnitude.copy_(magnitude)
-    else:
-        lora_A, lora_B = nearest_lora(w, tuned, layer.rank, method)
-    layer.lora_A.copy_(lora_A / layer.scaling**0.5)
-    layer.lora_B.copy_(lora_B / layer.scaling**0.5)
+    nearest = nearest_dora if isinstance(layer, DoRALinear) else nearest_lora
+    experts = [nearest(*of, layer.rank, method) for of in zip(w.view(-1, *w.shape[-2:]), tuned.view(-1, *w.shape[-2:]))]
+    lora_A, lora_B, *magnitude = (torch.stack(values) for values in zip(*experts))
+    layer.lora_A.copy_((lora_A / layer.scaling**0.5).view_as(layer.lora_A))
+    layer.lora_B.copy_((lora_B / layer.scaling**0.5).view_as(layer.lora_B))
+    if magnitude:
+        layer.magnitude.copy_(magnitude[0].view_as(layer.magnitude))
     change = (tuned - w).norm()
     return ((tuned - layer.merged_weight()).norm() / change).item() if change else 0.0
 
@@ -88,6 +91,8 @@ def extract(cfg: ExtractConfig) -> dict:
     if cfg.batch_size < 1:
         raise UserError(f"batch_size={cfg.batch_size}: choose 1 or more")
     base, tuned, tokenizer = load_pair(cfg.base, cfg.tuned)
+    take_experts(base)
+    take_over_experts(tuned)
     heldout = load_data(cfg.data, tokenizer).heldout
     device = machine.pick_device(TrainerConfig())
     changed = dict(tuned.named_parameters())

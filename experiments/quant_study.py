@@ -32,7 +32,7 @@ from experiments.blocks.quant_types import (
 from experiments.config import DataConfig, ModelConfig, TrainerConfig
 from experiments.data.samples import load_data
 from experiments.errors import UserError
-from experiments.models.load import load_model
+from experiments.models.load import load_model, take_experts
 from experiments.system import machine
 from experiments.system.cli import hydra_command
 from experiments.system.directory import clear, results_directory
@@ -42,6 +42,7 @@ from experiments.system.progress import bar
 from experiments.training.evaluation import evaluate
 from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, default_blocksize
 from modules import NF4Linear, decoder_linears
+from modules.mixtures import take_over_experts
 
 FILES = ("study.csv", "errors.png", "loss.png")
 COLUMNS = ("weights", "quant_type", "blocksize", "double", "bits", "rms_relative", "max_relative", "sqnr_db", "loss")
@@ -122,7 +123,7 @@ def random_weights(n: int, seed: int) -> dict[str, Tensor]:
 
 
 def rows_of(name: str, tensors: dict[str, Tensor], setting: Setting) -> Iterator[dict]:
-    """A row for each of `tensors`, and, where there are several, one for all of them together under `name`."""
+    """A row for each of `tensors`, and one for all of them together under `name`, if that is none of theirs."""
     total, total_bits = Errors(), 0
     for label, w in tensors.items():
         errors, bits = Errors(), stored_bits(w.numel(), **vars(setting))
@@ -131,7 +132,7 @@ def rows_of(name: str, tensors: dict[str, Tensor], setting: Setting) -> Iterator
         total.add(w, quantized)
         total_bits += bits
         yield _row(label, setting, bits, errors)
-    if len(tensors) > 1:
+    if name not in tensors:
         yield _row(name, setting, total_bits, total)
 
 
@@ -148,6 +149,7 @@ class HeldoutLoss:
         self.exact = {name: linear.weight.detach() for name, linear in decoder_linears(model).items()}
         self.model = type(model)(model.config)
         self.model.load_state_dict(model.state_dict())
+        take_over_experts(self.model)
         self.model.to(*where).eval()
         self.weights = {name: linear.weight for name, linear in decoder_linears(self.model).items()}
 
@@ -184,6 +186,7 @@ def study(cfg: StudyConfig) -> Study:
     """
     device, dtype = machine.set_up(TrainerConfig())
     model, tokenizer = load_model(cfg.model, torch.float32, cfg.seed)
+    take_experts(model)
     linears = decoder_linears(model)
     if any(isinstance(linear, NF4Linear) for linear in linears.values()):
         raise UserError(f"model={cfg.model.name} is packed already: choose a dense one")

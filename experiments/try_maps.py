@@ -30,7 +30,7 @@ from experiments.config import DataConfig, QuantConfig, TrainerConfig
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.architecture import architecture_for_heads
-from experiments.models.load import load_model
+from experiments.models.load import load_model, take_experts
 from experiments.system import machine
 from experiments.system.cli import hydra_command
 from experiments.system.directory import clear, results_directory
@@ -105,6 +105,7 @@ def run_trials(cfg: TrialConfig, shapes: Shapes, trials: list[Trial]) -> None:
     device, dtype = machine.set_up(trainer)
     print(f"trying {len(trials)} choices on {cfg.model.name}: {machine.describe(device, dtype)}")
     model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    take_experts(model)
     if shapes != {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}:
         raise UserError(f"profile={cfg.profile} has other linears than {cfg.model.name}: measure a new one")
     measured_on = {}
@@ -152,7 +153,8 @@ def try_maps(cfg: TrialConfig) -> str:
     for trial in trials:
         if trial.kind == "tuned":
             file = f"map_{trial.title.removeprefix('tuned').strip(', ').replace(' ', '_')}.yaml"
-            write_map(directory / file, QuantMap(cfg.quant.double, profile.shapes, trial.blocksizes), trial.title)
+            quant_map = QuantMap(cfg.quant.double, profile.shapes, trial.blocksizes, profile.base)
+            write_map(directory / file, quant_map, trial.title)
     write_atomically(directory / "trials.csv", as_csv(profile, trials))
     plot(directory / "trials.png", f"{cfg.model.name} in {cfg.quant.type}", profile, trials)
     return text

@@ -32,12 +32,13 @@ from experiments.blocks.tuning import TuneConfig, budget_of, by_kind, check, loa
 from experiments.config import TrainerConfig
 from experiments.data.samples import load_data
 from experiments.models.architecture import architecture_for_heads
-from experiments.models.load import load_model
+from experiments.models.load import load_model, take_experts
 from experiments.system import machine
 from experiments.system.cli import hydra_command
 from experiments.system.directory import results_directory
 from experiments.system.progress import bar
 from modules import decoder_linears
+from modules.adapters.base_print import base_print
 from modules.linear import weight_shape
 
 MAP, PROFILE = "map.yaml", "profile.csv"  # in output_dir
@@ -51,6 +52,7 @@ def measure_profile(cfg: TuneConfig) -> Profile:
     device, dtype = machine.set_up(trainer)
     print(f"profiling {cfg.model.name}: {machine.describe(device, dtype)}")
     model, tokenizer = load_model(cfg.model, dtype, cfg.seed)
+    take_experts(model)
     shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
     architecture = architecture_for_heads(cfg.model, cfg.quant.align)
     options(cfg, shapes, budget_of(cfg, shapes), architecture)  # finds minutes earlier that there are none
@@ -60,6 +62,7 @@ def measure_profile(cfg: TuneConfig) -> Profile:
     layers = profile_model(calibration, cfg.quant.double, cfg.quant.type, bar("profiling"))
     about = {
         "model": cfg.model.path or cfg.model.name,
+        "base": base_print(model),
         "data": cfg.data.path or cfg.data.name,
         "samples": len(examples),
         "tokens": calibration.tokens,
@@ -86,7 +89,7 @@ def tune(cfg: TuneConfig) -> str:
     directory.mkdir(parents=True, exist_ok=True)
     if not cfg.profile:
         write_profile(directory / PROFILE, profile)
-    write_map(directory / MAP, QuantMap(cfg.quant.double, profile.shapes, best), text)
+    write_map(directory / MAP, QuantMap(cfg.quant.double, profile.shapes, best, profile.base), text)
     return text
 
 

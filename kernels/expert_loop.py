@@ -39,22 +39,31 @@ def dense_expert(dense: Callable, weight: Weight, e: int, dtype: torch.dtype) ->
     return Weight(dense(part, dtype)[first : first + n].view(out_features, in_features))
 
 
+def _result(like: Tensor, columns: int, ends: Tensor) -> Tensor:
+    """[S, columns] for the rows of all experts, with zeros in the rows of nobody."""
+    y = like.new_empty(like.shape[0], columns)
+    y[int(ends[-1]) :] = 0
+    return y
+
+
 def _of(values: Tensor | None, e: int) -> Tensor | None:
     return None if values is None else values[e]
 
 
-def experts_linear(dense: Callable, x: Tensor, ends: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    y = x.new_zeros(x.shape[0], weight.shape[1])
+def experts_linear(
+    dense: Callable, linear: Callable, x: Tensor, ends: Tensor, weight: Weight, bias: Tensor | None
+) -> Tensor:
+    y = _result(x, weight.shape[1], ends)
     for e, rows in with_rows(ends, len(x)):
         w = dense_expert(dense, weight, e, x.dtype).values
-        y[rows] = torch.nn.functional.linear(x[rows], w, None if bias is None else bias[e].to(x.dtype))
+        y[rows] = linear(x[rows], w, None if bias is None else bias[e].to(x.dtype))
     return y
 
 
-def experts_linear_backward(dense: Callable, dy: Tensor, ends: Tensor, weight: Weight) -> Tensor:
-    dx = dy.new_zeros(dy.shape[0], weight.shape[2])
+def experts_linear_backward(dense: Callable, linear: Callable, dy: Tensor, ends: Tensor, weight: Weight) -> Tensor:
+    dx = _result(dy, weight.shape[2], ends)
     for e, rows in with_rows(ends, len(dy)):
-        dx[rows] = dy[rows] @ dense_expert(dense, weight, e, dy.dtype).values
+        dx[rows] = linear(dy[rows], dense_expert(dense, weight, e, dy.dtype).values.t())
     return dx
 
 
@@ -71,7 +80,7 @@ def experts_lora(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    y, xa = x.new_zeros(x.shape[0], weight.shape[1]), x.new_zeros(x.shape[0], lora_A.shape[1])
+    y, xa = _result(x, weight.shape[1], ends), _result(x, lora_A.shape[1], ends)
     for e, rows in with_rows(ends, len(x)):
         w = dense_expert(dense, weight, e, x.dtype)
         rest = (_of(bias, e), scaling, dropout, seed_of(seed, e))
@@ -94,7 +103,7 @@ def experts_lora_backward(
     seed: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_zeros(x.shape if needs_dx else 0)
+    dx = _result(x, x.shape[1], ends) if needs_dx else x.new_empty(0)
     dA, dB = lora_A.new_zeros(lora_A.shape), lora_B.new_zeros(lora_B.shape)
     for e, rows in with_rows(ends, len(x)):
         w = dense_expert(dense, weight, e, x.dtype) if needs_dx else None
@@ -137,10 +146,10 @@ def experts_dora(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    y, xa = x.new_zeros(x.shape[0], weight.shape[1]), x.new_zeros(x.shape[0], lora_A.shape[1])
+    y, xa = _result(x, weight.shape[1], ends), _result(x, lora_A.shape[1], ends)
     norms, gains = torch.zeros_like(norm_sq), torch.zeros_like(norm_sq)
     keeps_z = dropout > 0 or bias is not None
-    z = torch.zeros_like(y) if keeps_z else x.new_empty(0)
+    z = _result(x, weight.shape[1], ends) if keeps_z else x.new_empty(0)
     for e, rows in with_rows(ends, len(x)):
         w = dense_expert(dense, weight, e, x.dtype)
         adapter = (lora_A[e], lora_B[e], magnitude[e], _of(bias, e), scaling, dropout, seed_of(seed, e))
@@ -170,7 +179,7 @@ def experts_dora_backward(
     seed: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx = x.new_zeros(x.shape if needs_dx else 0)
+    dx = _result(x, x.shape[1], ends) if needs_dx else x.new_empty(0)
     dA, dB, dm = (t.new_zeros(t.shape) for t in (lora_A, lora_B, magnitude))
     for e, rows in with_rows(ends, len(x)):
         w = dense_expert(dense, weight, e, x.dtype)

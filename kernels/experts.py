@@ -187,7 +187,7 @@ def experts_linear(
     """
     weight = as_weight(weight, quant_state)
     _check(x, ends, weight, bias)
-    return _experts_linear(x, ends, weight, bias)
+    return _experts_linear(x, ends.contiguous(), weight, bias)
 
 
 def experts_lora(
@@ -222,7 +222,7 @@ def experts_lora(
     _check_adapters(weight, lora_A, lora_B, dropout)
     if dropout and seed is None:
         seed = new_seed(x.device)
-    return _experts_lora(x, ends, weight, lora_A, lora_B, bias, scaling, dropout, seed)[0]
+    return _experts_lora(x, ends.contiguous(), weight, lora_A, lora_B, bias, scaling, dropout, seed)[0]
 
 
 def experts_dora(
@@ -261,7 +261,7 @@ def experts_dora(
     if dropout and seed is None:
         seed = new_seed(x.device)
     given = (norm_sq, norm, lora_A, lora_B, magnitude, bias, scaling, dropout, seed)
-    return _experts_dora(x, ends, weight, *given)[0]
+    return _experts_dora(x, ends.contiguous(), weight, *given)[0]
 
 
 def experts_norm(

@@ -48,6 +48,12 @@ _gather.differentiate(lambda inputs, _: {"order": inputs.order, "k": inputs.k}, 
 _combine.differentiate(_keep, _backward)
 
 
+def rows_of_pairs(order: Tensor, k: int) -> Tensor:
+    """The sorted row of each pair [T, k]: the inverse of `order`."""
+    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return rows.view(-1, k)
+
+
 def route(top_k_index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     """Sort the pairs of tokens and experts by expert; those of one expert stay in their order.
 

@@ -7,13 +7,15 @@ from torch import nn
 from kernels.codebook import default_blocksize
 from kernels.weight import check_blocksize, check_double_quant, check_quant_type
 from modules.adapters.attach import refuse_parts
+from modules.adapters.base_print import base_print
 from modules.adapters.config import changes_base, quantized_start
 from modules.adapters.init import pack
 from modules.adapters.linear4bit import take_over_linear4bit
 from modules.adapters.state import replace_module, state_of
 from modules.adapters.targets import decoder_linears
-from modules.experts import give_back_experts, pack_linear, take_over_experts
+from modules.experts import pack_linear
 from modules.linear import NF4Linear
+from modules.mixtures import give_back_experts, take_over_experts
 
 
 def quantize(
@@ -79,6 +81,8 @@ def quantize(
             state.base[name] = packed
         for adapter in over:
             adapter.modules[name].set_base(packed)
+    if state is not None:
+        state.base_print = base_print(model)
 
 
 def dequantize(model: nn.Module) -> None:

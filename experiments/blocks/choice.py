@@ -39,7 +39,7 @@ def constant_bits(n: int, blocksize: int, double: bool) -> int:
 
 def code_bits(shapes: Shapes) -> int:
     """Bits of the codes of all linears; an odd number of weights fills its last byte."""
-    return sum(8 * packed_sizes(out * columns, BLOCKSIZES[0])[0] for out, columns in shapes.values())
+    return sum(8 * packed_sizes(math.prod(shape), BLOCKSIZES[0])[0] for shape in shapes.values())
 
 
 def bits_per_weight(shapes: Shapes, constants: int) -> float:
@@ -69,11 +69,12 @@ def allowed_sizes(
     if align == "head" and not any(name.endswith(PER_HEAD) for name in shapes):
         raise UserError(f"quant.align=head: no linear of this model is named {', '.join(PER_HEAD)}")
     allowed = {}
-    for name, (out_features, in_features) in shapes.items():
-        small = [size for size in sorted(set(candidates)) if size <= out_features * in_features]
+    for name, shape in shapes.items():
+        in_features, weights = shape[-1], math.prod(shape)
+        small = [size for size in sorted(set(candidates)) if size <= weights]
         if not small:
             raise UserError(
-                f"{name} has {out_features * in_features} weights, less than a block of any of "
+                f"{name} has {weights} weights, less than a block of any of "
                 f"candidates=[{','.join(map(str, candidates))}]: add a smaller one"
             )
         if align == "row":

@@ -1,6 +1,7 @@
 """The error of each linear of a model when it is packed, by block size, and the predicted rise of the loss.
 
-With Ŵ the unpacked form of a packed weight W [out, in], x its inputs and g the gradient of a sample's log-likelihood:
+With Ŵ the unpacked form of a packed weight W [out, in], x its inputs and g the gradient of a sample's log-likelihood
+(of the experts of a layer W is [experts, out, in], and each has inputs of its own):
 
     error     ‖W − Ŵ‖² / ‖W‖²
     output    Σ_x ‖(W − Ŵ)x‖² / Σ_x ‖Wx‖²          from G = Σ_x xxᵀ [in, in]: Σ_x ‖Dx‖² = tr(D G Dᵀ)
@@ -34,6 +35,7 @@ from experiments.system.files import write_atomically
 from experiments.training.evaluation import label_logits, to_device
 from kernels.codebook import BLOCKSIZES
 from modules import NF4Linear, decoder_linears
+from modules.experts import is_experts
 from modules.files.checked import Damaged, read_checked, with_checksum
 from modules.linear import dense_weight, is_conv1d
 
@@ -48,7 +50,7 @@ class LayerProfile:
     """One linear.
 
     Attributes:
-        shape: (out, in).
+        shape: (out, in); of experts (experts, out, in).
         std: of the weights.
         kurtosis: their fourth standardised moment; 3 if they are Gaussian.
         outliers: the share of them further than OUTLIER standard deviations from their mean.
@@ -56,7 +58,7 @@ class LayerProfile:
             and fisher as above.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     std: float
     kurtosis: float
     outliers: float
@@ -71,8 +73,14 @@ class Profile:
     layers: dict[str, LayerProfile]
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: layer.shape for name, layer in self.layers.items()}
+
+    @property
+    def base(self) -> dict[str, str]:
+        """The model's fingerprint (modules/adapters/base_print.py); older profiles have none."""
+        found = self.about.get("base", {})
+        return found if isinstance(found, dict) else {}
 
     def rises(self, measure: str) -> dict[str, dict[int, float]]:
         """`measure`, output or fisher, by linear and block size."""
@@ -85,8 +93,9 @@ class Calibration:
     """Squares of the inputs and of the gradients of a model's linears, summed over samples.
 
     Attributes:
-        inputs: Σ xxᵀ, fp32 [in, in], by the linears' full names; linears with the same input share one.
-        squares: Σ g², fp32 [out, in], g being a sample's gradient.
+        inputs: Σ xxᵀ, fp32 [in, in], by the linears' full names; linears with the same input share one. Of experts
+            [experts, in, in].
+        squares: Σ g², fp32, in the shape of the weight, g being a sample's gradient.
         tokens: labelled ones seen.
     """
 
@@ -132,6 +141,14 @@ class Calibration:
 
     def _watcher(self, name: str) -> Callable[[nn.Module, tuple], None]:
         @torch.no_grad()
+        def watch_experts(linear: nn.Module, args: tuple) -> None:
+            x, ends = args
+            if name not in self.inputs:
+                self.inputs[name] = x.new_zeros(len(ends), x.shape[1], x.shape[1], dtype=torch.float32)
+            for sums, rows in zip(self.inputs[name], x.float().tensor_split(ends.tolist())):
+                sums.addmm_(rows.t(), rows)
+
+        @torch.no_grad()
         def watch(_, args: tuple) -> None:
             if self._last is None or self._last[0] is not args[0]:
                 x = args[0].flatten(0, -2).float()
@@ -141,7 +158,7 @@ class Calibration:
                 self._last = args[0], self.inputs[name]
             self.inputs[name] = self._last[1]
 
-        return watch
+        return watch_experts if is_experts(self.linears[name]) else watch
 
 
 @torch.no_grad()
@@ -151,9 +168,9 @@ def profile_layer(
     """Profile one weight.
 
     Args:
-        weight: [out, in] in the dtype it is packed from.
-        inputs: Σ xxᵀ, fp32 [in, in].
-        squares: Σ g², fp32 [out, in], over samples with `tokens` labelled tokens together.
+        weight: [out, in], or of experts [experts, out, in], in the dtype it is packed from.
+        inputs: Σ xxᵀ, fp32 [in, in], or of experts [experts, in, in].
+        squares: Σ g², fp32 in the weight's shape, over samples with `tokens` labelled tokens together.
         double, quant_type: see `kernels.quantize_4bit`.
     """
     w = weight.float()
@@ -199,10 +216,10 @@ def write_profile(path: Path, profile: Profile) -> None:
     columns = [f"{measure}_{size}" for measure in MEASURES for size in there]
     text = io.StringIO()
     text.write(f"# {json.dumps(profile.about)}\n")
-    writer = csv.DictWriter(text, ["layer", "out", "in", *STATISTICS, *columns], lineterminator="\n")
+    writer = csv.DictWriter(text, ["layer", "experts", "out", "in", *STATISTICS, *columns], lineterminator="\n")
     writer.writeheader()
     for name, layer in profile.layers.items():
-        row = {"layer": name, "out": layer.shape[0], "in": layer.shape[1]}
+        row = {"layer": name} | dict(zip(("in", "out", "experts"), layer.shape[::-1]))
         row |= {key: getattr(layer, key) for key in STATISTICS}
         row |= {f"{key}_{size}": value for size, values in layer.sizes.items() for key, value in values.items()}
         writer.writerow(row)
@@ -238,4 +255,7 @@ def _layer(row: dict[str, str]) -> LayerProfile:
             sizes.setdefault(int(size), {})[measure] = float(value)
     if not all(math.isfinite(value) for values in sizes.values() for value in values.values()):
         raise ValueError(f"{row['layer']} has values that are not numbers")
-    return LayerProfile((int(row["out"]), int(row["in"])), *(float(row[key]) for key in STATISTICS), sizes)
+    shape = tuple(
+        int(row[size]) for size in ("experts", "out", "in") if row.get(size)
+    )  # without experts in older files
+    return LayerProfile(shape, *(float(row[key]) for key in STATISTICS), sizes)

@@ -3,14 +3,17 @@
 A map is a YAML file that experiments.tune_blocks writes and `quant=tuned quant.map=FILE` reads:
 
     # checksum …
+    base: {…}           the fingerprint of the model that it was chosen for
     double: true
     layers:
       model.layers.0.self_attn.q_proj: {shape: [576, 576], blocksize: 64}
       …
 """
 
+import json
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -19,6 +22,7 @@ from experiments.config import QuantConfig
 from experiments.errors import UserError
 from experiments.system.files import write_atomically
 from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES
+from modules.adapters.base_print import is_other_base
 from modules.files.checked import Damaged, read_checked, with_checksum
 
 Shapes = Mapping[str, tuple[int, ...]]  # of weights, (out, in) or (experts, out, in), by their linears' full names
@@ -26,16 +30,19 @@ Shapes = Mapping[str, tuple[int, ...]]  # of weights, (out, in) or (experts, out
 
 @dataclass(frozen=True)
 class QuantMap:
-    """Block sizes by the linears' full names, the shapes they were chosen for, and whether absmax is 8 bits."""
+    """Block sizes by the linears' full names, the shapes they were chosen for, whether absmax is 8 bits, and the
+    fingerprint of the model (modules/adapters/base_print.py)."""
 
     double: bool
     shapes: Shapes
     blocksizes: Mapping[str, int]
+    base: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_map(path: Path, quant_map: QuantMap, comment: str) -> None:
     """Write `quant_map` with `comment`, lines of text, on top."""
     lines = [f"# {line}".rstrip() for line in comment.splitlines()]
+    lines += [f"base: {json.dumps(quant_map.base)}"] if quant_map.base else []
     lines += [f"double: {str(quant_map.double).lower()}", "layers:"]
     for name, blocksize in quant_map.blocksizes.items():
         lines.append(f"  {name}: {{shape: {list(quant_map.shapes[name])}, blocksize: {blocksize}}}")
@@ -60,6 +67,7 @@ def read_map(path: Path) -> QuantMap:
         not isinstance(values, dict)
         or not isinstance(values.get("double"), bool)
         or not _is_table(values.get("layers"))
+        or not isinstance(values.get("base", {}), dict)
     ):
         raise UserError(f"quant.map={path} is not a map of block sizes: it needs `double` and `layers`")
     shapes, blocksizes = {}, {}
@@ -75,22 +83,25 @@ def read_map(path: Path) -> QuantMap:
                 f"quant.map={path}: {name} has blocksize {blocksize}; choose one of {', '.join(map(str, BLOCKSIZES))}"
             )
         shapes[name], blocksizes[name] = shape, blocksize
-    return QuantMap(values["double"], shapes, blocksizes)
+    return QuantMap(values["double"], shapes, blocksizes, values.get("base", {}))
 
 
 def _is_table(layers: object) -> bool:
     return isinstance(layers, dict) and layers != {} and all(isinstance(name, str) for name in layers)
 
 
-def blocksizes(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:
+def blocksizes(cfg: QuantConfig, shapes: Shapes, base: Mapping[str, str] | None = None) -> dict[str, int]:
     """The block size that `cfg` gives each linear of a model.
+
+    Args:
+        base: the fingerprint of the model. A note says that the map was chosen for another one of the same shapes.
 
     Raises:
         UserError: the map is for another model or other constants, or a block would run across rows that
             `quant.align=row` keeps apart.
     """
     if cfg.name == "tuned":
-        chosen = _from_map(cfg, shapes)
+        chosen = _from_map(cfg, shapes, base or {})
     else:
         chosen = dict.fromkeys(shapes, cfg.blocksize)
     if cfg.align == "row":
@@ -106,7 +117,7 @@ def blocksizes(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:
     return chosen
 
 
-def _from_map(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:
+def _from_map(cfg: QuantConfig, shapes: Shapes, base: Mapping[str, str]) -> dict[str, int]:
     quant_map = read_map(Path(cfg.map))
     if wrong := sorted(dict(quant_map.shapes.items() ^ {name: tuple(s) for name, s in shapes.items()}.items())):
         there, here = quant_map.shapes.get(wrong[0], "missing"), shapes.get(wrong[0], "missing")
@@ -115,4 +126,6 @@ def _from_map(cfg: QuantConfig, shapes: Shapes) -> dict[str, int]:
         raise UserError(
             f"quant.map={cfg.map} was chosen for quant.double={str(quant_map.double).lower()}: set it so, or tune anew"
         )
+    if is_other_base(quant_map.base, base):
+        print(f"note: quant.map={cfg.map} was chosen for another model of the same shapes", file=sys.stderr)
     return {name: quant_map.blocksizes[name] for name in shapes}

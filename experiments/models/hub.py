@@ -17,9 +17,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from experiments.errors import UserError
 from experiments.system import parallel
+from modules.files.packed_model import MODELOPT_FILE
 
 SECONDS = 5  # to reach the Hub in
-SETTINGS = ["config.json", "generation_config.json", "*.safetensors.index.json"]
+SETTINGS = ["config.json", "generation_config.json", MODELOPT_FILE, "*.safetensors.index.json"]
 TOKENIZER = ["tokenizer*.json", "*.model", "vocab.*", "merges.txt", "tekken.json", "special_tokens_map.json"]
 TOKENIZER += ["added_tokens.json", "chat_template*", "preprocessor_config.json"]
 WANTED = [*SETTINGS, *TOKENIZER, "*.safetensors"]

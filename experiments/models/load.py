@@ -27,12 +27,13 @@ from experiments.models.tiny import tiny_model
 from experiments.system import parallel
 from experiments.system.progress import bar
 from modules import AdapterConfig, NF4Linear, adapted_linears, attach, decoder_linears, fuse, quantize
+from modules.adapters.base_print import base_print
 from modules.adapters.config import REACHED, quantized_start
 from modules.adapters.model_code import left_out, unknown_experts
 from modules.adapters.targets import biased_modules, decoder_blocks
-from modules.experts import AllExperts, take_over_experts
 from modules.fused import compute_mlps_in_parts
 from modules.linear import weight_shape
+from modules.mixtures import AllExperts, take_over_experts
 
 CALIBRATION_BATCHES = 8  # that init=eva looks at
 
@@ -114,7 +115,8 @@ def _quantize(cfg: Config, model: PreTrainedModel) -> None:
         if cfg.quant.name != "none":
             take_over_experts(model)
             shapes = {name: weight_shape(linear) for name, linear in decoder_linears(model).items()}
-            quantize(model, blocksizes(cfg.quant, shapes), cfg.quant.double, bar("quantizing"), cfg.quant.type)
+            sizes = blocksizes(cfg.quant, shapes, base_print(model))
+            quantize(model, sizes, cfg.quant.double, bar("quantizing"), cfg.quant.type)
             release_file(model)
         return
     if cfg.quant.name == "none":
@@ -199,12 +201,14 @@ def _in_parts(model: PreTrainedModel, tokens: int) -> None:
     whole |= {name for name, module in model.named_modules() if isinstance(module, AllExperts)}
     with contextlib.suppress(ValueError):  # the model has no decoder blocks
         inside = found + list(whole)
-        whole |= {one for one in decoder_blocks(model)[1] if not any(name.startswith(f"{one}.") for name in inside)}
+        whole |= {
+            one for one in decoder_blocks(model)[1] if not any(f"{name}.".startswith(f"{one}.") for name in inside)
+        }
     names = ", ".join(sorted({type(model.get_submodule(name)).__name__ for name in whole})) or type(model).__name__
     if not found:
         raise UserError(f"{told}no MLP of {names} can be computed in parts: leave it out")
     if whole and parallel.is_main():
-        print(f"{told}not of {names}, for all tokens at once")
+        print(f"{told}{names} still compute all tokens at once")
 
 
 def _check_positions(cfg: Config, model: PreTrainedModel) -> None:
@@ -248,11 +252,21 @@ def say_left_out(cfg: Config, model: PreTrainedModel) -> None:
     for reason, names in reasons.items():
         print(f"{how}: {_ends(names)}: {reason}")
     if values := unknown_experts(model):
-        count = sum(values.values())
-        print(f"{how}: experts of a class not known here, {_ends(values)}: {count:,} weights stay dense and untrained")
+        print(f"{how}: {_unknown(values)} stay dense and untrained")
     asked = AdapterConfig(cfg.method.adapter, **adapter_settings(cfg))
     if narrow := [name for name, layer in adapted_linears(model).items() if layer.rank < asked.rank_of(name)]:
         print(f"of the largest rank they can have: {_ends(narrow)}")
+
+
+def take_experts(model: PreTrainedModel) -> None:
+    """Have the experts of `model` among its linears, and print how many weights of others are not."""
+    take_over_experts(model)
+    if values := unknown_experts(model):
+        print(f"left out: {_unknown(values)}")
+
+
+def _unknown(values: dict[str, int]) -> str:
+    return f"experts of a class not known here, {_ends(values)}: {sum(values.values()):,} weights"
 
 
 def _ends(names: Iterable[str]) -> str:

@@ -17,8 +17,9 @@ from experiments.system import parallel
 from experiments.system.quiet import quiet
 from modules import decoder_linears
 from modules.adapters.state import replace_module
-from modules.experts import give_back_experts, pack_linear, take_over_experts
+from modules.experts import pack_linear
 from modules.linear import weight_shape
+from modules.mixtures import give_back_experts, take_over_experts
 
 
 def random_model(

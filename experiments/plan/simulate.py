@@ -33,8 +33,8 @@ from experiments.training.loss import LabelLoss
 from experiments.training.offload import Offload
 from kernels import use_backend
 from modules import AdamW, NF4Linear
-from modules.experts import experts_modules
 from modules.linear import weight_shape
+from modules.mixtures import experts_modules
 
 aten = torch.ops.aten
 

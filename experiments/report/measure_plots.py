@@ -143,10 +143,10 @@ def rank_in_use(group: Group) -> Picture | None:
     ranked = list(_best_first(group, runs))
     settings = {label: members for label, members in group.settings().items() if label in ranked[:MAX_LABELS]}
     styles = looks(group, settings)
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for run in runs for name in run.effective_ranks))
+    kinds = list(dict.fromkeys(_kind(name) for run in runs for name in run.effective_ranks))
     figure, (by_kind, by_depth) = new_figure(group, "The rank that an update uses", runs, 2, 4.8, 13)
     for position, (label, members) in enumerate(settings.items()):
-        for axes, of in ((by_kind, lambda name: kinds.index(name.rpartition(".")[2])), (by_depth, _depth)):
+        for axes, of in ((by_kind, lambda name: kinds.index(_kind(name))), (by_depth, _depth)):
             values = defaultdict(list)
             for run in members:
                 for name, value in run.effective_ranks.items():
@@ -184,6 +184,39 @@ def rank_in_use(group: Group) -> Picture | None:
         f"linear and by depth{which}. Mean ± standard deviation over layers and seeds."
     )
     return Picture("rank_in_use", caption, figure, [run for members in settings.values() for run in members])
+
+
+def expert_load(group: Group) -> Picture | None:
+    """How much more than its even share of tokens the busiest expert of a layer has, by depth."""
+    runs = [run for run in group.runs if run.expert_loads]
+    if not runs:
+        return None
+    settings = dict(list(_best_first(group, runs).items())[:MAX_LABELS])
+    styles = looks(group, settings)
+    figure, (axes,) = new_figure(group, "The load of experts", runs, height=4.8, width=8)
+    for label, members in settings.items():
+        values = defaultdict(list)
+        for run in members:
+            for name, load in run.expert_loads.items():
+                values[_depth(name)].append(load)
+        axes.plot(list(values), [float(numpy.mean(loads)) for loads in values.values()], label=label, **styles[label])
+    axes.axhline(1, color="0.6", lw=1, zorder=0)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    finish(axes, xlabel="block of the decoder", ylabel="busiest expert over its even share")
+    figure.legend(
+        *axes.get_legend_handles_labels(), frameon=False, fontsize="small", loc="outside lower center", ncols=4
+    )
+    caption = (
+        "Tokens of the busiest expert of each layer over the mean of the layer's experts, counted on the held-out "
+        "samples after training: mean over seeds. On the line all experts of a layer have as many."
+    )
+    return Picture("expert_load", caption, figure, [run for members in settings.values() for run in members])
+
+
+def _kind(name: str) -> str:
+    """The last part of a linear's name, without the number of an expert."""
+    return re.sub(r"\.\d+$", "", name).rpartition(".")[2]
 
 
 def _depth(name: str) -> int | None:

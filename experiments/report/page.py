@@ -25,6 +25,8 @@ LEARNED = {  # measures and their columns, beside the losses; those that no run 
     "valid_after": "valid",
     "second_loss_rise": "second loss rose by",
     "effective_rank": "effective rank",
+    "expert_imbalance": "busiest expert over its even share",
+    "experts_without_tokens": "experts without a token",
 }
 COST = {
     "train_seconds": "training time",
@@ -220,6 +222,8 @@ def number(measure: str, m: Mean) -> str:
         "exact_match_after": (100, " %", 1),
         "second_loss_rise": (1, "", 3),
         "effective_rank": (1, "", 1),
+        "expert_imbalance": (1, "", 2),
+        "experts_without_tokens": (1, "", 1),
         "cpu_energy_joules": (1e-3, " kJ", 2),
     }[measure]
     if not m.n:

@@ -19,7 +19,7 @@ from experiments.report.drawing import (
     series_of,
     style,
 )
-from experiments.report.measure_plots import exact_match, forgetting, rank_in_use, target_modules
+from experiments.report.measure_plots import exact_match, expert_load, forgetting, rank_in_use, target_modules
 from experiments.report.statistics import mean
 from experiments.runs.groups import Group
 from experiments.system.palette import COLOURS
@@ -42,6 +42,7 @@ def pictures(group: Group) -> list[Picture]:
             exact_match,
             forgetting,
             rank_in_use,
+            expert_load,
             curves,
         ),
     )

@@ -6,7 +6,7 @@ from experiments.runs import checkpoints
 from experiments.runs.model_files import ADAPTER, BASE, MODEL
 from experiments.runs.tracking import TENSORBOARD
 from experiments.system.directory import INSTEAD, earlier_results
-from experiments.system.files import HELDOUT, METRICS, RESULT, SPECTRUM
+from experiments.system.files import EXPERTS, HELDOUT, METRICS, RESULT, SPECTRUM
 from modules.files.checked import SUMS
 
 FILES = (
@@ -14,6 +14,7 @@ FILES = (
     METRICS,
     SPECTRUM,
     HELDOUT,
+    EXPERTS,
     "loss.png",
     "samples.md",
     SUMS,

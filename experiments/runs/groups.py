@@ -1,7 +1,8 @@
 """Read the results in a folder, and sort them into groups that can be compared.
 
 A result.json holds the configuration of its run, so the file alone is enough; the training curves come from the
-metrics.jsonl and the layers' ranks from the spectrum.csv beside it, where there are such.
+metrics.jsonl, the layers' ranks from the spectrum.csv and the load of experts from the experts.csv beside it, where
+there are such.
 """
 
 import csv
@@ -15,7 +16,16 @@ from typing import Any
 
 from experiments.config import RENAMED_METHODS
 from experiments.errors import UserError
-from experiments.system.files import HELDOUT, METRICS, NAME_LENGTH, RESULT, SPECTRUM, STUDY, directory_atomically
+from experiments.system.files import (
+    EXPERTS,
+    HELDOUT,
+    METRICS,
+    NAME_LENGTH,
+    RESULT,
+    SPECTRUM,
+    STUDY,
+    directory_atomically,
+)
 from modules.files.checked import verify_file
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
@@ -34,6 +44,7 @@ MEASURES = {
     "bits_per_weight": "bits",
 }
 NO_MEASURE = ("rank", "seed", "results_version")  # numbers of a result.json that its configuration has too
+FILES = (RESULT, METRICS, SPECTRUM, EXPERTS)  # that a report reads
 MACHINE = ("device", "threads")  # of a run, without which times cannot be compared
 
 
@@ -49,6 +60,7 @@ class Run:
         measures: every number that it measured, by name; those of a nested object as `object.name`.
         curve: the records of metrics.jsonl; none where that is missing.
         effective_ranks: of each adapted linear's update, by its name: spectrum.csv.
+        expert_loads: of the busiest expert of each layer of experts, over its even share: experts.csv.
     """
 
     name: str
@@ -62,6 +74,7 @@ class Run:
     shared_base: bool | None = None  # whether a sweep had packed its base before; None: it has a dense one
     curve: list[dict] = field(default_factory=list)
     effective_ranks: dict[str, float] = field(default_factory=dict)
+    expert_loads: dict[str, float] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -137,9 +150,7 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
         UserError: `copy` has a file in it that does not belong to a copy.
     """
     for path in [copy, *copy.rglob("*")] if copy.exists() else []:
-        if not (
-            path.is_dir() or path.name in (RESULT, METRICS, SPECTRUM, HELDOUT, STUDY) or path.parent == copy / "report"
-        ):
+        if not (path.is_dir() or path.name in (*FILES, HELDOUT, STUDY) or path.parent == copy / "report"):
             raise UserError(f"{path} does not belong to a copy of results: choose another folder than {copy}")
     with directory_atomically(copy) as directory:
         for among in groups:
@@ -154,14 +165,19 @@ def _copy_run(run: Run, original: Path, directory: Path) -> None:
     for name in (RESULT, METRICS, HELDOUT):
         if (original / name).exists():
             shutil.copyfile(original / name, directory / name)
-    if run.effective_ranks:  # the singular values themselves are most of the file
-        lines = ["layer,effective_rank", *(f"{layer},{r:.4g}" for layer, r in run.effective_ranks.items())]
-        (directory / SPECTRUM).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    # the singular values and the shares of all experts, which no report reads, are most of these files
+    for name, column, values in (
+        (SPECTRUM, "effective_rank", run.effective_ranks),
+        (EXPERTS, "max_over_mean", run.expert_loads),
+    ):
+        if values:
+            lines = [f"layer,{column}", *(f"{layer},{value:.4g}" for layer, value in values.items())]
+            (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_run(path: Path, folder: Path) -> Run:
     """Read a result.json. Raises ValueError if it is not the whole result of a run."""
-    for name in (RESULT, METRICS, SPECTRUM):
+    for name in FILES:
         verify_file(path.with_name(name))
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +216,8 @@ def read_run(path: Path, folder: Path) -> Run:
         crowded=machine.get("crowded") is True,
         shared_base=result.get("shared_base"),
         curve=_curve(path.parent / METRICS),
-        effective_ranks=_effective_ranks(path.parent / SPECTRUM),
+        effective_ranks=_by_layer(path.parent / SPECTRUM, "effective_rank"),
+        expert_loads=_by_layer(path.parent / EXPERTS, "max_over_mean"),
     )
 
 
@@ -233,10 +250,10 @@ def _curve(path: Path) -> list[dict]:
     return records
 
 
-def _effective_ranks(path: Path) -> dict[str, float]:
+def _by_layer(path: Path, column: str) -> dict[str, float]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            return {row["layer"]: float(row["effective_rank"]) for row in csv.DictReader(file)}
+            return {row["layer"]: float(row[column]) for row in csv.DictReader(file)}
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not whole
         return {}
 

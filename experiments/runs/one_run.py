@@ -18,7 +18,7 @@ from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import prepare_model
-from experiments.runs import directory, heldout, result_numbers, spectrum
+from experiments.runs import directory, heldout, load_balance, result_numbers, spectrum
 from experiments.runs.before_stop import BeforeStop
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
@@ -33,6 +33,7 @@ from experiments.system.energy import EnergyMeter
 from experiments.system.progress import bar
 from experiments.training.engines import engine_of
 from experiments.training.evaluation import Evaluation, SampleLoss, evaluate_each
+from experiments.training.expert_load import ExpertLoad
 from experiments.training.loop import Trainer, checkpoints_by_time, heldout_record
 from kernels.bench.machine import commit
 from modules.adapters.config import changes_base
@@ -98,6 +99,7 @@ class _Run:
         self.trained = self.trainer.trained
         if not parallel.is_main():
             torch.manual_seed(parallel.seed_of(cfg.seed))  # until here all processes draw the same
+        self.loads: dict[int, dict[str, list[int]]] = {}  # of experts, by the step of the newest evaluation
         self.checkpoints = Checkpoints(files.path, cfg, self.data)
         self.before_stop = BeforeStop()
         self.losses: tuple[int, list[SampleLoss]] | None = None  # of each held-out sample, after so many steps
@@ -176,6 +178,7 @@ class _Run:
         """Save the weights, measure the model, show samples; return the measured part of result.json."""
         cfg, trained, before = self.cfg, self.trained, self.before_stop
         layers = self._save_weights(finished=True)
+        balance = load_balance.rows(self._load())
         samples = self._samples()
         measured = self.measures.measure(self.model)
         losses = self._losses_after()
@@ -185,6 +188,7 @@ class _Run:
             self.files.write_samples(heading, samples)
             rows = heldout.as_rows("heldout", self.data.heldout, losses, measured.flags)
             self.files.write_heldout(rows + heldout.as_rows("second", self.measures.second, measured.second, {}))
+            self.files.write_experts(balance)
         result = {
             "method": cfg.method.name,
             "rank": cfg.rank,
@@ -193,6 +197,7 @@ class _Run:
             **result_numbers.compare(before.before, trained.best if cfg.trainer.keep_best else trained.evaluation),
             **result_numbers.before_and_after(before.measures_before, measured.numbers),
             **spectrum.summary(layers),
+            **load_balance.summary(balance),
             **self.storage,
         }
         self.tracking.summarize(result)
@@ -236,8 +241,10 @@ class _Run:
 
     def _evaluate(self) -> Evaluation:
         batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
-        evaluation, losses = evaluate_each(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"))
+        load = ExpertLoad(self.model)
+        evaluation, losses = evaluate_each(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"), load)
         self.losses = self.trained.steps, losses
+        self.loads = {self.trained.steps: load.total()}
         self._log({"step": self.trained.steps} | heldout_record(evaluation))
         loss, accuracy = f"loss {evaluation.loss:.3f}", f"token accuracy {evaluation.token_accuracy:.1%}"
         tqdm.write(f"held out, step {self.trained.steps}: {loss}, {accuracy}")
@@ -251,6 +258,19 @@ class _Run:
             batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
             self.losses = steps, evaluate_each(self.model, self.data.heldout, batch_size, pad_id)[1]
         return self.losses[1]
+
+    def _load(self) -> dict[str, list[int]]:
+        """The tokens that each expert gets with the weights that the run ends with: of the newest evaluation, unless
+        that was of other weights, or before a stop."""
+        step = self.trained.best_step if self.cfg.trainer.keep_best else self.trained.steps
+        if step not in self.loads:
+            load = ExpertLoad(self.model)
+            if load.layers:
+                batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
+                progress = bar("counting tokens of experts")
+                evaluate_each(self.model, self.data.heldout, batch_size, pad_id, progress, load)
+            return load.total()
+        return self.loads[step]
 
     def _checkpoint(self) -> None:
         now = asdict(self.before_stop) | {"seconds": self._seconds(), "joules": self._joules()}

@@ -5,10 +5,19 @@ from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs import heldout
+from experiments.runs import heldout, load_balance, spectrum
 from experiments.runs.config_file import CONFIG, write_config
-from experiments.runs.spectrum import COLUMNS
-from experiments.system.files import HELDOUT, METRICS, RESULT, SPECTRUM, as_csv, sync, write_atomically, write_figure
+from experiments.system.files import (
+    EXPERTS,
+    HELDOUT,
+    METRICS,
+    RESULT,
+    SPECTRUM,
+    as_csv,
+    sync,
+    write_atomically,
+    write_figure,
+)
 from experiments.system.palette import BLUE, ORANGE
 from modules.files.checked import SUMS, checksum_of, seal_files
 
@@ -66,12 +75,17 @@ class OutputFiles:
 
     def write_result(self, result: dict) -> None:
         write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
-        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM, HELDOUT))
+        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM, EXPERTS, HELDOUT))
 
     def write_spectra(self, rows: list[dict]) -> None:
         """Write spectrum.csv, a line an adapted linear (experiments/runs/spectrum.py); nothing without an adapter."""
         if rows:
-            write_atomically(self.path / SPECTRUM, as_csv(COLUMNS, rows))
+            write_atomically(self.path / SPECTRUM, as_csv(spectrum.COLUMNS, rows))
+
+    def write_experts(self, rows: list[dict]) -> None:
+        """Write experts.csv, a line a layer of experts (experiments/runs/load_balance.py); nothing without experts."""
+        if rows:
+            write_atomically(self.path / EXPERTS, as_csv(load_balance.COLUMNS, rows))
 
     def write_heldout(self, rows: list[dict]) -> None:
         write_atomically(self.path / HELDOUT, heldout.text_of(rows))

@@ -69,6 +69,12 @@ def table(result: dict) -> str:
         form = "10.3f" if name.endswith("loss") else "10.2f" if name == "perplexity" else "10.1%"
         before, after = (f"{result[f'{name}_{when}']:>{form}}" for when in ("before", "after"))
         lines.append(f"{name.replace('_', ' '):<{width}}{before}{after}")
+    if "expert_imbalance" in result:
+        lines += [
+            "",
+            f"experts: the busiest of a layer has {result['expert_imbalance']:.1f} times its even share of tokens; "
+            f"{result['experts_without_tokens']} have none",
+        ]
     lines += [
         "",
         f"trained {result['trainable_params']:,} of {result['total_params']:,} parameters; "

@@ -50,7 +50,7 @@ def hydra_command(config_name: str, schema: type) -> Callable[[Callable[[DictCon
                 return main(cfg)
             except (UserError, OSError) as error:  # here, not in `command`: Hydra would print a second message
                 sys.exit(last_words(f"error: {error}"))
-            except (MemoryError, RuntimeError) as error:  # likewise
+            except (MemoryError, RuntimeError, SystemError) as error:  # likewise
                 if told := _out_of_memory(error):
                     sys.exit(last_words(f"error: {told}"))
                 if not parallel.lost_another(error):
@@ -109,7 +109,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(last_words(f"error: {_one_line(error)}"))
         except OSError as error:
             sys.exit(last_words(f"error: {error}"))
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, SystemError) as error:
             if not (told := _out_of_memory(error)):
                 raise
             sys.exit(last_words(f"error: {told}"))
@@ -119,7 +119,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def _out_of_memory(error: MemoryError | RuntimeError) -> str | None:
+def _out_of_memory(error: Exception) -> str | None:
     from experiments.system.memory import out_of_memory  # here, for `--help` goes without torch
 
     return out_of_memory(error)

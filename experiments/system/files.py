@@ -19,7 +19,7 @@ from experiments.errors import UserError
 if TYPE_CHECKING:  # importing it takes time and memory
     from matplotlib.figure import Figure
 
-RESULT, METRICS, SPECTRUM = "result.json", "metrics.jsonl", "spectrum.csv"  # in a run's directory
+RESULT, METRICS, SPECTRUM, EXPERTS = "result.json", "metrics.jsonl", "spectrum.csv", "experts.csv"  # of a run
 HELDOUT = "heldout.csv"  # likewise
 STUDY = "study.yaml"  # the definition of a study, beside its runs
 NAME_LENGTH = 120  # of the varied keys in the name of a run's directory; a file name may have 255 bytes

@@ -15,13 +15,13 @@ import torch
 
 from experiments.config import TrainerConfig
 from experiments.errors import UserError
-from experiments.system import parallel
+from experiments.system import memory, parallel
 from kernels import cpu
 from kernels.cpu.others import OthersLoad, crowded
 
-MOST_THREADS = (
-    16  # unless trainer.threads says otherwise: the products of a small model's tokens are too small for more
-)
+MOST_THREADS = 16  # by default: the products of a small model's tokens are too small for more
+SCARCE = 2**32  # bytes of free memory
+FEW_PRIMITIVES = 32  # that oneDNN keeps where memory is scarce, not 1024: each has code for one shape of a product
 HEAP_BLOCKS = 8  # of 512 MB: enough for a training step on a CPU
 LOAD = OthersLoad()  # since this program began
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -81,6 +81,8 @@ def set_up_cpu(trainer: TrainerConfig) -> None:
     torch.set_num_threads(trainer.threads or min(threads, MOST_THREADS))
     cpu.threads.share_cores()
     _allocator(mapped_from=2**17)
+    if _is_scarce():
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(FEW_PRIMITIVES))
 
 
 def seed_all(seed: int) -> None:
@@ -103,9 +105,17 @@ def usable_cores() -> int:
 def keep_freed_memory() -> None:
     """Have the allocator reuse freed memory instead of returning it to the system, and keep it in huge pages. A
     training step allocates the same activations again and again, and would get each of their pages anew. While a model
-    is loaded the opposite is better: a dense weight that has been packed should go back."""
+    is loaded the opposite is better: a dense weight that has been packed should go back. So it is where memory is
+    scarce: batches of many lengths leave gaps in a heap that is kept."""
+    if _is_scarce():
+        return
     _allocator(mapped_from=2**30, trimmed_from=-1)
     _huge_pages()
+
+
+def _is_scarce() -> bool:
+    free = memory.free_bytes(torch.device("cpu"))
+    return free is not None and free < SCARCE
 
 
 def _glibc() -> ctypes.CDLL | None:

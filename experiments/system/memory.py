@@ -12,7 +12,7 @@ CGROUPS = {  # version: what limits a group's memory, what it uses, and the part
     2: ("memory.max", "memory.current", "inactive_file"),
 }
 LITTLE = 2**28  # bytes left, with which a library that cannot begin lacks memory
-LIBRARIES = ("could not create a primitive", "could not create a memory", "std::bad_alloc")  # oneDNN's and C++'s words
+LIBRARIES = ("could not create a primitive", "could not create a memory", "std::bad_alloc", "can't start new thread")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -27,11 +27,13 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """Words for the user; None: it is another error. torch has a class of its own for a GPU's memory alone."""
+    """Words for the user; None: it is another error. torch has a class of its own for a GPU's memory alone, oneDNN, C++
+    and Python's threads have words of their own, and an import ends in a SystemError."""
     asked = re.search(r"tried to allocate ([\d.]+ ?\w+)", str(error), re.IGNORECASE)
     if asked is None and not isinstance(error, MemoryError):
         free = free_bytes(torch.device("cpu"))
-        if not str(error).startswith(LIBRARIES) or free is None or free > LITTLE:
+        has_their_words = isinstance(error, SystemError) or str(error).startswith(LIBRARIES)
+        if not has_their_words or free is None or free > LITTLE:
             return None
     more = f", {asked[1]} more were asked for" if asked else ""
     return (

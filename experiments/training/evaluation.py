@@ -15,6 +15,7 @@ from experiments.data.chat import IGNORED, Example
 from experiments.data.samples import collate, eval_batches
 from experiments.errors import UserError
 from experiments.system import parallel
+from experiments.training.expert_load import ExpertLoad
 from modules.adapters.prefix import prompt_lengths
 
 
@@ -115,8 +116,9 @@ def evaluate_each(
     batch_size: int,
     pad_id: int,
     progress: Callable[[Iterable], Iterable] = iter,
+    load: ExpertLoad | None = None,
 ) -> tuple[Evaluation, list[SampleLoss]]:
-    """As `evaluate`; in process 0 also the loss of each example, in their order.
+    """As `evaluate`; in process 0 also the loss of each example, in their order. `load` counts the tokens of experts.
 
     Batches are of examples of about one length, so packing would save next to nothing.
     """
@@ -126,9 +128,12 @@ def evaluate_each(
     each: list[tuple[int, SampleLoss]] = []
     batches = eval_batches(examples, batch_size * parallel.size())
     for group, places in zip(progress(batches), batches.places):
-        own = parallel.share(group) or [group[0].unlabelled()]
+        share = parallel.share(group)
+        own = share or [group[0].unlabelled()]
         batch = to_device(collate(own, pad_id), model.device)
-        logits, targets = label_logits(model, batch)
+        mask = batch["attention_mask"] * bool(share)
+        with contextlib.nullcontext() if load is None else load.counting(mask):
+            logits, targets = label_logits(model, batch)
         log_likelihood = F.log_softmax(logits.float(), dim=-1)
         found = F.nll_loss(log_likelihood, targets, reduction="sum").double().item()
         sums = parallel.total(found, (logits.argmax(dim=-1) == targets).sum().item(), targets.numel())

@@ -11,6 +11,8 @@ from torch import nn
 
 from experiments.config import Config
 from experiments.system import parallel
+from modules.adapters.model_code import unknown_experts
+from modules.experts import ExpertsLinear
 
 MEMORY_SHARE = 0.5  # of the device's memory that was free before the first capture: all graphs together
 
@@ -30,6 +32,16 @@ def cannot_capture(cfg: Config, model: nn.Module) -> str | None:
     again = cfg.trainer.gradient_checkpointing or cfg.trainer.mlp_tokens
     if again and own_dropout(model):
         return f"checkpointing computes the model's own dropout ({own_dropout(model)}) again"
+    return _experts_that_wait(model)
+
+
+def _experts_that_wait(model: nn.Module) -> str | None:
+    """Why the experts of `model` make the host wait for the number of tokens that each has; None if they do not."""
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertsLinear) and module.weight.requires_grad:
+            return f"{name} trains whole, and the host asks how many tokens each expert has"
+    if unknown := next(iter(unknown_experts(model)), None):
+        return f"{unknown} is of experts of a class not known here, whose code may ask how many tokens each has"
     return None
 
 

@@ -3,15 +3,11 @@
 import torch
 from torch import Tensor
 
+from kernels.routing import rows_of_pairs
+
 
 def gather(x: Tensor, order: Tensor, k: int) -> Tensor:
     return x.index_select(0, order // k)
-
-
-def rows_of_pairs(order: Tensor, k: int) -> Tensor:
-    """The sorted row of each pair [T, k]: the inverse of `order`."""
-    rows = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return rows.view(-1, k)
 
 
 def combine(y: Tensor, order: Tensor, weights: Tensor | None, k: int) -> Tensor:

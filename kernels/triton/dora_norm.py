@@ -58,10 +58,9 @@ def _norm_nf4_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
     total = squares_nf4(
         packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, a_ptr, b_ptr,
-        rows, N, K, split * K_SPLIT, end, scaling, R, BLOCKSIZE, BLOCK_N, BLOCK_K, BLOCK_R,
+        rows, N, K, split, K_SPLIT, scaling, R, BLOCKSIZE, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     tl.store(partial_ptr + split.to(tl.int64) * N + rows, total, mask=rows < N)
 
@@ -69,10 +68,10 @@ def _norm_nf4_kernel(
 @triton.jit
 def squares_nf4(
     packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, a_ptr, b_ptr,
-    rows, N, K, start, end, scaling, R: tl.constexpr,
+    rows, N, K, split, K_SPLIT, scaling, R: tl.constexpr,
     BLOCKSIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Σ (W + sBA)² over columns start to end, for `rows` below N: fp32 [BLOCK_N]."""
+    """Σ (W + sBA)² over the columns of a split, for `rows` below N: fp32 [BLOCK_N]."""
     PARTS: tl.constexpr = BLOCK_K // BLOCKSIZE if BLOCK_K > BLOCKSIZE else 1
     HALF: tl.constexpr = BLOCK_K // 2
     byte = tl.arange(0, HALF)
@@ -84,7 +83,7 @@ def squares_nf4(
         if BLOCK_R >= R:
             b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_N, HALF], tl.float32)
-    for k in range(start, end, BLOCK_K):
+    for k in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
         even = tl.zeros([BLOCK_N, HALF], tl.float32)
         odd = tl.zeros([BLOCK_N, HALF], tl.float32)
         if a_ptr is not None:
@@ -125,14 +124,13 @@ def _norm_dense_kernel(
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
-    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
-    total = squares_dense(w_ptr, a_ptr, b_ptr, rows, N, K, split * K_SPLIT, end, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R)
+    total = squares_dense(w_ptr, a_ptr, b_ptr, rows, N, K, split, K_SPLIT, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R)
     tl.store(partial_ptr + split.to(tl.int64) * N + rows, total, mask=rows < N)
 
 
 @triton.jit
 def squares_dense(
-    w_ptr, a_ptr, b_ptr, rows, N, K, start, end, scaling, R: tl.constexpr,
+    w_ptr, a_ptr, b_ptr, rows, N, K, split, K_SPLIT, scaling, R: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """As `squares_nf4`, of a dense W."""
@@ -140,7 +138,7 @@ def squares_dense(
     if a_ptr is not None and BLOCK_R >= R:
         b = _load_b(b_ptr, scaling, rows, r, N, R, a_ptr.dtype.element_ty)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    for k0 in range(start, end, BLOCK_K):
+    for k0 in range(split * K_SPLIT, tl.minimum(split * K_SPLIT + K_SPLIT, K), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + rows[:, None] * K + k[None, :], mask=(rows < N)[:, None] & (k < K)[None, :], other=0.0)
         w = w.to(tl.float32)  # [BLOCK_N, BLOCK_K]

@@ -44,11 +44,11 @@ def _norm_nf4_kernel(
     split = tl.program_id(1)
     expert = tl.program_id(2).to(tl.int64)
     rows = expert * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = _end_of_split(ends_ptr, expert, split, K, K_SPLIT)
+    columns = _columns_of_split(ends_ptr, expert, K_SPLIT)
     total = squares_nf4(
         packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr,
         a_ptr + expert * R * K, b_ptr,
-        rows, expert * N + N, K, split * K_SPLIT, end, scaling, R, BLOCKSIZE, BLOCK_N, BLOCK_K, BLOCK_R,
+        rows, expert * N + N, K, split, columns, scaling, R, BLOCKSIZE, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     tl.store(partial_ptr + split.to(tl.int64) * experts * N + rows, total, mask=rows < expert * N + N)
 
@@ -73,22 +73,22 @@ def _norm_dense_kernel(
     split = tl.program_id(1)
     expert = tl.program_id(2).to(tl.int64)
     rows = expert * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    end = _end_of_split(ends_ptr, expert, split, K, K_SPLIT)
+    columns = _columns_of_split(ends_ptr, expert, K_SPLIT)
     total = squares_dense(
         w_ptr, a_ptr + expert * R * K, b_ptr,
-        rows, expert * N + N, K, split * K_SPLIT, end, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R,
+        rows, expert * N + N, K, split, columns, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     tl.store(partial_ptr + split.to(tl.int64) * experts * N + rows, total, mask=rows < expert * N + N)
 
 
 @triton.jit
-def _end_of_split(ends_ptr, expert, split, K, K_SPLIT):
-    """Where the columns of a split end: before they begin if the expert has no rows."""
-    end = tl.minimum(split * K_SPLIT + K_SPLIT, K)
+def _columns_of_split(ends_ptr, expert, K_SPLIT):
+    """K_SPLIT, and 0 if the expert has no rows."""
+    columns = K_SPLIT
     if ends_ptr is not None:
         before = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
-        end = tl.where(tl.load(ends_ptr + expert) > before, end, 0)
-    return end
+        columns = tl.where(tl.load(ends_ptr + expert) > before, K_SPLIT, 0)
+    return columns
 
 
 @triton.jit

@@ -34,15 +34,9 @@ from modules.adapters.targets import (
     fitted,
     wrapped_linears,
 )
-from modules.experts import (
-    DoRAExperts,
-    LoRAExperts,
-    give_back_experts,
-    is_experts,
-    reached_experts,
-    take_over_experts,
-)
+from modules.experts import DoRAExperts, LoRAExperts, is_experts
 from modules.linear import DoRALinear, LoRALinear, NF4Linear
+from modules.mixtures import give_back_experts, reached_experts, take_over_experts
 
 ADAPTERS: dict[str, type[LoRALinear]] = {"lora": LoRALinear, "dora": DoRALinear}
 OF_EXPERTS: dict[str, type[LoRALinear]] = {"lora": LoRAExperts, "dora": DoRAExperts}

@@ -1,15 +1,18 @@
 """The fingerprint of a base model, by which an adapter knows the one that it was trained on from others of its shapes.
 
-It has the hash of the first values of the embeddings, and that of all decoder linears, or of their codes and
-constants. A base in another data type has another hash there, and only what has the same type is compared. Embeddings
-are never packed.
+It has the hash of the first values of the embeddings, and that of all decoder linears but experts, or of their codes
+and constants. A base in another data type has another hash there, and only what has the same type is compared.
+Embeddings are never packed.
 """
+
+from collections.abc import Mapping
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
 from modules.adapters.targets import decoder_linears
+from modules.experts import is_experts
 from modules.linear import NF4Linear
 
 VALUES = 2048  # of each tensor
@@ -27,7 +30,7 @@ def base_print(model: nn.Module) -> dict[str, str]:
         model: without adapters in its tree.
     """
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    linears = list(decoder_linears(model).values())
+    linears = [one for one in decoder_linears(model).values() if not is_experts(one)]
     found = {}
     for part, modules in (("embeddings", [embeddings]), ("linears", linears)):
         if not all(isinstance(getattr(one, "weight", None), Tensor) and not one.weight.is_meta for one in modules):
@@ -41,7 +44,7 @@ def base_print(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def is_other_base(written: dict[str, str], here: dict[str, str]) -> bool:
+def is_other_base(written: Mapping[str, str], here: Mapping[str, str]) -> bool:
     """Whether the fingerprints are those of different models."""
     return any(written[part] != here[part] for part in written.keys() & here.keys())
 
@@ -59,4 +62,4 @@ def _sample(module: nn.Module) -> Tensor:
 def _type(module: nn.Module, sample: Tensor) -> str:
     if not isinstance(module, NF4Linear):
         return str(sample.dtype).removeprefix("torch.")
-    return f"{module.quant_type} of {module.blocksize}"
+    return f"{module.quant_type} of {module.blocksize} from {module.dtype}"  # rounded weights may have other codes

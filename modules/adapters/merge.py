@@ -10,8 +10,9 @@ from modules.adapters.attach import add_adapter, prepare_to_add
 from modules.adapters.config import AdapterConfig
 from modules.adapters.own import merged_copy
 from modules.adapters.state import forget, named_adapter, replace_module, set_adapter, state_of
-from modules.experts import give_back_experts, pack_linear
+from modules.experts import pack_linear
 from modules.linear import LoRALinear, NF4Linear, dense_weight
+from modules.mixtures import give_back_experts
 
 
 @dataclass(frozen=True)

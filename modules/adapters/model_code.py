@@ -3,7 +3,7 @@
 Some linears stay dense and get no adapter, because they are more or less than a product with x:
     own forward      a subclass of nn.Linear that computes something else: routers that return a pair, grouped products
     read             a linear whose weight or bias the model's code reads: it would get codes, or miss the adapter
-Experts are linears of their own (modules/experts.py), but those of classes that are not known there stay as they are.
+Experts are linears of their own (modules/mixtures.py), but those of classes that are not known there stay as they are.
 
 Some models change the result of a linear in place (Falcon). DoRA keeps its result for backward, so these get a copy.
 """
@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from modules.experts import ExpertsLinear, experts_weights
+from modules.experts import ExpertsLinear
 from modules.linear import LoRALinear, NF4Linear, is_conv1d
+from modules.mixtures import experts_weights
 
 INITIALISE = ("__init__", "_init_weights", "reset_parameters")
 OWN_FORWARD, READ = "its class computes more than a linear", "the model's code reads its weight"
@@ -117,7 +118,7 @@ def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def unknown_experts(model: nn.Module) -> dict[str, int]:
-    """The parameters that hold the weights of several experts in a way that modules/experts.py does not know, by full
+    """The parameters that hold the weights of several experts in a way that modules/mixtures.py does not know, by full
     name, and their numbers of values."""
     known, found = {*experts_weights(model)}, {}
     for path, module in model.named_modules():

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from modules.adapters.config import AdapterConfig
-from modules.experts import give_back_experts
+from modules.mixtures import give_back_experts
 
 DEFAULT = "default"  # the name of an adapter that is given none
 
@@ -49,7 +49,8 @@ class AdapterState:
         active: the name of the active adapter; None: the base alone is in the tree.
         merged: dense layers stand for the active adapter in the tree.
         untied: `merge` set config.tie_word_embeddings to False.
-        base_print: the fingerprint of the base that the first adapter was put on (base_print.py).
+        base_print: the fingerprint of the base, as the first adapter found it or as it was packed since
+            (base_print.py).
     """
 
     trainable: list[nn.Parameter]

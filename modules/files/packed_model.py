@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from kernels import Weight
 from modules.adapters.model_code import left_out
 from modules.adapters.state import replace_module
-from modules.experts import NF4Experts, experts_weights, take_over_experts
+from modules.experts import NF4Experts
 from modules.files.checked import Damaged, verify_file
 from modules.files.conversion import bring_into_memory
 from modules.files.tensors import TensorFiles, describe
 from modules.linear import NF4Linear
+from modules.mixtures import experts_weights, take_over_experts
 
 ROTARY = r"rotary_emb\.inv_freq$"  # files of old transformers hold it, but it is computed from the config
 MODELOPT_FILE = "hf_quant_config.json"

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from modules.adapters.state import Adapter
-from modules.experts import IN_OUT, PROJECTIONS, is_experts
+from modules.experts import is_experts
 from modules.linear import LoRALinear
+from modules.mixtures import IN_OUT, PROJECTIONS
 
 
 def of_experts(adapter: Adapter) -> list[str]:

@@ -4,8 +4,8 @@ Of a part backward keeps the input alone, and computes the rest again. So the wi
 for one part, not for all tokens. Each part dequantizes packed weights again.
 
 An MLP is a module of two or more linears, with or without adapters, whose results for a token depend on that token
-alone. A probe shows that on small stand-ins. Experts that modules/experts.py knows are computed in parts too. Not among
-these are layers that have the linears of their MLP beside other things (OPT), and Llama 4's experts.
+alone. A probe shows that on small stand-ins. Experts that modules/mixtures.py knows are computed in parts too, and so
+are the MLPs of layers that have their linears beside other things (chunked_layer.py). Llama 4's experts are not.
 """
 
 import copy
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from modules.adapters.bottleneck import BottleneckLinear
 from modules.adapters.state import state_of
-from modules.experts import Experts, is_experts, take_over_experts
+from modules.experts import is_experts
+from modules.fused.chunked_layer import layer_in_parts
 from modules.fused.mlp import FusedMLP
 from modules.fused.module import Fused, can_be_replaced
 from modules.linear import LoRALinear, NF4Linear, is_conv1d, weight_shape
+from modules.mixtures import Experts, take_over_experts
 from modules.parts import in_parts
 
 LEAST = 4  # the narrowest side of a stand-in
@@ -58,7 +60,7 @@ def compute_mlps_in_parts(model: nn.Module, tokens: int) -> list[str]:
     ones in backward. Names, parameters and state dicts stay what they are.
 
     Returns:
-        The full names of these MLPs.
+        The full names of these MLPs, or of the layers that they are a part of.
     """
     take_over_experts(model)
     state = state_of(model)
@@ -81,12 +83,14 @@ def compute_mlps_in_parts(model: nn.Module, tokens: int) -> list[str]:
     return replaced
 
 
-def _chunked(module: nn.Module, tokens: int) -> ChunkedMLP | None:
+def _chunked(module: nn.Module, tokens: int) -> Fused | None:
     """The replacement of `module`; None if it is no MLP."""
     if isinstance(module, FusedMLP):
         return _kind(FusedMLP)(module, tokens)
     if isinstance(module, Fused) or not can_be_replaced(module) or module._parameters or module._buffers:
         return None
+    if (layer := layer_in_parts(module, tokens)) is not None:
+        return layer
     sizes = [_size(child) for child in module.children()]
     others = [child for child, size in zip(module.children(), sizes) if size is None]
     if len(sizes) - len(others) < 2 or any(True for child in others for _ in child.parameters()):

@@ -3,13 +3,13 @@
 from torch import nn
 
 from modules.adapters.state import state_of
-from modules.experts import Experts
 from modules.fused import attention, rotary
 from modules.fused.joined import join
 from modules.fused.mlp import fused_mlp
 from modules.fused.module import Fused
 from modules.fused.rms_norm import fused_rms_norm
 from modules.linear import LoRALinear
+from modules.mixtures import Experts
 
 
 def fuse(model: nn.Module) -> list[str]:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from modules.experts import SILU
 from modules.fused.joined import joined
 from modules.fused.module import Fused, can_be_replaced, computes_the_same
+from modules.mixtures import SILU
 
 LINEARS = ("gate_proj", "up_proj", "down_proj")
 

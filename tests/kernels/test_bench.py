@@ -108,10 +108,10 @@ def test_the_memory_of_weights_stands_beside_the_times(machine):
     bench = with_provider("experts_lora")
     (case,) = Runner(machine, quick=True).cases(bench)
     packed, dense = (case.memory[name][0] for name in ("ours", "peft"))
-    weights = 8 * 3 * 256 * 192
+    weights = 16 * 3 * 768 * 384
     assert dense == 4 * weights and 4.12 < 8 * packed / weights < 4.15
     lines = dict(zip(case.memory, Table(bench).lines(case)))
-    assert lines["ours"].endswith(" 0.6") and lines["peft"].endswith(" 4.7")
+    assert lines["ours"].endswith(" 7.3") and lines["peft"].endswith(" 56.6")
     assert Table(bench).header().endswith("weights, MB")
 
 

@@ -1,12 +1,17 @@
 """Small random models with experts, and what they compute with adapters by the formula, for each expert alone."""
 
 import copy
+import json
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kernels import Weight, quantize_4bit
 from modules import adapted_linears
 from modules.experts import is_experts
+from modules.files.block_formats import parts_of_weight
 from modules.linear import weight_of
 from tests.survey.small import build
 
@@ -77,6 +82,19 @@ def gradients_by_formula(adapted: nn.Module, exact: nn.Module) -> dict[str, torc
         found[f"{path}.lora_A"] = layer.scaling * lora_B.mT @ dw
         found[f"{path}.lora_B"] = layer.scaling * dw @ lora_A.mT
     return found
+
+
+def pack_as_shipped(directory: Path) -> dict[str, torch.Tensor]:
+    """Have the experts of the gpt-oss in `directory` in MXFP4, as OpenAI ships them; returns the file's tensors."""
+    path, config = directory / "model.safetensors", directory / "config.json"
+    tensors = load_file(path)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        codes, scales, _ = parts_of_weight(Weight(*quantize_4bit(tensors.pop(name).mT, quant_type="mxfp4")))
+        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales.view(torch.uint8)}
+    save_file(tensors, path, metadata={"format": "pt"})
+    how = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": how}))
+    return tensors
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -22,8 +22,9 @@ from modules import (
     unfuse,
     unmerge,
 )
-from modules.experts import ExpertsLinear, NF4Experts, take_over_experts
+from modules.experts import ExpertsLinear, NF4Experts
 from modules.fused import compute_mlps_in_parts
+from modules.mixtures import take_over_experts
 from modules.norms import Norms
 from tests.modules.architectures import scramble
 from tests.modules.moe_cases import IDS, MODELS, by_formula, experts_of, gradients_by_formula, moe_model, outputs

@@ -294,7 +294,7 @@ def _tokens(folder: Path) -> Subject:
     cfg = resolve(composed("+method=lora", *TINY, "data=jsonl", f"data.path={folder / 'chats.jsonl'}")).data
 
     def use(cache: Path) -> Any:
-        with _cache(cache), _patched(samples, "LARGE", 1):
+        with _cache(cache), patched(samples, "LARGE", 1):
             data = load_data(cfg, tokenizer)
             return data.fingerprint, data.note, [e.reference for e in data.heldout]
 
@@ -349,7 +349,7 @@ def _model(folder: Path, packed: bool) -> Subject:
 
 
 @contextlib.contextmanager
-def _patched(owner: Any, name: str, value: Any):
+def patched(owner: Any, name: str, value: Any):
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

@@ -8,12 +8,16 @@ while it runs. With a GPU `compute-sanitizer python -m pytest tests/kernels` ask
 
 import contextlib
 import importlib
+import os
 import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():  # as tests/conftest.py, which comes after this
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kernels import triton
 from kernels.cpu import numba_tools

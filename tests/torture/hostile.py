@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.config import DataConfig
+from experiments.data import rendering
 from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.directory import load_directory
@@ -34,7 +35,7 @@ from modules.files.bitsandbytes import save_bnb4
 from tests.experiments.helpers import tiny
 from tests.experiments.made_up_results import write_run
 from tests.torture.damage import flipped, longer, retyped, truncated, zeroed
-from tests.torture.damaged import quiet, shown, strip
+from tests.torture.damaged import patched, quiet, shown, strip
 
 ROOM, SECONDS = 3 * 2**29, 60
 RUNS_CODE = ("os.system", "os.exec", "os.posix_spawn", "subprocess.Popen", "pickle.find_class", "socket.connect")
@@ -332,7 +333,8 @@ def _templates(folder: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
 
         def use(source: str = source, path: Path = path) -> None:
             path.write_text(source)
-            _rows(folder / "chat.jsonl", str(path))
+            with patched(rendering, "SECONDS", 1):
+                _rows(folder / "chat.jsonl", str(path))
 
         yield f"a template with {name}", use
 

@@ -167,7 +167,7 @@ def _once(arguments: list[str], kind: str, moment: float, folder: Path, rng: Ran
     if ended.orphans:
         findings.append(f"left running: {ended.orphans}")
     if "Traceback" in ended.text:
-        findings.append(f"traceback: {ended.text[-600:]}")
+        findings.append(f"traceback: {ended.text.partition('Traceback')[2][:800]}")
     if ended.code not in codes or (ended.code == 1) != ("error: " in ended.text):
         findings.append(f"exit code {ended.code}: {ended.text[-300:]}")
     if "-m" in arguments:

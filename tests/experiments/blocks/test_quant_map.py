@@ -9,6 +9,7 @@ from experiments.blocks.quant_map import QuantMap, blocksizes, read_map, write_m
 from experiments.config import ModelConfig, QuantConfig
 from experiments.models.load import load_model
 from modules import decoder_linears, quantize
+from modules.adapters.base_print import base_print
 from modules.linear import weight_shape
 
 
@@ -47,6 +48,17 @@ def test_a_run_packs_each_linear_as_its_map_says(command, quant_map, tmp_path):
     stored = sum(buffer.nbytes for linear in linears.values() for buffer in linear.buffers())
     weights = sum(out * columns for out, columns in chosen.shapes.values())
     assert result["bits_per_weight"] == pytest.approx(8 * stored / weights)
+
+
+def test_a_map_of_another_model_of_the_same_shapes_is_noticed(command, tmp_path):
+    model, _ = load_model(ModelConfig(name="tiny", source="tiny"), torch.float32, seed=0)
+    shapes = shapes_of_tiny()
+    write_map(tmp_path / "map.yaml", QuantMap(True, shapes, dict.fromkeys(shapes, 64), base_print(model)), "a test")
+    given = ["+method=qlora", "quant=tuned", f"quant.map={tmp_path / 'map.yaml'}", "trainer.steps=1"]
+    told = "map.yaml was chosen for another model of the same shapes"
+    for seed, noticed in ((0, False), (1, True)):
+        code, text = command(*given, f"seed={seed}", f"output_dir={tmp_path / str(seed)}")
+        assert code == 0 and (told in text) == noticed, text
 
 
 def test_rows_are_kept_apart():

@@ -127,7 +127,7 @@ def test_a_folder_and_a_pattern(tmp_path, tokenizer):
         ("c.csv", b"prompt,completion\nq,\xff\n", r"c.csv:\d: not UTF-8"),
         ("c.csv", b"prompt,answer\nq,a\n", r"c.csv:2: unknown format with keys .*; completion is missing"),
         ("c.jsonl.gz", b"{}", r"c.jsonl.gz: cannot read this file: Not a gzipped file"),
-        ("c.jsonl.gz", gzip.compress(b'{"prompt": "p"}' * 99)[:-9], r"c.jsonl.gz: not a whole gzip file: "),
+        ("c.jsonl.gz", gzip.compress(b'{"prompt": "p"}' * 99, mtime=0)[:-9], r"c.jsonl.gz: not a whole gzip file: "),
         pytest.param("c.parquet", b"PAR1", r"c.parquet: not a whole Parquet file: ", marks=has_pyarrow),
         pytest.param("c.arrow", b"ARROW", r"c.arrow: not a whole Arrow file: ", marks=has_pyarrow),
         ("c.jsonl", b'{"text": "t"}', r"c.jsonl:1: unknown format .*; for plain text use data=text"),

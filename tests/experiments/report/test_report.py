@@ -80,15 +80,20 @@ def test_what_else_was_measured_is_drawn_and_told(terminal, tmp_path):
                 (path / "result.json").write_text(json.dumps(result))
                 ranks = "".join(f"model.layers.{n}.self_attn.q_proj,{2 + n}\n" for n in range(3))
                 (path / "spectrum.csv").write_text(f"layer,effective_rank\n{ranks}")
+                loads = "".join(f"model.layers.{n}.mlp.experts,4,{1 + n},0,1\n" for n in range(3))
+                (path / "experts.csv").write_text(f"layer,experts,max_over_mean,without_tokens,shares\n{loads}")
+                result |= {"expert_imbalance": 2.0, "experts_without_tokens": 3}
+                (path / "result.json").write_text(json.dumps(result))
     [one] = groups_of(tmp_path)
     drawn = {picture.name: picture for picture in pictures(one)}
     assert drawn.keys() == {
-        *("settings", "target_modules", "cost", "exact_match", "forgetting", "rank_in_use", "curves"),
+        *("settings", "target_modules", "cost", "exact_match", "forgetting", "rank_in_use", "expert_load", "curves"),
     }
     assert [len(drawn[name].runs) for name in ("target_modules", "rank_in_use", "exact_match")] == [4, 4, 6]
     by_kind, by_depth = drawn["rank_in_use"].figure.axes
     assert [line.get_ydata().tolist() for line in by_depth.get_lines()[:1]] == [[2, 3, 4]]
     assert by_kind.get_lines()[0].get_ydata().tolist() == [3]
+    assert drawn["expert_load"].figure.axes[0].get_lines()[0].get_ydata().tolist() == [1, 2, 3]
     assert [label.get_text() for label in drawn["exact_match"].figure.axes[0].get_xticklabels()] == [
         *("all", "level 1", "level 2"),
     ]
@@ -98,6 +103,8 @@ def test_what_else_was_measured_is_drawn_and_told(terminal, tmp_path):
     assert "Most right answers: **bitfit**, 70.0 %." in markdown and "exact match | second loss rose by |" in markdown
     assert "Least forgotten (rise of the loss on the second domain): **bitfit**, 0.000." in markdown
     assert [run.effective_ranks for run in read_runs(copy)[0]] == [run.effective_ranks for run in one.runs]
+    assert [run.expert_loads for run in read_runs(copy)[0]] == [run.expert_loads for run in one.runs]
+    assert "busiest expert over its even share | experts without a token |" in markdown and "2.00 | 3.0 |" in markdown
     assert "energy" not in markdown  # nobody measured it
 
 

@@ -5,14 +5,14 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from experiments import export, generate
 from experiments.runs.finished import load_run
 from modules import decoder_linears, dequantize, detach, unfuse
 from modules.experts import NF4Experts
 from tests.experiments.helpers import repeatable_records, repeatable_result, tensors
-from tests.modules.moe_cases import by_formula, experts_of, outputs
+from tests.modules.moe_cases import by_formula, experts_of, outputs, pack_as_shipped
 from tests.survey.life import save_small
 
 STEPS = ["rank=4", "lr=1e-2", "trainer.steps=4", "trainer.checkpoint_every=2", "trainer.samples=0", "dropout=0.1"]
@@ -70,6 +70,35 @@ def modules_of_base(model) -> None:
     dequantize(model)
     unfuse(model)
     assert not any("experts" in name for name in decoder_linears(model))
+
+
+@pytest.mark.parametrize("method", ["qlora", "qdora"])
+def test_a_run_over_gpt_oss_as_it_is_shipped(command, terminal, moe, tmp_path, method):
+    """Experts stay in MXFP4, everything else dense."""
+    settings, out, whole = [f"+method={method}", "quant=mxfp4", *moe("gpt_oss")], tmp_path / "out", tmp_path / "whole"
+    pack_as_shipped(tmp_path / "gpt_oss")
+    code, text = command(*settings)
+    assert code == 0, text
+    shutil.copytree(out, whole)
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    (out / "result.json").unlink()
+    code, text = command(*settings, f"resume={out}")
+    assert code == 0, text
+    assert repeatable_records(out) == repeatable_records(whole) and tensors(out) == tensors(whole)
+    ours = load_run(out).model
+    assert {layer.base.quant_type for layer in experts_of(ours).values()} == {"mxfp4"}
+    unpacked = Mxfp4Config(dequantize=True)
+    plain = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "gpt_oss", quantization_config=unpacked, dtype=torch.float32
+    )
+    want = outputs(by_formula(plain.eval(), ours))
+    torch.testing.assert_close(outputs(ours).double(), want, rtol=1e-3, atol=1e-4)
+    code, text = terminal(export, f"run={out}", "to=merged")
+    assert code == 0, text
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged", dtype=torch.float32).eval()
+    torch.testing.assert_close(outputs(merged).double(), want, rtol=1e-3, atol=1e-4)
+    code, text = command(*settings[:1], *settings[2:], "overwrite=true")
+    assert code == 1 and "is packed in mxfp4, not in nf4: choose quant=mxfp4" in text
 
 
 def test_experts_that_the_data_reaches_and_one_factor_for_all(command, moe, tmp_path):

@@ -66,3 +66,18 @@ def test_threads_on_machines_of_every_size(monkeypatch, cores, processes, asked,
     machine.set_up_cpu(TrainerConfig(threads=asked))
     assert set_to[-1] == threads
     assert words in machine.describe(torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(("free", "kept"), [(2**31, False), (2**34, True), (None, True)])
+def test_freed_memory_is_kept_unless_it_is_scarce(monkeypatch, free, kept):
+    asked = []
+    monkeypatch.setattr(machine.memory, "free_bytes", lambda device: free)
+    monkeypatch.setattr(machine, "_allocator", lambda **limits: asked.append(limits))
+    monkeypatch.setattr(machine, "_huge_pages", lambda: None)
+    machine.keep_freed_memory()
+    assert bool(asked) == kept
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    machine.set_up_cpu(TrainerConfig())
+    assert ("ONEDNN_PRIMITIVE_CACHE_CAPACITY" in os.environ) != kept
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)

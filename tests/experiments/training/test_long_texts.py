@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import BioGptConfig, BioGptForCausalLM
 
 from experiments.config import resolve
 from experiments.data.chat import Example
@@ -154,9 +154,9 @@ def test_bad_input_is_one_line(command, given, message):
 
 
 def test_a_model_without_such_mlps_is_named(tmp_path, command):
-    OPTForCausalLM(OPTConfig(vocab_size=260, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=64,
-                             word_embed_proj_dim=32)).save_pretrained(tmp_path)  # fmt: skip
+    sizes = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BioGptForCausalLM(BioGptConfig(**sizes, intermediate_size=64, activation_dropout=0.1)).save_pretrained(tmp_path)
     tiny()[1].save_pretrained(tmp_path)
     code, text = command("+method=lora", "model=hf", f"model.path={tmp_path}", "trainer.mlp_tokens=8")
     assert code == 1, text
-    assert "error: trainer.mlp_tokens=8: no MLP of OPTDecoderLayer can be computed in parts: leave it out" in text
+    assert "error: trainer.mlp_tokens=8: no MLP of BioGptDecoderLayer can be computed in parts: leave it out" in text

@@ -54,6 +54,17 @@ def test_the_base_that_was_trained_on_is_the_same_in_every_form(tmp_path, method
             load_adapter(form, tmp_path)
 
 
+def test_codes_of_rounded_weights_are_those_of_the_same_base(tmp_path):
+    model, rounded = dense_model("llama"), dense_model("llama").bfloat16()
+    for one in (model, rounded):
+        quantize(one)
+    attach(model, "lora", rank=4)
+    save_adapter(model, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", OtherBase)
+        load_adapter(rounded, tmp_path)
+
+
 def test_without_values_there_is_no_fingerprint():
     assert base_print(dense_model("llama").to("meta")) == {}
     assert base_print(torch.nn.Sequential(torch.nn.Linear(4, 4))) == {}

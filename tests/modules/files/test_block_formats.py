@@ -19,6 +19,7 @@ from modules.files.tensors import TensorFiles
 from modules.linear import weight_of
 from tests.modules.architectures import logits
 from tests.modules.files.conftest import CONFIGS
+from tests.modules.moe_cases import pack_as_shipped
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
 LINEAR = "model.layers.1.mlp.up_proj"
@@ -218,13 +219,7 @@ def test_gpt_oss_as_it_is_shipped(tmp_path):
     config = GptOssConfig(**SMALL_OSS, layer_types=["sliding_attention", "full_attention"])
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    for name in [name for name in tensors if name.endswith(tuple(SHAPES))]:
-        packed = Weight(*quantize_4bit(tensors.pop(name).mT, quant_type="mxfp4"))
-        codes, scales, _ = parts_of_weight(packed)
-        tensors |= {f"{name}_blocks": codes, f"{name}_scales": scales.view(torch.uint8)}
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    set_config(tmp_path, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]})
+    tensors = pack_as_shipped(tmp_path)
     model = load_block_format(tmp_path, torch.float32)
     experts = [module for module in model.modules() if isinstance(module, NF4Experts)]
     assert len(experts) == 4 and {module.quant_type for module in experts} == {"mxfp4"}

@@ -7,9 +7,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modules import decoder_linears, quantize
 from modules.adapters.state import replace_module
-from modules.experts import NF4Experts, give_back_experts
+from modules.experts import NF4Experts
 from modules.files.bitsandbytes import by_definition, load_bnb4, save_bnb4
 from modules.files.checked import SUMS
+from modules.mixtures import give_back_experts
 from tests.survey.small import build
 
 IDS = torch.arange(3, 23).unsqueeze(0)

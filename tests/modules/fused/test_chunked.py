@@ -31,8 +31,15 @@ MODELS = {
     "starcoder2": WIDE | {"num_key_value_heads": 2},
     "nemotron": WIDE | {"num_key_value_heads": 2},
 }
-NONE = {
+INLINE = {  # layers that have the linears of their MLP beside other things
     "opt": WIDTHS | {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "biogpt": WIDE | {"hidden_dropout_prob": 0.0, "activation_dropout": 0.0, "attention_probs_dropout_prob": 0.0},
+    "xglm": {"vocab_size": 101, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 128}
+    | {"activation_dropout": 0.0},
+}
+MODELS |= INLINE
+NONE = {
+    "biogpt with dropout": WIDE | {"activation_dropout": 0.1},
     "mamba": WIDTHS,
 }
 
@@ -40,7 +47,7 @@ NONE = {
 def made(name: str, **settings) -> nn.Module:
     torch.manual_seed(0)
     given = MODELS.get(name) or NONE[name]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **given | SPECIAL | settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name.partition(" ")[0], **given | SPECIAL | settings))
     return model.train()
 
 
@@ -69,7 +76,7 @@ def test_an_mlp_that_is_not_gated(name):
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora", "houlsby"])
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "phi"])
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "phi", "opt"])
 def test_with_packed_weights_and_adapters(name, adapter):
     theirs = draws_nothing(made(name))
     quantize(theirs)
@@ -101,6 +108,18 @@ def test_backward_has_the_masks_of_the_models_own_dropout():
     loss(bias).backward()
     quotient = (loss(bias + step * direction) - loss(bias - step * direction)) / (2 * step)
     torch.testing.assert_close(mlp.c_fc.bias.grad @ direction, quotient, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["gpt2", *INLINE])
+def test_less_is_alive_at_a_time(name):
+    model = draws_nothing(made(name))
+    compute_mlps_in_parts(model, 4)
+    rows = []
+    for path, module in model.named_modules():
+        if path.endswith(("fc1", "c_fc")):
+            module.register_forward_hook(lambda _, args, output: rows.append(output.shape[0]))
+    model(input_ids=ids()).logits.sum().backward()
+    assert max(rows) == 4 and sum(rows) == 2 * 2 * 18  # two layers, computed twice
 
 
 @pytest.mark.parametrize("name", NONE)
