@@ -119,29 +119,29 @@ def by_rank(title: str, runs: dict[str, list[list[Run]]]) -> Picture | None:
     Args:
         runs: of each task the runs of each setting.
     """
-    every = [run for settings in runs.values() for members in settings for run in members]
-    found = {run.config["rank"] for run in every if "rank" in run.config}
-    if len(found) < 3:
-        return None
-    figure = Figure(figsize=(4.8 * len(runs) + 1.5, 4.6), layout="constrained")
-    figure.suptitle(title, fontsize="medium")
-    panels = figure.subplots(1, len(runs), squeeze=False)[0]
-    for axes, (task, settings) in zip(panels, runs.items()):
-        lines = defaultdict(dict)
+    lines: dict[str, dict] = {task: defaultdict(dict) for task in runs}
+    for task, settings in runs.items():
         for members in settings:
             if members and "rank" in members[0].config:
                 config = members[0].config
-                lines[config["method.name"], config.get("rslora", False)][config["rank"]] = mean(members, "loss_after")
-        for position, ((method, root), points) in enumerate(sorted(lines.items())):
+                lines[task][config["method.name"], config.get("rslora", False)][config["rank"]] = members
+    if max(len(points) for of_task in lines.values() for points in of_task.values() or [[]]) < 3:
+        return None
+    every = [run for of_task in lines.values() for points in of_task.values() for m in points.values() for run in m]
+    figure = Figure(figsize=(4.8 * len(runs) + 1.5, 4.6), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (task, of_task) in zip(panels, lines.items()):
+        for position, ((method, root), points) in enumerate(sorted(of_task.items())):
             ranks = sorted(points)
             errorbar(
                 axes,
                 ranks,
-                [points[r] for r in ranks],
+                [mean(points[r], "loss_after") for r in ranks],
                 label=f"{method}, {'α/√r' if root else 'α/r'}",
                 **style(position),
             )
-        log_ticks(axes, found)
+        log_ticks(axes, {run.config["rank"] for run in every})
         finish(axes, xlabel="rank", ylabel=LOSS, title=task)
     handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, frameon=False, fontsize="small", loc="outside lower center", ncols=5)
