@@ -4,6 +4,10 @@
     python -m experiments.study study=fair                    only what is missing, and so again after a stop
     python -m experiments.report outputs/study                the answers
 
+study=fair                 a file of conf/study/, or another one: FILE.yaml
+output_dir=outputs/study   of all runs
+dry_run=true               say what is done, what is missing and how many hours that takes; do nothing
+
 Runs are jobs of a sweep (experiments/runs/sweep.py). Several processes may work on one folder: each does runs that no
 other one does. What is compared is in conf/study/ (experiments/studies/definition.py).
 """

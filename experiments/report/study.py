@@ -82,8 +82,8 @@ def sections(folder: Path) -> list[Section]:
 
 
 def commits(results: Results) -> list[str]:
-    found = sorted({run.about["commit"] for run in results.runs.values()})
-    return [f"commit {commit[:12]}" for commit in found] or ["no run yet"]
+    found = {run.about["commit"] for run in results.runs.values()}
+    return sorted({f"commit {commit[:12]}{commit[40:]}" for commit in found}) or ["no run yet"]
 
 
 def _section(study: Study, made: Plan, results: Results, name: str, question: Question) -> Section:
@@ -94,7 +94,8 @@ def _section(study: Study, made: Plan, results: Results, name: str, question: Qu
     if edges := at_the_edge(study, made, question):
         section.lines.append(f"- The best learning rate is at the edge of the grid: {', '.join(edges)}.")
     section.lines += [f"- Not compared: {told_pair(one)}: {one.why_not}." for one in found if one.why_not]
-    section.tables = [_answers_table(found), _settings_table(study, made, results, question)]
+    tables = [_answers_table(found), _settings_table(study, made, results, question)]
+    section.tables = [table for table in tables if table.rows]
     by_task = {
         task: [list(runs_of(study, made, results, task, setting).values()) for setting in question.settings]
         for task in question.tasks
