@@ -11,12 +11,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 ARGS ?=
 
-# make sweeps: which of conf/sweep/, on which data, with what, where the runs go, and where what is committed of them.
-# Runs of one thread, of which -j2 does two at a time, use two cores better than one run of two threads does.
-SWEEPS ?= method rank
-DATA ?= docstrings arithmetic
+# make sweeps: which study of conf/study/, and where its runs go. Runs of one thread, of which -j2 does two at a time, use
+# two cores better than one run of two threads does.
+STUDY ?= fair
+MAP := outputs/study-map/map.yaml
+# make sweep-rank-docstrings: one of conf/sweep/, its data, with what, where the runs go
 SETTINGS ?= trainer.threads=1 trainer.steps=100 trainer.batch_size=4 trainer.eval_every=50 trainer.samples=0
 OUT ?= outputs/sweeps
+# where what is committed of either goes
 RESULTS ?= notebooks/results
 second_docstrings := arithmetic
 second_arithmetic := docstrings
@@ -79,7 +81,16 @@ static-cost: $(READY) ## count what notebooks/kernels.ipynb shows: instructions 
 	$(BIN)/python -m kernels.aot 'nf4_dequantize/b64-*' 'nf4_quantize/b64-*' 'dora_norm_nf4/r*-b64-double-bf16' \
 		--peers --targets sm_80,sm_90,sm_100 --csv notebooks/results/static_cost.csv
 
-sweeps: $(foreach s,$(SWEEPS),$(DATA:%=sweep-$s-%)) ## what README and notebooks show: over an hour with -j2 (one: make sweep-rank-docstrings)
+sweeps: study-1 study-2 ## the fair fight of conf/study/fair.yaml: hours with -j2, only the runs that are missing, and their report
+	$(BIN)/python -m experiments.report outputs/study --to $(RESULTS)/study
+
+# one of the processes that share the study's runs
+study-%: $(READY) $(MAP)
+	$(BIN)/python -m experiments.study study=$(STUDY) output_dir=outputs/study
+
+# a block size for each linear, at as many bits as blocks of 64
+$(MAP): | $(READY)
+	$(BIN)/python -m experiments.tune_blocks model=smollm2 bits=4.127 output_dir=$(@D)
 
 sweep-%: $(READY) # a sweep and its data: only the runs that $(OUT) lacks, then a report on a copy without weights
 	$(BIN)/python -m experiments.run sweep=$(firstword $(subst -, ,$*)) data=$(lastword $(subst -, ,$*)) \

@@ -64,11 +64,14 @@ class SourceConfig:
 @dataclass
 class DataConfig:
     name: str = MISSING  # of the file in conf/data
-    source: str = MISSING  # docstrings | arithmetic | jsonl | text
+    source: str = MISSING  # docstrings | arithmetic | facts | records | jsonl | text
     path: str | None = None  # file, pattern of files, folder of files or folder that `datasets` saved (jsonl, text)
     sources: list[SourceConfig] | None = None  # several of these in place of `path`: [{path: a.jsonl, weight: 2}, …]
     heldout_path: str | None = None  # the held-out samples, as `path`; by default a share of the training data
     heldout_fraction: float = 0.1  # that share
+    # heldout | validation: the samples to measure on. validation: as many more, split off after the held-out ones,
+    # which are neither trained nor measured on then. Whoever chooses settings by them leaves the held-out ones unseen
+    part: str = "heldout"
     max_length: int = 256  # tokens
     too_long: str = "error"  # error | drop | truncate: samples longer than max_length
     bad: str = "error"  # error | skip: rows that are no sample; skipped ones are counted, and the first named

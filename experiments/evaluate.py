@@ -5,7 +5,7 @@
     python -m experiments.evaluate run=outputs/mine tasks=arc_easy,hellaswag        with lm-evaluation-harness
 
 run=DIR               a run's directory, or one of its checkpoints'
-data=… data.…=…       as in a run: docstrings, arithmetic, jsonl, text; data.max_heldout=N uses so many samples
+data=… data.…=…       as in a run; data.max_heldout=N uses so many samples
 tasks=A,B             of lm-evaluation-harness; include_path=DIR has tasks of your own; limit=N samples of each
 merge=true            make dense weights of NF4 codes and adapters first: more memory, faster
 trainer.…             device, dtype, threads and eval_batch_size, as in a run
@@ -45,7 +45,7 @@ def _data(run: FinishedRun, changes: list[str]) -> DataConfig:
     if _chooses(changes):
         data = resolve(composed("+method=lora", "output_dir=unused", *changes)).data
     if data.path and not data.heldout_path and any(change.startswith("data.path=") for change in changes):
-        data = dataclasses.replace(data, heldout_path=data.path, max_train=1)
+        data = dataclasses.replace(data, heldout_path=data.path, max_train=1, part="heldout")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Search for the settings with the lowest held-out loss, with Optuna: learning rate, rank, block size, any keys.
+"""Search for the settings with the lowest validation loss, with Optuna: learning rate, rank, block size, any keys.
 
     python -m experiments.search +method=qdora "lr=log(1e-4,1e-2)" rank=4,16,64 quant.blocksize=64,256 \\
         trials=20 output_dir=outputs/search
@@ -9,8 +9,11 @@ key=a,b,c             one of these
 trials=20             how many, those of earlier starts included
 everything else       as for experiments.run
 
+Trials are measured on the validation part of the data (data.part=validation). The held-out samples stay unseen, so the
+settings that are found can be compared on them.
+
 A trial is a job of a sweep (experiments/runs/sweep.py), so `python -m experiments.report DIR` compares them. One whose
-held-out loss at an evaluation (trainer.eval_every) is above the median of earlier trials there is stopped, from the
+loss at an evaluation (trainer.eval_every) is above the median of earlier trials there is stopped, from the
 sixth on. DIR/study.db keeps the study: started again with the same output_dir the search goes on, and a trial that was
 cut off is done again. It has a checksum of each trial, so that damage shows. The sampler is Optuna's TPE: Bergstra et
 al. 2011, "Algorithms for Hyper-Parameter Optimization".
@@ -42,6 +45,7 @@ STUDY = "study.db"
 SEED = 0  # of the sampler; trials that are there already shift it, or a search that goes on would repeat itself
 CHECKSUMS = "checksums"  # of the trials by number, an attribute of the study
 REASON = "reason"  # why a trial failed; one that was cut off has none
+PART = "data.part=validation"  # who chooses by the held-out samples cannot compare on them
 
 
 def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
@@ -60,6 +64,9 @@ def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
             if not value.isdigit() or not int(value):
                 raise UserError(f"{argument}: choose 1 or more")
             trials = int(value)
+        elif key == "data.part":
+            if argument != PART:
+                raise UserError(f"{argument}: a search measures on validation samples: leave it out")
         elif key in ("sweep", "launcher"):
             raise UserError(f"{argument}: a search makes its own jobs, one after the other")
         elif found := re.fullmatch(r"(log|uniform)\((.*)\)", value):
@@ -74,7 +81,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, Callable], list[str], int]:
         raise UserError('nothing to search: give a key several values, rank=4,16, or a range, "lr=log(1e-4,1e-2)"')
     if not any(argument.startswith("+method=") for argument in arguments):
         raise UserError("no method: add one, +method=qdora, or several to choose from, +method=lora,qdora")
-    return space, fixed, trials
+    return space, [*fixed, PART], trials
 
 
 def _range(argument: str, log: bool, bounds: list[str]) -> Callable:
@@ -113,6 +120,8 @@ def open_study(folder: Path, arguments: list[str]) -> "optuna.Study":
         raise UserError(f"{path} cannot be read: {told}") from error
     if wrong:
         raise UserError(f"{path} is damaged: trial {wrong[0]} is not the one that was written")
+    if PART not in was:
+        raise UserError(f"{path} is of before searches measured on validation samples: choose another output_dir")
     if was != arguments:
         raise UserError(f"{path} is of other arguments, {' '.join(was)}: give the same, or another output_dir")
     study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials))
@@ -194,7 +203,7 @@ def _tell(study: "optuna.Study", trial: "optuna.Trial", outcome: sweep.Outcome) 
     if outcome.directory:
         loss = json.loads((Path(outcome.directory) / RESULT).read_text(encoding="utf-8"))["loss_after"]
         study.tell(trial, loss)
-        return f"held-out loss {loss:.4f}"
+        return f"validation loss {loss:.4f}"
     if outcome.status == sweep.STOPPED:
         study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         return f"stopped {outcome.reason}"
@@ -220,8 +229,8 @@ def search(arguments: list[str]) -> None:
     with claim(folder / ".locks" / STUDY) as claimed:
         if not claimed:
             raise UserError(f"another search is at work in {folder}: choose another output_dir")
-        told = [argument for argument in arguments if not argument.startswith(("trials=", "output_dir="))]
-        study = open_study(folder, sorted(told))
+        told = {argument for argument in arguments if not argument.startswith(("trials=", "output_dir="))}
+        study = open_study(folder, sorted({*told, PART}))
         while sum(_counts(trial) for trial in study.trials) < trials:
             print(do_trial(study, space, fixed, folder))
     _summarize(study, folder)
@@ -254,8 +263,8 @@ def _summarize(study: "optuna.Study", folder: Path) -> None:
     for trial in complete[:10]:
         print(f"{trial.value:.4f}  trial {trial.number}: {' '.join(_shown(trial.params))}")
     print(
-        f"compare them: python -m experiments.report {folder}\nThe best was chosen by this loss, which flatters it; "
-        f"confirm it with other seeds: {' '.join(_shown(complete[0].params))} seed=1,2,3"
+        f"compare them: python -m experiments.report {folder}\nThe best was chosen by this loss on validation samples, "
+        f"which flatters it; confirm it on the held-out ones: {' '.join(_shown(complete[0].params))} seed=1,2,3"
     )
 
 

@@ -6,7 +6,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "modules", "experiments")  # each may import from those before it; notebooks/ is above them all
-LIBRARIES = ("errors", "config", "system", "data", "training", "blocks", "models", "runs")  # likewise; then commands
+LIBRARIES = (
+    "errors",
+    "config",
+    "system",
+    "data",
+    "training",
+    "blocks",
+    "models",
+    "runs",
+    "studies",
+)  # likewise; then commands
 COLUMNS = {"reference", "triton", "cpu"}  # of kernels/: only kernels/columns.py imports from them
 
 

@@ -159,19 +159,20 @@ def bad_row(row: Row | Window, error: ValueError, skip: bool) -> str:
 
 
 def parts_of(sources: list[Source], index: Index, cfg: DataConfig) -> tuple[Part, Part]:
-    """Training and held-out rows: those of the held-out file, or of about heldout_fraction of the groups, and at least
-    one.
+    """Training rows, and those to measure on: the rows of sources that are held out, or of about heldout_fraction of
+    the groups, and at least one. The validation part is split off likewise, of what is left without the held-out ones.
 
     Raises:
         UserError: there are too few to have both.
     """
     there = ~numpy.isnan(index.groups)
-    if cfg.heldout_path:
+    if any(source.heldout for source in sources):
         held = numpy.array([source.heldout for source in sources])[index.sources]
-    elif there.any():
-        held = index.groups <= max(cfg.heldout_fraction, index.groups[there].min())
     else:
-        held = there
+        held = _lowest(index.groups, there, cfg.heldout_fraction)
+        if cfg.part == "validation" and not cfg.heldout_path:
+            there &= ~held
+            held = _lowest(index.groups, there, 2 * cfg.heldout_fraction)
     train, heldout = there & ~held, there & held
     for rows, source in ((train, sources[0]), (heldout, sources[-1])):
         if not rows.any() and index.bad.count:
@@ -188,8 +189,13 @@ def parts_of(sources: list[Source], index: Index, cfg: DataConfig) -> tuple[Part
 
     return (
         Part("training", ordered(train), cfg.max_train),
-        Part("held-out", ordered(heldout), cfg.max_heldout),
+        Part("held-out" if cfg.part == "heldout" else cfg.part, ordered(heldout), cfg.max_heldout),
     )
+
+
+def _lowest(groups: ndarray, there: ndarray, bound: float) -> ndarray:
+    """The rows whose group's number is at most `bound`, or the lowest there is."""
+    return there & (groups <= max(bound, groups[there].min())) if there.any() else there
 
 
 def tokens_of(

@@ -1,8 +1,9 @@
 """Samples for training and evaluation, and the batches they are served in.
 
-`load_data` turns a data config into token ids with labels. Four sources: docstrings (the default, see
-docstrings.py), arithmetic (arithmetic.py), jsonl and text (the user's files, see rows.py and user_files.py). A hash
-chooses the held-out samples, so they are the same in every run and on every machine, whatever the order of the lines.
+`load_data` turns a data config into token ids with labels. Six sources: docstrings (the default, see docstrings.py),
+arithmetic (arithmetic.py), facts (facts.py), records (records.py), jsonl and text (the user's files, see rows.py and
+user_files.py). A hash chooses the held-out samples, so they are the same in every run and on every machine, whatever
+the order of the lines; facts and records come in parts of their own.
 
 `batches` serves training samples for ever. The order of an epoch is a pure function of the seed and the epoch's
 number: a run can continue from (epoch, batch) without replaying the batches before.

@@ -4,9 +4,12 @@ import math
 
 from experiments.config import DataConfig
 from experiments.data import arithmetic
+from experiments.data.sources import IN_PARTS
 from experiments.errors import UserError
 
-SOURCES = ("docstrings", "arithmetic", "jsonl", "text")
+GENERATED = ("docstrings", "arithmetic", "facts", "records")
+SOURCES = (*GENERATED, "jsonl", "text")
+PARTS = ("heldout", "validation")
 
 
 def check(cfg: DataConfig, trains: bool) -> None:
@@ -41,7 +44,11 @@ def check(cfg: DataConfig, trains: bool) -> None:
         raise UserError(f"data.answer_tokens={cfg.answer_tokens} is less than 0")
     if cfg.answer_tokens and cfg.source == "text":
         raise UserError("data.answer_tokens: plain text has no prompts to answer: leave it out")
-    generated = cfg.source in ("docstrings", "arithmetic")
+    if cfg.part not in PARTS:
+        raise UserError(f"data.part={cfg.part} is not one of {', '.join(PARTS)}")
+    if cfg.source in IN_PARTS and cfg.heldout_fraction != DataConfig.heldout_fraction:
+        raise UserError(f"data={cfg.name} comes in parts of its own: leave data.heldout_fraction out")
+    generated = cfg.source in GENERATED
     named = [cfg.path, *(source.path for source in cfg.sources or ()), cfg.heldout_path]
     if generated and (files := [path for path in named if path]):
         raise UserError(f"data={cfg.name} reads no file: for {files[0]} use data=jsonl or data=text")

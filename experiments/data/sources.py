@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from experiments.config import DataConfig
-from experiments.data import arithmetic
+from experiments.data import arithmetic, facts, records
 from experiments.data.chat import Conversation
 from experiments.data.docstrings import docstring_pairs
 from experiments.data.paths import files_of
@@ -14,6 +14,8 @@ from experiments.data.rows import PLAIN, ROWS, Row, rows_of
 TASKS = {  # the system message of data that has one
     "docstrings": "Say in one sentence what the Python function does.",
     "arithmetic": arithmetic.TASK,
+    "facts": facts.TASK,
+    "records": records.TASK,
 }
 
 
@@ -61,10 +63,16 @@ def sources_of(cfg: DataConfig) -> list[Source]:
         return [Source(cfg.name, conversations=_docstring_conversations())]
     if cfg.source == "arithmetic":
         return [Source(cfg.name, conversations=_arithmetic_conversations(cfg.levels or arithmetic.LEVELS))]
+    if cfg.source in IN_PARTS:
+        parts = {"train": False, cfg.part: True}
+        return [
+            Source(f"{cfg.name}, {part}", conversations=IN_PARTS[cfg.source](part), heldout=held)
+            for part, held in parts.items()
+        ]
     endings = PLAIN + ROWS if cfg.source == "text" else ROWS
     training = [(one.path, one.weight) for one in cfg.sources or ()] or [(cfg.path, None)]
     sources = [Source(path, *_files(path, endings), weight=weight) for path, weight in training]
-    if cfg.heldout_path:
+    if cfg.heldout_path and cfg.part == "heldout":
         sources.append(Source(cfg.heldout_path, *_files(cfg.heldout_path, endings), heldout=True))
     return sources
 
@@ -74,14 +82,15 @@ def _files(path: str, endings: tuple[str, ...]) -> tuple[list[str], list[Convers
     return found, [], others
 
 
+def _messages(task: str, question: str, answer: str) -> list[dict]:
+    contents = {"system": TASKS[task], "user": question, "assistant": answer}
+    return [{"role": role, "content": content} for role, content in contents.items()]
+
+
 def _docstring_conversations() -> list[Conversation]:
     return [
         Conversation(
-            [
-                {"role": "system", "content": TASKS["docstrings"]},
-                {"role": "user", "content": pair.source},
-                {"role": "assistant", "content": pair.summary},
-            ],
+            _messages("docstrings", pair.source, pair.summary),
             where=f"{pair.module}:{pair.function}",
             group=pair.module,  # neighbours in a module are alike: train and held-out share none
         )
@@ -92,11 +101,7 @@ def _docstring_conversations() -> list[Conversation]:
 def _arithmetic_conversations(levels: Iterable[int]) -> list[Conversation]:
     return [
         Conversation(
-            [
-                {"role": "system", "content": TASKS["arithmetic"]},
-                {"role": "user", "content": problem.question},
-                {"role": "assistant", "content": str(problem.answer)},
-            ],
+            _messages("arithmetic", problem.question, str(problem.answer)),
             where=f"arithmetic, level {problem.level}: {problem.question}",
             group=problem.calculation,  # train and held-out share none
             level=problem.level,
@@ -104,3 +109,21 @@ def _arithmetic_conversations(levels: Iterable[int]) -> list[Conversation]:
         for level in sorted(set(levels))
         for problem in arithmetic.problems(level)
     ]
+
+
+def _fact_conversations(part: str) -> list[Conversation]:
+    return [
+        Conversation(_messages("facts", question, fact.answer), where=f"facts: {question}", group=question)
+        for fact in facts.facts()
+        for question in fact.questions(part)
+    ]
+
+
+def _record_conversations(part: str) -> list[Conversation]:
+    return [
+        Conversation(_messages("records", record.sentence, record.text), f"records: {record.sentence}", record.sentence)
+        for record in records.records(part)
+    ]
+
+
+IN_PARTS = {"facts": _fact_conversations, "records": _record_conversations}  # data that comes in disjoint parts

@@ -29,7 +29,8 @@ from experiments.system.workers import in_order
 def text_blocks(
     sources: list[Source], cfg: DataConfig, tokenizer: PreTrainedTokenizerBase, writer: Writer, processes: int
 ) -> Made:
-    """Training and held-out blocks. The last share of each source is held out, unless there is a file of its own.
+    """Training and held-out blocks. The last share of each source is held out, unless there is a file of its own; the
+    validation part is the share before it.
 
     Raises:
         UserError: a file cannot be read or is too short; a row has no text, unless those are to be skipped.
@@ -45,8 +46,11 @@ def text_blocks(
         for source in sources:
             ids = _tokens(source, cfg, tokenizer, bad, progress, processes)
             cut = 0 if source.heldout else len(ids)
-            if not cfg.heldout_path:
-                cut -= round(cfg.heldout_fraction * len(ids))
+            if not any(other.heldout for other in sources):
+                share = round(cfg.heldout_fraction * len(ids))
+                if cfg.part == "validation" and not cfg.heldout_path:
+                    ids = ids[: len(ids) - share]
+                cut = len(ids) - share
             parts["train"].append(ids[:cut])
             parts["heldout"].append(ids[cut:])
     train, heldout = (sum(map(len, found)) for found in parts.values())

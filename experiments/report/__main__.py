@@ -8,6 +8,8 @@ Reads every result.json under DIR (outputs/ unless given) and writes to DIR/repo
     report.md       the same, with the pictures beside it as PNG
     runs.csv        a row a run: its configuration and every number that it measured
 
+On the folder of a study (experiments/study.py) the report answers its questions.
+
 With --to the report is on COPY, a folder of the results without weights: small enough to be committed or sent.
 """
 
@@ -16,11 +18,11 @@ import sys
 from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.report import arguments, page
+from experiments.report import arguments, page, study
 from experiments.report.plots import pictures
 from experiments.runs.groups import copy_runs, group, read_runs
 from experiments.system.cli import command
-from experiments.system.files import RESULT, writable_dir, write_atomically
+from experiments.system.files import RESULT, STUDY, writable_dir, write_atomically
 
 DPI = 120
 
@@ -41,9 +43,14 @@ def report(folder: Path, copy: Path | None = None) -> tuple[Path, int, list[str]
     groups = group(runs)
     if copy is not None:
         copy_runs(groups, folder, copy)
+        if (folder / STUDY).exists():
+            write_atomically(copy / STUDY, (folder / STUDY).read_text(encoding="utf-8"))
         folder = copy
     directory = writable_dir(folder / "report", "copy the results to a folder")
-    parts = page.sections(folder.name or str(folder), groups, problems, [pictures(one) for one in groups])
+    if (folder / STUDY).exists():
+        parts = study.sections(folder)
+    else:
+        parts = page.sections(folder.name or str(folder), groups, problems, [pictures(one) for one in groups])
     images = {file: _png(picture.figure) for part in parts for file, picture in part.pictures.items()}
     for file, image in images.items():
         write_atomically(directory / file, image)

@@ -22,6 +22,7 @@ figcaption,details{color:#444;font-size:.9em}code{font-size:.9em}"""
 LEARNED = {  # measures and their columns, beside the losses; those that no run of a group has are left out
     "token_accuracy_after": "token accuracy",
     "exact_match_after": "exact match",
+    "valid_after": "valid",
     "second_loss_rise": "second loss rose by",
     "effective_rank": "effective rank",
     "expert_imbalance": "busiest expert over its even share",
@@ -210,6 +211,7 @@ def number(measure: str, m: Mean) -> str:
     """A mean with its unit, and the spread where there is one to show."""
     scale, unit, digits = {
         "token_accuracy_after": (100, " %", 1),
+        "valid_after": (100, " %", 1),
         "train_seconds": (1, " s", 1),
         "total_seconds": (1, " s", 1),
         "peak_memory_bytes": (1e-9, " GB", 2),

@@ -6,13 +6,14 @@ from experiments.runs import checkpoints
 from experiments.runs.model_files import ADAPTER, BASE, MODEL
 from experiments.runs.tracking import TENSORBOARD
 from experiments.system.directory import INSTEAD, earlier_results
-from experiments.system.files import EXPERTS, METRICS, RESULT, SPECTRUM
+from experiments.system.files import EXPERTS, HELDOUT, METRICS, RESULT, SPECTRUM
 from modules.files.checked import SUMS
 
 FILES = (
     RESULT,
     METRICS,
     SPECTRUM,
+    HELDOUT,
     EXPERTS,
     "loss.png",
     "samples.md",

@@ -16,7 +16,16 @@ from typing import Any
 
 from experiments.config import RENAMED_METHODS
 from experiments.errors import UserError
-from experiments.system.files import EXPERTS, METRICS, NAME_LENGTH, RESULT, SPECTRUM, directory_atomically
+from experiments.system.files import (
+    EXPERTS,
+    HELDOUT,
+    METRICS,
+    NAME_LENGTH,
+    RESULT,
+    SPECTRUM,
+    STUDY,
+    directory_atomically,
+)
 from modules.files.checked import verify_file
 
 # Columns of the table, each with its unit where it has one. Everything else that a result.json measures follows them.
@@ -121,7 +130,7 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     problems = []
     for path in sorted(folder.rglob(RESULT)):
         try:
-            run = _read(path, folder)
+            run = read_run(path, folder)
         except (OSError, ValueError) as error:
             problems.append(f"{path.relative_to(folder)}: {error}")
             continue
@@ -141,7 +150,7 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
         UserError: `copy` has a file in it that does not belong to a copy.
     """
     for path in [copy, *copy.rglob("*")] if copy.exists() else []:
-        if not (path.is_dir() or path.name in FILES or path.parent == copy / "report"):
+        if not (path.is_dir() or path.name in (*FILES, HELDOUT, STUDY) or path.parent == copy / "report"):
             raise UserError(f"{path} does not belong to a copy of results: choose another folder than {copy}")
     with directory_atomically(copy) as directory:
         for among in groups:
@@ -153,7 +162,7 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
 
 def _copy_run(run: Run, original: Path, directory: Path) -> None:
     directory.mkdir()
-    for name in (RESULT, METRICS):
+    for name in (RESULT, METRICS, HELDOUT):
         if (original / name).exists():
             shutil.copyfile(original / name, directory / name)
     # the singular values and the shares of all experts, which no report reads, are most of these files
@@ -166,7 +175,7 @@ def _copy_run(run: Run, original: Path, directory: Path) -> None:
             (directory / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _read(path: Path, folder: Path) -> Run:
+def read_run(path: Path, folder: Path) -> Run:
     """Read a result.json. Raises ValueError if it is not the whole result of a run."""
     for name in FILES:
         verify_file(path.with_name(name))

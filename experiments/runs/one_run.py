@@ -18,7 +18,7 @@ from experiments.data.samples import load_data
 from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import prepare_model
-from experiments.runs import directory, load_balance, result_numbers, spectrum
+from experiments.runs import directory, heldout, load_balance, result_numbers, spectrum
 from experiments.runs.before_stop import BeforeStop
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
@@ -32,7 +32,7 @@ from experiments.system.directory import clear, own_directory
 from experiments.system.energy import EnergyMeter
 from experiments.system.progress import bar
 from experiments.training.engines import engine_of
-from experiments.training.evaluation import Evaluation, evaluate
+from experiments.training.evaluation import Evaluation, SampleLoss, evaluate_each
 from experiments.training.expert_load import ExpertLoad
 from experiments.training.loop import Trainer, checkpoints_by_time, heldout_record
 from kernels.bench.machine import commit
@@ -102,6 +102,7 @@ class _Run:
         self.loads: dict[int, dict[str, list[int]]] = {}  # of experts, by the step of the newest evaluation
         self.checkpoints = Checkpoints(files.path, cfg, self.data)
         self.before_stop = BeforeStop()
+        self.losses: tuple[int, list[SampleLoss]] | None = None  # of each held-out sample, after so many steps
 
     def begin(self) -> None:
         """Start the run's files anew, or restore the checkpoint and cut the files back to its step."""
@@ -155,7 +156,7 @@ class _Run:
         """Measure the model before training, unless a checkpoint has kept that."""
         if self.before_stop.before is None:
             with without_prefix(self.model):
-                measures = self.measures.measure(self.model)
+                measures = self.measures.measure(self.model).numbers
                 before, texts = self._evaluate(), self._answers()
             if not math.isfinite(before.loss):
                 dtype = str(self.trainer.dtype).removeprefix("torch.")
@@ -179,10 +180,14 @@ class _Run:
         layers = self._save_weights(finished=True)
         balance = load_balance.rows(self._load())
         samples = self._samples()
+        measured = self.measures.measure(self.model)
+        losses = self._losses_after()
         if parallel.is_main():
             heading = f"{title(cfg)} on {cfg.data.name}"
             self.files.plot_loss(heading)
             self.files.write_samples(heading, samples)
+            rows = heldout.as_rows("heldout", self.data.heldout, losses, measured.flags)
+            self.files.write_heldout(rows + heldout.as_rows("second", self.measures.second, measured.second, {}))
             self.files.write_experts(balance)
         result = {
             "method": cfg.method.name,
@@ -190,7 +195,7 @@ class _Run:
             "steps": trained.steps,
             "best_step": trained.best_step,
             **result_numbers.compare(before.before, trained.best if cfg.trainer.keep_best else trained.evaluation),
-            **result_numbers.before_and_after(before.measures_before, self.measures.measure(self.model)),
+            **result_numbers.before_and_after(before.measures_before, measured.numbers),
             **spectrum.summary(layers),
             **load_balance.summary(balance),
             **self.storage,
@@ -237,12 +242,22 @@ class _Run:
     def _evaluate(self) -> Evaluation:
         batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
         load = ExpertLoad(self.model)
-        evaluation = evaluate(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"), load)
+        evaluation, losses = evaluate_each(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"), load)
+        self.losses = self.trained.steps, losses
         self.loads = {self.trained.steps: load.total()}
         self._log({"step": self.trained.steps} | heldout_record(evaluation))
         loss, accuracy = f"loss {evaluation.loss:.3f}", f"token accuracy {evaluation.token_accuracy:.1%}"
         tqdm.write(f"held out, step {self.trained.steps}: {loss}, {accuracy}")
         return evaluation
+
+    def _losses_after(self) -> list[SampleLoss]:
+        """The loss of each held-out sample with the final weights, measured again where these are not the last ones
+        that were measured: the best of earlier steps, or those of a checkpoint."""
+        steps = self.trained.best_step if self.cfg.trainer.keep_best else self.trained.steps
+        if self.losses is None or self.losses[0] != steps:
+            batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
+            self.losses = steps, evaluate_each(self.model, self.data.heldout, batch_size, pad_id)[1]
+        return self.losses[1]
 
     def _load(self) -> dict[str, list[int]]:
         """The tokens that each expert gets with the weights that the run ends with: of the newest evaluation, unless
@@ -252,7 +267,8 @@ class _Run:
             load = ExpertLoad(self.model)
             if load.layers:
                 batch_size, pad_id = self.cfg.trainer.eval_batch_size, self.tokenizer.pad_token_id
-                evaluate(self.model, self.data.heldout, batch_size, pad_id, bar("counting tokens of experts"), load)
+                progress = bar("counting tokens of experts")
+                evaluate_each(self.model, self.data.heldout, batch_size, pad_id, progress, load)
             return load.total()
         return self.loads[step]
 

@@ -1,14 +1,23 @@
-"""The files that a run writes about itself: metrics.jsonl, result.json, spectrum.csv, experts.csv, loss.png,
-samples.md."""
+"""The files that a run writes about itself: its metrics, its result with spectra and held-out samples, loss.png …"""
 
 import json
 from pathlib import Path
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs import load_balance, spectrum
+from experiments.runs import heldout, load_balance, spectrum
 from experiments.runs.config_file import CONFIG, write_config
-from experiments.system.files import EXPERTS, METRICS, RESULT, SPECTRUM, as_csv, sync, write_atomically, write_figure
+from experiments.system.files import (
+    EXPERTS,
+    HELDOUT,
+    METRICS,
+    RESULT,
+    SPECTRUM,
+    as_csv,
+    sync,
+    write_atomically,
+    write_figure,
+)
 from experiments.system.palette import BLUE, ORANGE
 from modules.files.checked import SUMS, checksum_of, seal_files
 
@@ -66,7 +75,7 @@ class OutputFiles:
 
     def write_result(self, result: dict) -> None:
         write_atomically(self.path / RESULT, json.dumps(result, indent=2) + "\n")
-        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM, EXPERTS))
+        seal_files(self.path, (CONFIG, RESULT, METRICS, SPECTRUM, EXPERTS, HELDOUT))
 
     def write_spectra(self, rows: list[dict]) -> None:
         """Write spectrum.csv, a line an adapted linear (experiments/runs/spectrum.py); nothing without an adapter."""
@@ -77,6 +86,9 @@ class OutputFiles:
         """Write experts.csv, a line a layer of experts (experiments/runs/load_balance.py); nothing without experts."""
         if rows:
             write_atomically(self.path / EXPERTS, as_csv(load_balance.COLUMNS, rows))
+
+    def write_heldout(self, rows: list[dict]) -> None:
+        write_atomically(self.path / HELDOUT, heldout.text_of(rows))
 
     def write_samples(self, title: str, samples: list[dict[str, str]]) -> None:
         """Write samples.md: of each sample its prompt, reference, and the model's text before and after."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # importing it takes time and memory
     from matplotlib.figure import Figure
 
 RESULT, METRICS, SPECTRUM, EXPERTS = "result.json", "metrics.jsonl", "spectrum.csv", "experts.csv"  # of a run
+HELDOUT = "heldout.csv"  # likewise
+STUDY = "study.yaml"  # the definition of a study, beside its runs
 NAME_LENGTH = 120  # of the varied keys in the name of a run's directory; a file name may have 255 bytes
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,7 @@
 """Held-out loss, perplexity and token accuracy."""
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,6 +30,14 @@ class Evaluation:
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class SampleLoss:
+    """Of one sample: the sum of the loss over its labelled tokens, in nats, and how many these are."""
+
+    nats: float
+    tokens: int
 
 
 def label_logits(
@@ -88,29 +97,53 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-@torch.no_grad()  # not inference_mode, whose tensors FSDP could not train with afterwards
 def evaluate(
     model: PreTrainedModel,
     examples: list[Example],
     batch_size: int,
     pad_id: int,
     progress: Callable[[Iterable], Iterable] = iter,
-    load: ExpertLoad | None = None,
 ) -> Evaluation:
     """Measure `model` on `examples`, `batch_size` at a time; each process does its share. Leaves the model in
-    the mode (training or not) it was in. `load` counts the tokens of its experts."""
+    the mode (training or not) it was in."""
+    return evaluate_each(model, examples, batch_size, pad_id, progress)[0]
+
+
+@torch.no_grad()  # not inference_mode, whose tensors FSDP could not train with afterwards
+def evaluate_each(
+    model: PreTrainedModel,
+    examples: list[Example],
+    batch_size: int,
+    pad_id: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+    load: ExpertLoad | None = None,
+) -> tuple[Evaluation, list[SampleLoss]]:
+    """As `evaluate`; in process 0 also the loss of each example, in their order. `load` counts the tokens of experts.
+
+    Batches are of examples of about one length, so packing would save next to nothing.
+    """
     training = model.training
     model.eval()
     loss = correct = tokens = 0.0
-    for group in progress(eval_batches(examples, batch_size * parallel.size())):
+    each: list[tuple[int, SampleLoss]] = []
+    batches = eval_batches(examples, batch_size * parallel.size())
+    for group, places in zip(progress(batches), batches.places):
         share = parallel.share(group)
-        batch = to_device(collate(share or [group[0].unlabelled()], pad_id), model.device)
+        own = share or [group[0].unlabelled()]
+        batch = to_device(collate(own, pad_id), model.device)
         mask = batch["attention_mask"] * bool(share)
         with contextlib.nullcontext() if load is None else load.counting(mask):
             logits, targets = label_logits(model, batch)
-        found = F.cross_entropy(logits.float(), targets, reduction="sum").double().item()
+        log_likelihood = F.log_softmax(logits.float(), dim=-1)
+        found = F.nll_loss(log_likelihood, targets, reduction="sum").double().item()
         sums = parallel.total(found, (logits.argmax(dim=-1) == targets).sum().item(), targets.numel())
         parallel.stop_if_interrupted()
         loss, correct, tokens = (a + b for a, b in zip((loss, correct, tokens), sums))
+        of_tokens = F.nll_loss(log_likelihood, targets, reduction="none").double()
+        rows = label_positions(batch)[1].nonzero()[:, 0]
+        nats = torch.zeros(len(own), dtype=torch.float64, device=rows.device).index_add_(0, rows, of_tokens)
+        counts = rows.bincount(minlength=len(own)).tolist()
+        each += zip(parallel.share(places), map(SampleLoss, nats.tolist(), counts))
     model.train(training)
-    return Evaluation(loss / tokens, correct / tokens, int(tokens))
+    gathered = sorted(itertools.chain.from_iterable(parallel.gather(each)), key=lambda one: one[0])
+    return Evaluation(loss / tokens, correct / tokens, int(tokens)), [sample for _, sample in gathered]

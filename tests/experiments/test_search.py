@@ -48,7 +48,7 @@ def test_trials_end_are_stopped_or_fail(start, jobs, tmp_path):
     stopped, failed = text.count("stopped after step 2\n"), text.count("\nfailed: broken\n")
     assert stopped and failed and f" trials ended, {stopped} were stopped, {failed} failed" in text
     best = min(json.loads(path.read_text())["loss_after"] for path in (tmp_path / "out").rglob("result.json"))
-    assert f"lr={best:.4g}" in text.rpartition("confirm it with other seeds: ")[2]
+    assert f"lr={best:.4g}" in text.rpartition("confirm it on the held-out ones: ")[2]
     with sqlite3.connect(tmp_path / "out" / "study.db") as study:
         assert study.execute("select count(*) from trials").fetchone() == (14,)
 
@@ -73,6 +73,7 @@ def test_a_search_goes_on_and_does_again_what_was_cut_off(start, jobs, monkeypat
     code, text = start("trials=5", "seed=1")
     assert code == 1 and "study.db is of other arguments, +method=qlora" in text
     assert len(jobs) == 5
+    assert {cfg.data.part for cfg in jobs} == {"validation"}, "the held-out samples stay unseen"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,7 @@ def test_a_search_goes_on_and_does_again_what_was_cut_off(start, jobs, monkeypat
         (["rank=4,8"], "no method: add one, +method=qdora, or several to choose from"),
         (["rank=4,8", "trials=0"], "trials=0: choose 1 or more"),
         (["rank=4,8", "sweep=rank"], "sweep=rank: a search makes its own jobs"),
+        (["rank=4,8", "data.part=heldout"], "data.part=heldout: a search measures on validation samples: leave it out"),
         (["rankk=4,8"], "no such key: rankk; did you mean rank?"),
         (["rank=4,8", "trainer.steps=x"], "trainer.steps=x: choose a whole number"),
     ],
@@ -112,4 +114,5 @@ def test_a_damaged_study_is_named(start, tmp_path):
 def test_real_runs_are_stopped_and_found_again(start, chats):
     real = ["data=jsonl", f"data.path={chats}", "data.max_heldout=2", "trainer.samples=0", "trainer.steps=2"]
     code, text = start(*real, "trainer.eval_every=1", "trials=2")
-    assert code == 0 and text.count("held-out loss ") == 2 and "2 trials ended, 0 were stopped, 0 failed" in text, text
+    assert code == 0 and text.count("validation loss ") == 2, text
+    assert "2 trials ended, 0 were stopped, 0 failed" in text

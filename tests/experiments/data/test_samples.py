@@ -71,7 +71,7 @@ def test_a_small_file_still_holds_one_out(tmp_path, tokenizer):
         ({"train_on": "first"}, "data.train_on=first is not one of all, last, everything"),
         ({"source": "text", "name": "text", "path": None}, "data=text needs data.path=FILE"),
         ({"source": "docstrings", "name": "docstrings"}, "data=docstrings reads no file: for c.jsonl use data=jsonl"),
-        ({"source": "csv"}, "data.source=csv is not one of docstrings, arithmetic, jsonl, text"),
+        ({"source": "csv"}, "data.source=csv is not one of docstrings, arithmetic, facts, records, jsonl, text"),
         ({"too_long": "split"}, "data.too_long=split is not one of error, drop, truncate"),
         ({"heldout_fraction": 0.0}, "data.heldout_fraction=0.0 is not between 0 and 1"),
         ({"max_length": 1}, "data.max_length=1 is less than 2"),

@@ -67,7 +67,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(killed, command, tmp_path, m
 def test_a_signal_leaves_a_checkpoint_by_default(command, terminal, tmp_path, monkeypatch, number, at):
     """It comes in the middle of step 4, or of the evaluation after it, and the run goes on as if it had not."""
     settings = ["+method=qdora", "dropout=0.1", "lr=1e-2", "trainer.steps=6", *SMALL]
-    owner, name = (Trainer, "step") if at == "a step" else (one_run, "evaluate")
+    owner, name = (Trainer, "step") if at == "a step" else (one_run, "evaluate_each")
     whole, calls = getattr(owner, name), []
 
     def interrupted(*args):

@@ -23,6 +23,7 @@ def test_a_result_is_replaced_only_when_asked(command, tmp_path):
     assert code == 0, text
     assert len([record for record in records(out) if "loss" in record]) == 4
     names = {"config.yaml", "metrics.jsonl", "result.json", "loss.png", "samples.md", "adapter", "spectrum.csv"}
+    names |= {"heldout.csv"}
     assert {path.name for path in out.iterdir()} == names | {"checksums.json", "notes.txt"}
     assert "overwrite: false" in (out / "config.yaml").read_text(), "read by resume, which must not start anew"
 

@@ -8,7 +8,7 @@ import torch
 from experiments.data.chat import IGNORED, Example
 from experiments.models.tiny import byte_tokenizer
 from experiments.runs import load_balance
-from experiments.training.evaluation import evaluate
+from experiments.training.evaluation import evaluate_each
 from experiments.training.expert_load import ExpertLoad
 from modules import attach
 from tests.experiments.helpers import TINY, result, write_chats
@@ -47,7 +47,7 @@ def test_counts_are_those_of_the_router(kind, taken_over):
     if taken_over:
         attach(model, "lora", rank=2)  # a new adapter changes nothing
     load = ExpertLoad(model)
-    evaluate(model, samples(), 2, 0, load=load)
+    evaluate_each(model, samples(), 2, 0, load=load)
     found = load.total()
     assert found == want and all(sum(counts) == k * sum(LENGTHS) for counts in found.values()) and len(found) == 2
     assert not any(layer._forward_pre_hooks for layer in load.layers.values())

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from experiments.errors import UserError
 from experiments.models.load import load_model
 from experiments.runs import measures
 from experiments.runs.finished import load_run
+from experiments.runs.heldout import name_of, read
 from experiments.runs.measures import Measures
 from experiments.system.cli import composed
 from experiments.training.evaluation import evaluate
@@ -54,9 +56,28 @@ def test_exact_match_counts_by_level(monkeypatch):
 
     monkeypatch.setattr(measures, "answer", answers)
     found = Measures(cfg, data, tokenizer).measure(model)
-    assert found == {"exact_match": len(right) / 20} | {
+    assert found.flags == {"exact_match": [tuple(example.prompt_ids) in right for example in data.heldout]}
+    assert found.numbers == {"exact_match": len(right) / 20} | {
         f"exact_match_level_{level}": float(level in (1, 3)) for level in LEVELS
     }
+
+
+def test_records_are_judged_as_data(monkeypatch):
+    """Of four answers one has its keys in another order, one a wrong value, one is cut off, one is exact."""
+    cfg = resolve(composed("+method=lora", "model=tiny", "data=records", "data.max_heldout=4", "data.max_train=1"))
+    model, tokenizer = load_model(cfg.model, torch.float32, 0)
+    data = load_data(cfg.data, tokenizer)
+    changes = {
+        0: lambda text: json.dumps(dict(reversed(json.loads(text).items()))),
+        1: lambda text: json.dumps(json.loads(text) | {"quantity": 1}),
+        2: lambda text: text[:-1],
+        3: lambda text: f" {text}\n",
+    }
+    texts = {tuple(e.prompt_ids): changes[place](e.reference) for place, e in enumerate(data.heldout)}
+    monkeypatch.setattr(measures, "answer", lambda m, t, prompts, n, kept: [texts[tuple(ids)] for ids in prompts])
+    found = Measures(cfg, data, tokenizer).measure(model)
+    assert found.numbers == {"exact_match": 0.5, "valid": 0.75}
+    assert found.flags == {"exact_match": [True, False, False, True], "valid": [True, True, False, True]}
 
 
 def test_a_run_measures_answers_and_what_it_forgets(command, tmp_path, chats):
@@ -75,6 +96,17 @@ def test_a_run_measures_answers_and_what_it_forgets(command, tmp_path, chats):
     assert len(second) == 3
     loss = evaluate(run.model, second, 2, run.tokenizer.pad_token_id).loss
     assert loss == pytest.approx(result["second_loss_after"], rel=1e-5)
+
+    heldout = load_data(run.cfg.data, run.tokenizer).heldout
+    for which, part, measured in (("heldout", heldout, "loss_after"), ("second", second, "second_loss_after")):
+        samples = read(out)[which]
+        each = [evaluate(run.model, [example], 1, run.tokenizer.pad_token_id) for example in part]
+        assert samples.names == [name_of(example) for example in part] and len(set(samples.names)) == len(part)
+        assert samples.values["loss"] == pytest.approx([one.loss for one in each], rel=1e-4)
+        assert list(samples.weights["loss"]) == [one.tokens for one in each]
+        mean = numpy.average(samples.values["loss"], weights=samples.weights["loss"])
+        assert mean == pytest.approx(result[measured], rel=1e-5)
+    assert read(out)["heldout"].values["exact_match"].mean() == pytest.approx(result["exact_match_after"])
 
     rows = list(csv.DictReader((out / "spectrum.csv").open()))
     assert len(rows) == 14 and all(len(row["singular_values"].split()) == 4 for row in rows)

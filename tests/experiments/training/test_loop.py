@@ -119,7 +119,7 @@ def test_a_gradient_that_is_not_a_number_never_reaches_the_weights(tmp_path, mon
 def test_a_heldout_loss_that_is_not_a_number_ends_the_run(tmp_path, monkeypatch, step):
     where = [f"data.path={write_chats(tmp_path)}", "data=jsonl", f"output_dir={tmp_path / 'out'}"]
     found = [Evaluation(3.0, 0.0, 1)] * (step > 0) + [Evaluation(float("nan"), 0.0, 1)]
-    monkeypatch.setattr(one_run, "evaluate", lambda *_: found.pop(0))
+    monkeypatch.setattr(one_run, "evaluate_each", lambda *_: (found.pop(0), []))
     message = "is nan before training, in float32" if step == 0 else "became nan after step 2"
     with pytest.raises(UserError, match=f"the held-out loss {message}"):
         one_run.run(resolve(composed("+method=lora", *TINY, *SMALL, *where, "trainer.steps=2")))

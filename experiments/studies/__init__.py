@@ -1,0 +1,1 @@
+"""Comparisons of methods with enough power: a study as data, its jobs, its statistics."""
