@@ -54,7 +54,7 @@ BAD = {
     "no such file": (["data=jsonl", "data.path=/nowhere.jsonl"], "/nowhere.jsonl: cannot read this file"),
     "no path": (["data=jsonl"], "data=jsonl needs data.path=FILE"),
     "unknown data": (["data=csv"], "data=csv: no such data; there are arithmetic"),
-    "unknown data key": (["data.pth=x"], "no such key: data.pth; did you mean data.path?"),
+    "unknown data key": (["data.pth=x"], "no such key: data.pth; did you mean data.path or data.part?"),
     "packing": (["data.packing=true"], "data.packing=true is about training, and nothing trains on this data"),
     "limit of no task": (["limit=3"], "limit=… and include_path=… are for tasks=…"),
     "limit": (["tasks=arc_easy", "limit=0"], "limit=0: choose 1 or more"),

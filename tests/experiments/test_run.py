@@ -43,7 +43,16 @@ def test_a_run_learns_and_leaves_its_files(command, tmp_path, method):
     assert code == 0, text
     out = tmp_path / "out"
     weights = "model" if method == "full" else "adapter"
-    files = {"config.yaml", "metrics.jsonl", "result.json", "loss.png", "samples.md", "checksums.json", weights}
+    files = {
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "loss.png",
+        "samples.md",
+        "checksums.json",
+        "heldout.csv",
+        weights,
+    }
     if method != "full":
         files.add("spectrum.csv")
     assert {path.name for path in out.iterdir()} == files

@@ -271,7 +271,7 @@ def _study(folder: Path) -> Subject:
     for number in range(2):
         path = folder / f"study-{number}"
         path.mkdir()
-        study = search.open_study(path, [f"seed={number}", "rank=2,4"])
+        study = search.open_study(path, [f"seed={number}", "rank=2,4", search.PART])
         for _ in range(8):
             trial = study.ask()
             for draw in space.values():
@@ -282,7 +282,7 @@ def _study(folder: Path) -> Subject:
             search._keep_checksum(study, trial.number)
 
     def use(directory: Path) -> Any:
-        study = search.open_study(directory, ["seed=0", "rank=2,4"])
+        study = search.open_study(directory, ["seed=0", "rank=2,4", search.PART])
         return [(t.number, t.params, t.values, t.intermediate_values, t.state, t.user_attrs) for t in study.trials]
 
     return Subject("study", folder / "study-0", folder / "study-1", ["study.db"], use)
