@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from experiments.training.evaluation import Evaluation
 from modules import NF4Linear, adapters, decoder_linears
+from modules.adapters.model_code import unknown_experts
 from modules.linear import weight_shape
 
 
@@ -20,7 +21,8 @@ def storage(model: nn.Module) -> dict[str, float | int]:
     packed = [linear for linear in linears if isinstance(linear, NF4Linear)]
     constants_and_codes = sum(nbytes(linear.buffers()) for linear in packed)
     dense = nbytes(linear.weight for linear in linears if linear not in packed)
-    return {
+    unknown = sum(unknown_experts(model).values())
+    return ({"experts_left_out": unknown} if unknown and adapters(model) else {}) | {
         "trainable_params": sum(p.numel() for p in parameters.values() if p.requires_grad),
         "total_params": sum(p.numel() for p in parameters.values()) + _weights(packed),
         "bits_per_weight": 8 * (constants_and_codes + dense) / _weights(linears),
@@ -75,6 +77,8 @@ def table(result: dict) -> str:
             f"experts: the busiest of a layer has {result['expert_imbalance']:.1f} times its even share of tokens; "
             f"{result['experts_without_tokens']} have none",
         ]
+    if left_out := result.get("experts_left_out"):
+        lines.append(f"{left_out:,} weights of experts stayed dense and untrained: they are of a class not known here")
     lines += [
         "",
         f"trained {result['trainable_params']:,} of {result['total_params']:,} parameters; "

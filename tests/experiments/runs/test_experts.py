@@ -1,5 +1,6 @@
 """Runs over models with experts: what they train is the formula's, they go on bit for bit, and others read them."""
 
+import json
 import shutil
 
 import pytest
@@ -114,6 +115,15 @@ def test_experts_that_the_data_reaches_and_one_factor_for_all(command, moe, tmp_
     assert code == 1 and "error: experts: 7 is not one of the 4" in text
     code, text = command("+method=qlora", *settings, "init=loftq", f"output_dir={tmp_path / 'other'}")
     assert code == 1 and "error: init=loftq is not for experts" in text
+
+
+def test_experts_of_a_class_that_is_not_known_are_counted_at_the_end(command, moe, tmp_path):
+    code, text = command("+method=qlora", *moe("longcat_flash"))
+    assert code == 0, text
+    left_out = json.loads((tmp_path / "out" / "result.json").read_text())["experts_left_out"]
+    assert (
+        left_out > 0 and f"{left_out:,} weights of experts stayed dense and untrained" in text.rsplit("held out", 1)[1]
+    )
 
 
 def test_a_sweep_shares_the_packed_experts(command, moe, tmp_path):
