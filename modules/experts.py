@@ -65,7 +65,8 @@ class ExpertsLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        return _extra_repr(self)
+        shape = f"{self.num_experts} experts, {self.in_features}, {self.out_features}"
+        return f"{shape}, bias={self.bias is not None}"
 
 
 class NF4Experts(NF4Linear):
@@ -96,11 +97,6 @@ class NF4Experts(NF4Linear):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts} experts, {super().extra_repr()}"
-
-
-def _extra_repr(linear: nn.Module) -> str:
-    shape = f"{linear.num_experts} experts, {linear.in_features}, {linear.out_features}"
-    return f"{shape}, bias={linear.bias is not None}"
 
 
 def dense_experts(like: ExpertsLinear | NF4Experts, weight: Tensor, bias: Tensor | None) -> ExpertsLinear:

@@ -157,10 +157,13 @@ def _give_back(module: nn.Module, linears: dict[str, ExpertsLinear]) -> None:
 def reached_experts(model: nn.Module, batches: Iterable[dict]) -> dict[str, list[int]]:
     """The numbers of the experts that have a token of `batches`, by the full name of the module of the experts.
 
+    A module that no token comes to has none.
+
     Args:
         batches: dicts of keyword arguments of `model`, whose experts are taken over. Tokens whose `attention_mask` is 0
             do not count.
     """
+    modules = dict(experts_modules(model))
     found: dict[str, Tensor] = {}
     mask: Tensor | None = None
 
@@ -177,7 +180,7 @@ def reached_experts(model: nn.Module, batches: Iterable[dict]) -> dict[str, list
 
     training = model.training
     model.eval()
-    hooks = [module.register_forward_pre_hook(functools.partial(see, name)) for name, module in experts_modules(model)]
+    hooks = [module.register_forward_pre_hook(functools.partial(see, name)) for name, module in modules.items()]
     try:
         for batch in batches:
             mask = batch["attention_mask"].bool() if "attention_mask" in batch else None
@@ -186,4 +189,4 @@ def reached_experts(model: nn.Module, batches: Iterable[dict]) -> dict[str, list
         for hook in hooks:
             hook.remove()
         model.train(training)
-    return {name: hit.nonzero().flatten().tolist() for name, hit in found.items()}
+    return {name: found[name].nonzero().flatten().tolist() if name in found else [] for name in modules}

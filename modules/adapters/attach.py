@@ -95,7 +95,8 @@ def attach(
         if config.experts == REACHED:
             reached = reached_experts(model, calibration)
             modules = {target: target.rpartition(".")[0] for target in names if is_experts(linears[target])}
-            config = replace(config, experts={target: reached[module] for target, module in modules.items()})
+            config = replace(config, experts={t: reached[module] for t, module in modules.items() if reached[module]})
+            names = [target for target in names if target not in modules or target in config.experts]
         add_adapter(model, name, config, names, own)
     except ValueError:
         give_up_adding(model, active)

@@ -316,6 +316,25 @@ def test_experts_that_calibration_reaches(kind):
     assert any(len(layer.chosen) < layer.base.num_experts for layer in experts_of(model).values())
 
 
+def test_experts_that_no_token_comes_to_get_no_adapter():
+    model = moe_model("qwen3_moe")
+    model.model.layers[1].mlp.forward = lambda x: x  # a layer that is passed over
+    names = attach(model, "lora", rank=2, experts="reached", calibration=[{"input_ids": IDS}])
+    assert len(experts_of(model)) == 2 and not any("layers.1.mlp.experts" in name for name in names)
+
+
+@pytest.mark.parametrize("kind, router", [("qwen3_moe", "gate"), ("gpt_oss", "router"), ("llama4_text", "router")])
+def test_routers_stay_frozen_unless_they_are_named(kind, router):
+    model = moe_model(kind)
+    attach(model, "lora", rank=2)
+    assert not any(f".{router}." in name for name in trainable_parameters(model))
+    detach(model)
+    attach(model, "lora", rank=2, modules_to_save=[router])
+    gradients(model)
+    named = [p for name, p in trainable_parameters(model).items() if f".{router}." in name]
+    assert len(named) >= 2 and all(p.grad.any() for p in named)
+
+
 @pytest.mark.parametrize(
     "settings, error",
     [
