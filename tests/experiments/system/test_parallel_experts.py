@@ -25,13 +25,12 @@ def job(folder: Path, name: str, *overrides: str) -> list[str]:
     return arguments(folder, name, "model=hf", f"model.path={folder / 'mixture'}", *overrides, *SHORT)
 
 
-def work(folder: Path, jobs: list[list[str]]) -> None:
-    """In each process: how experts are placed, then the runs."""
+def placements(folder: Path) -> None:
+    """In each process, which starts no run after it: a second start could meet the store of the first."""
     parallel.start()
     for method in METHODS:
         placed(folder, method)
     parallel.stop()
-    runs(jobs)
 
 
 def placed(folder: Path, method: str) -> None:
@@ -66,7 +65,8 @@ def folder(tmp_path_factory) -> Path:
         run.run(resolve(composed(*job(folder, f"{method}-one", f"+method={method}"))))
     modes = [(method, mode) for method in METHODS for mode in ("ddp", "fsdp")]
     jobs = [job(folder, f"{method}-{mode}", f"+method={method}", f"trainer.parallel={mode}") for method, mode in modes]
-    good(processes(2, folder / "two", work, folder, jobs))
+    good(processes(2, folder / "placed", placements, folder))
+    good(processes(2, folder / "two", runs, jobs))
     return folder
 
 
