@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes, memo
 
 def test_damaged_files(tmp_path):
     pytest.importorskip("optuna", reason="a search needs Optuna: no study to damage")
-    assert damaged.campaign(40, tmp_path) == []
+    assert damaged.campaign(25, tmp_path) == []
 
 
 def test_killed_runs(tmp_path):
@@ -20,7 +20,7 @@ def test_killed_runs(tmp_path):
 
 
 def test_full_disks(tmp_path):
-    assert full.campaign(3, tmp_path) == []
+    assert full.campaign(2, tmp_path) == []
 
 
 def test_two_at_once(tmp_path):
@@ -37,4 +37,4 @@ def test_numbers_that_are_none(tmp_path):
 
 
 def test_many_steps(tmp_path: Path):
-    assert long.campaign(60, tmp_path) == []
+    assert long.campaign(40, tmp_path) == []

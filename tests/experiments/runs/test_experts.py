@@ -25,8 +25,7 @@ def moe(tmp_path):
     return lambda kind: [*STEPS, "model=hf", f"model.path={save_small(kind, tmp_path)}", "trainer.dtype=float32"]
 
 
-@pytest.mark.parametrize("method", ["qlora", "qdora"])
-@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize(("kind", "method"), [("qwen3_moe", "qdora"), ("gpt_oss", "qlora")])
 def test_the_life_of_a_run(command, terminal, moe, tmp_path, kind, method):
     settings, out, whole = [f"+method={method}", *moe(kind)], tmp_path / "out", tmp_path / "whole"
     code, text = command(*settings)
