@@ -1,5 +1,6 @@
 """Sweeps: a failure stops nobody, nothing is done twice, two processes do not take one run."""
 
+import errno
 import json
 import os
 
@@ -131,6 +132,18 @@ def test_a_sweep_over_what_is_not_there_says_so(terminal, tmp_path, wrong, messa
     code, text = terminal(run, "-m", "+method=lora", *TINY, f"output_dir={tmp_path / 'out'}", wrong)
     assert code == 1 and message in f"{text}\n" and "Traceback" not in text, text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fails", ["write_atomically", "Counter"])  # of one job, and of them all
+def test_an_outcome_that_cannot_be_noted_ends_the_sweep_in_one_line(command, monkeypatch, tmp_path, fails):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "noted")
+
+    monkeypatch.setattr(sweep, "job", lambda *_: sweep.Outcome("failed", "as if"))
+    monkeypatch.setattr(sweep, fails, full)
+    code, text = command("-m", "+method=lora", "seed=0,1")
+    assert code == 1 and text.endswith("error: [Errno 28] No space left on device: 'noted'"), text
+    assert text.count("error: ") == 1 and "Traceback" not in text
 
 
 def test_slurm_is_missed_in_one_line(command, monkeypatch):
