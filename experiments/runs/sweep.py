@@ -33,11 +33,10 @@ from omegaconf import DictConfig
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs import checkpoints
+from experiments.runs import checkpoints, shared_base
 from experiments.runs.identity import config_hash
 from experiments.runs.one_run import run
 from experiments.runs.result_numbers import table
-from experiments.runs.shared_base import SharedBase
 from experiments.runs.start import configured
 from experiments.system import parallel, signals
 from experiments.system.files import NAME_LENGTH, RESULT, claim, write_atomically
@@ -58,7 +57,7 @@ class Outcome:
     directory: str | None = None
 
 
-_shared_base = SharedBase()  # of the jobs of this process
+_shared_base = shared_base.SharedBase()  # of the jobs of this process
 
 
 def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> Outcome:
@@ -202,6 +201,7 @@ class Summary(Callback):
             sys.exit(parallel.last_words(f"error: {message}"))
         if config.hydra.launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
             sys.exit("error: no srun here: launcher=slurm is for a machine that submits jobs to SLURM")
+        shared_base.delete_left()  # also where all jobs are done, so that none makes a base
         self.outcomes = Path(config.output_dir) / f".outcomes-{secrets.token_hex(4)}"
         atexit.register(shutil.rmtree, self.outcomes, ignore_errors=True)
 

@@ -93,6 +93,16 @@ def test_a_shared_base_gives_the_same_run_bit_for_bit(tmp_path, chats):
     assert written["own"] == written["shared"]
 
 
+def test_the_base_of_a_killed_sweep_goes_with_one_that_has_nothing_to_do(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("QDORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sweep, "job", lambda *_: sweep.Outcome("done before"))
+    for name in (".base-killed", ".base-running"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+    with claim(tmp_path / "cache" / ".locks" / ".base-running"):
+        assert command("-m", "+method=qlora", "seed=0")[0] == 0
+        assert [path.name for path in (tmp_path / "cache").glob(".base*")] == [".base-running"]
+
+
 def test_a_base_is_packed_once_for_the_jobs_that_begin_with_it(packed_tiny):
     shared = SharedBase()
 
