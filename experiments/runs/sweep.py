@@ -38,7 +38,7 @@ from experiments.runs.identity import config_hash
 from experiments.runs.one_run import run
 from experiments.runs.result_numbers import table
 from experiments.runs.start import configured
-from experiments.system import parallel, signals
+from experiments.system import parallel, signals, unraised
 from experiments.system.files import NAME_LENGTH, RESULT, claim, write_atomically
 from experiments.system.memory import out_of_memory
 from modules.files.checked import Damaged, verify_file
@@ -129,6 +129,7 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to every process; the sweep's passes them on
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signals.interrupt)
+    unraised.watch()
     signals.end_with_parent(signal.SIGTERM)  # which ends with the sweep's process, also if that is killed
     sys.stdout.reconfigure(line_buffering=True)
     directory = Path(cfg.output_dir)
