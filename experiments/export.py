@@ -42,7 +42,7 @@ from experiments.runs.finished import FinishedRun, load_run, make_dense
 from experiments.runs.model_files import ADAPTER, over_own_base, run_of
 from experiments.system import machine
 from experiments.system.cli import command, read_options
-from experiments.system.files import claim, directory_atomically
+from experiments.system.files import claim, delete_partials, directory_atomically
 from experiments.system.progress import bar
 from experiments.system.quiet import quiet
 from kernels.codebook import BITSANDBYTES_TYPES
@@ -237,6 +237,7 @@ def _claimed(target: Path) -> Iterator[None]:
     with claim(target.with_name(f".{target.name}.lock")) as claimed:
         if not claimed or target.exists():  # it was not there when the command began
             raise UserError(f"another export to {target} began at the same time: set output_dir to another folder")
+        delete_partials(target)
         yield
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from experiments.system.memory import out_of_memory
 from experiments.training.graphs import Eager, Graphs
 
 COLUMNS = 64  # the length of a cache is a multiple of this, so that batches of similar lengths share one
@@ -185,7 +186,9 @@ def _try_static(model: PreTrainedModel) -> int:
         rows._step()
         wanted = [_whole_logits(model, ids[start:end]) for end in (-1, PROBE_TOKENS) for start in (0, 4)]
         other = _whole_logits(model, [(ids[0] + 1) % config.vocab_size, *ids[1:]])
-    except Exception:  # code of any model, given arguments that it may not know
+    except Exception as error:  # code of any model, given arguments that it may not know
+        if out_of_memory(error):
+            raise
         return 0
     change = (other - wanted[2]).norm()
     if not all((have - want).norm() <= SHARE * change for have, want in zip(torch.cat(seen), wanted)):

@@ -99,12 +99,12 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         try:
             verify_directory(path)
             _check_size(path)
-            tokenizer = AutoTokenizer.from_pretrained(path, **OFFLINE)
+            tokenizer = load_tokenizer(path)
         except (UserError, Damaged) as error:
             raise UserError(str(error)) from error
-        except Exception as error:  # its code meets damaged files with any error
+        except Exception as error:  # transformers' code meets damaged files with any error
             _check_config(path)
-            raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
+            raise UserError(f"{path}: {_one_line(error)}") from error
         try:
             return (_load_packed if packed else _load_dense)(path, dtype), tokenizer
         except UserError:
@@ -117,6 +117,21 @@ def load_directory(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             if packed:  # our own code
                 raise
             raise UserError(f"{path}: its weights cannot be read: {_one_line(error)}") from error
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model directory.
+
+    Raises:
+        UserError: transformers cannot read it, or config.json.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **OFFLINE)
+        tokenizer("a")  # some values of its files are looked at only now
+    except Exception as error:
+        _check_config(path)
+        raise UserError(f"{path}: its tokenizer cannot be read: {_one_line(error)}") from error
+    return tokenizer
 
 
 def _check_config(path: Path) -> None:

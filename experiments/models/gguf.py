@@ -89,6 +89,7 @@ def _read(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+        tokenizer("a")  # as load_tokenizer
         # dequantize=True: transformers would otherwise keep the packed weights of some formats
         model, report = AutoModelForCausalLM.from_pretrained(
             path.parent,

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from experiments.blocks.quant_map import blocksizes
 from experiments.config import ModelConfig, QuantConfig
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
-from experiments.models.directory import TOKENIZERS, model_directory
+from experiments.models.directory import TOKENIZERS, load_tokenizer, model_directory
 from experiments.models.random_weights import fill
 from experiments.models.tiny import LEAST, byte_tokenizer
 from experiments.system import parallel
@@ -55,7 +55,7 @@ def _tokenizer(cfg: ModelConfig, embeddings: int) -> tuple[PreTrainedTokenizerBa
         path = model_directory(cfg, weights=False)
         if path.is_dir() and any(any(Path(path).glob(pattern)) for pattern in TOKENIZERS):
             with quiet():
-                return AutoTokenizer.from_pretrained(path, local_files_only=True), "its own tokenizer"
+                return load_tokenizer(path), "its own tokenizer"
     if embeddings < LEAST:
         raise UserError(
             f"model={cfg.name}: model.weights=random takes a tokenizer of bytes, whose {LEAST} tokens are more than "

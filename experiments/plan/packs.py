@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from experiments.plan.allocations import Allocations
+from experiments.system.memory import out_of_memory
 from experiments.training.packing import PROBE_TOKENS, has_windows, positions_and_masks
 from modules.fused import attention
 
@@ -60,5 +61,7 @@ def _takes(model: PreTrainedModel, masks: Any) -> bool:
                 boundaries = torch.zeros(3, dtype=torch.int32, device="meta")
                 model(**given, **attention.boundaries_of(boundaries, PROBE_TOKENS))
                 return has_windows(model, windows)
-    except Exception:  # code of any model, given arguments that it may not know
+    except Exception as error:  # code of any model, given arguments that it may not know
+        if out_of_memory(error):
+            raise
         return False

@@ -31,7 +31,7 @@ PREFIX, LOCKS = ".base-", ".locks"  # in the cache
 class SharedBase:
     """The base of the newest job that has a packed one, in a temporary directory: one at a time, for a sweep of block
     sizes has many. The directory ends with this object or its process; those of processes that were killed, whose locks
-    the system has released, with the next object that makes one."""
+    the system has released, with the next sweep or the next object that makes one."""
 
     def __init__(self):
         self.key: str | None = None
@@ -61,14 +61,19 @@ class SharedBase:
         return packed if packed.exists() else None
 
 
-@contextlib.contextmanager
-def _temporary_directory() -> Iterator[Path]:
-    """A directory in the cache until the block ends. Those that killed processes left are deleted first."""
+def delete_left() -> None:
+    """Delete the directories that processes which were killed have left."""
     for left in cache_dir().glob(f"{PREFIX}*"):
         lock = cache_dir() / LOCKS / left.name
         if is_free(lock):
             shutil.rmtree(left, ignore_errors=True)
             lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    """A directory in the cache until the block ends."""
+    delete_left()
     name = f"{PREFIX}{secrets.token_hex(4)}"
     with claim(cache_dir() / LOCKS / name):
         directory = cache_dir() / name

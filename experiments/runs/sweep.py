@@ -12,6 +12,7 @@ dies: several sweeps, also of different machines that share a file system with l
 
 import atexit
 import contextlib
+import functools
 import json
 import multiprocessing
 import secrets
@@ -26,19 +27,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from experiments.config import Config
 from experiments.errors import UserError
-from experiments.runs import checkpoints
+from experiments.runs import checkpoints, shared_base
 from experiments.runs.identity import config_hash
 from experiments.runs.one_run import run
 from experiments.runs.result_numbers import table
-from experiments.runs.shared_base import SharedBase
 from experiments.runs.start import configured
-from experiments.system import parallel, signals
+from experiments.system import parallel, signals, unraised
 from experiments.system.files import NAME_LENGTH, RESULT, claim, write_atomically
 from experiments.system.memory import out_of_memory
 from modules.files.checked import Damaged, verify_file
@@ -57,7 +57,7 @@ class Outcome:
     directory: str | None = None
 
 
-_shared_base = SharedBase()  # of the jobs of this process
+_shared_base = shared_base.SharedBase()  # of the jobs of this process
 
 
 def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> Outcome:
@@ -129,6 +129,7 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
     for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to every process; the sweep's passes them on
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signals.interrupt)
+    unraised.watch()
     signals.end_with_parent(signal.SIGTERM)  # which ends with the sweep's process, also if that is killed
     sys.stdout.reconfigure(line_buffering=True)
     directory = Path(cfg.output_dir)
@@ -145,17 +146,22 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
                 outcome = Outcome(DONE, directory=cfg.output_dir)
     except _Stopped as stopped:
         outcome = Outcome(STOPPED, str(stopped))
-    except (UserError, OSError) as error:
-        outcome = Outcome(FAILED, str(error))
     except Exception as error:
-        if (told := out_of_memory(error)) is None:
-            traceback.print_exc()
-            told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        outcome = Outcome(FAILED, told)
+        outcome = Outcome(FAILED, _told(error))
     except KeyboardInterrupt:
         sys.exit(130)
     with contextlib.suppress(ConnectionError):  # the sweep was killed; what the run has written is there
         connection.send(outcome)
+
+
+def _told(error: Exception) -> str:
+    """A line for the user; before it the traceback of an error that nobody expects."""
+    if isinstance(error, UserError | OSError):
+        return str(error)
+    if (told := out_of_memory(error)) is None:
+        traceback.print_exc()
+        told = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return told
 
 
 def _has_result(directory: Path, identity: str) -> bool:
@@ -169,27 +175,46 @@ def _has_result(directory: Path, identity: str) -> bool:
         return False
 
 
+def _ends_the_sweep(hook: Callable[..., None]) -> Callable[..., None]:
+    """Decorator: an error in the hook ends the sweep. Hydra only warns of one, so that a failed job would be forgotten
+    and the exit code be 0."""
+
+    @functools.wraps(hook)
+    def call(*args, **kwargs) -> None:
+        try:
+            hook(*args, **kwargs)
+        except Exception as error:
+            sys.exit(f"error: {_told(error)}")
+
+    return call
+
+
 class Summary(Callback):
     """Hydra's hook: lists how the jobs of a sweep ended, and ends it with exit code 1 if one failed.
 
     A launcher may do a job in another process, with a copy of this object: outcomes go through files in the folder.
     """
 
+    @_ends_the_sweep
     def on_multirun_start(self, config: DictConfig, **kwargs) -> None:
         if parallel.size() > 1:
             message = "a sweep starts a process for each run itself: start it without torchrun"
             sys.exit(parallel.last_words(f"error: {message}"))
         if config.hydra.launcher._target_.endswith("SlurmLauncher") and shutil.which("srun") is None:
             sys.exit("error: no srun here: launcher=slurm is for a machine that submits jobs to SLURM")
+        shared_base.delete_left()  # also where all jobs are done, so that none makes a base
         self.outcomes = Path(config.output_dir) / f".outcomes-{secrets.token_hex(4)}"
         atexit.register(shutil.rmtree, self.outcomes, ignore_errors=True)
 
+    @_ends_the_sweep
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs) -> None:
-        if isinstance(job_return.return_value, Outcome):  # a single run returns nothing
+        is_done = job_return.status is JobStatus.COMPLETED  # otherwise Hydra raises the job's error after all jobs
+        if is_done and isinstance(job_return.return_value, Outcome):  # a single run returns nothing
             self.outcomes.mkdir(parents=True, exist_ok=True)
             told = asdict(job_return.return_value) | {"overrides": " ".join(job_return.overrides)}
             write_atomically(self.outcomes / f"{config.hydra.job.num:06}.json", json.dumps(told))
 
+    @_ends_the_sweep
     def on_multirun_end(self, config: DictConfig, **kwargs) -> None:
         outcomes = [json.loads(path.read_text()) for path in sorted(self.outcomes.glob("*.json"))]
         shutil.rmtree(self.outcomes, ignore_errors=True)

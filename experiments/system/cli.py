@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.errors import UserError
-from experiments.system import arguments, parallel, signals
+from experiments.system import arguments, parallel, signals, unraised
 from experiments.system.files import PROJECT_ROOT
 from experiments.system.parallel import last_words
 
@@ -94,6 +94,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line when it is printed
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra passes exceptions on instead of printing them its own way
+        unraised.watch()
         try:
             with signals.handled(signals.interrupt):
                 main()

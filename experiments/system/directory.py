@@ -11,7 +11,7 @@ from typing import Protocol
 from experiments.errors import UserError
 from experiments.system import parallel
 from experiments.system.cli import is_given
-from experiments.system.files import claim, writable_dir
+from experiments.system.files import PARTIALS, claim, writable_dir
 
 LOCK = ".lock"
 INSTEAD = "choose another output_dir, or start anew with overwrite=true, which deletes it"
@@ -37,6 +37,7 @@ def new_directory(path: Path) -> Path:
 @contextlib.contextmanager
 def own_directory(path: Path, problem: Callable[[], str | None]) -> Iterator[None]:
     """Inside, the directory `path`, made if it is missing, belongs to this run. After an error it goes if it is empty.
+    Half-written files and directories of killed processes go first.
 
     Args:
         problem: why the run must not begin there, once the directory is its own; None: it may.
@@ -50,6 +51,8 @@ def own_directory(path: Path, problem: Callable[[], str | None]) -> Iterator[Non
             found = problem() if claimed else f"another run is at work in {path}: choose another output_dir"
             if found := parallel.agree(found):
                 raise UserError(found)
+            if parallel.is_main():
+                clear(path, (PARTIALS,))
             yield
     except BaseException:
         with contextlib.suppress(OSError):

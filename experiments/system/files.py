@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # importing it takes time and memory
 RESULT, METRICS, SPECTRUM, EXPERTS = "result.json", "metrics.jsonl", "spectrum.csv", "experts.csv"  # of a run
 HELDOUT = "heldout.csv"  # likewise
 STUDY = "study.yaml"  # the definition of a study, beside its runs
+PARTIALS = ".*.[0-9]*.partial"  # half-written files and directories of `write_atomically` and `directory_atomically`
 NAME_LENGTH = 120  # of the varied keys in the name of a run's directory; a file name may have 255 bytes
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 

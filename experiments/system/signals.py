@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from types import FrameType
 
@@ -45,9 +46,16 @@ def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 
 def end_with_parent(number: int) -> None:
-    """Have Linux send this process the signal when the process that started it has ended, however that was."""
+    """Have Linux send this process the signal when the process that started it has ended, however that was.
+
+    A fork server counts as having ended with the last process that holds its pipe. This process, which it may have
+    forked for another, lets go of that; otherwise it would keep the server, and so itself, alive.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, number)
+        if (pipe := forkserver._forkserver._forkserver_alive_fd) is not None:
+            forkserver._forkserver._forkserver_alive_fd = None
+            os.close(pipe)
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

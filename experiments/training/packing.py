@@ -19,6 +19,7 @@ from experiments.data.chat import Example
 from experiments.data.packing import collate_pack, share
 from experiments.errors import UserError
 from experiments.system import parallel
+from experiments.system.memory import out_of_memory
 from experiments.training.evaluation import to_device
 from modules.fused import attention
 
@@ -130,7 +131,9 @@ def _keeps_apart(model: PreTrainedModel, inputs: Callable[[PreTrainedModel, Tens
             packed, leak = _logits_and_leak(model, both, inputs(model, places, boundaries))
             if windows is not None and not has_windows(model, windows):
                 return False
-    except Exception:  # code of any model, given arguments that it may not know
+    except Exception as error:  # code of any model, given arguments that it may not know
+        if out_of_memory(error):
+            raise
         return False
     with torch.no_grad():
         alone = _logits(model, both[:, PROBE_TOKENS:])

@@ -20,6 +20,7 @@ from experiments.config import Config
 from experiments.data.buckets import Bucket, bucket_of, fill, fill_pack, pack_shape, shape
 from experiments.data.chat import IGNORED, Example
 from experiments.system import parallel
+from experiments.system.memory import out_of_memory
 from experiments.training.gradients import autocast_of
 from experiments.training.graphs import Eager, Graphs
 from experiments.training.loss import LabelLoss
@@ -67,7 +68,9 @@ def _is_causal(label_loss: LabelLoss) -> bool:
     try:
         with without_mask(model):
             plain = model(input_ids=ids, use_cache=False).logits[:, : PROBE // 2].float()
-    except Exception:  # code of any model, which may ask for an implementation that it knows
+    except Exception as error:  # code of any model, which may ask for an implementation that it knows
+        if out_of_memory(error):
+            raise
         return False
     finally:
         model.train(training)

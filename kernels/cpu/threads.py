@@ -10,6 +10,7 @@ working one needs. `share_cores` has them sleep early as long as others need the
 and with it every bit of the results.
 """
 
+import contextlib
 import ctypes
 import functools
 import threading
@@ -62,6 +63,24 @@ def run_alone(address: int, arguments: list[int]) -> None:
     _function(address)((ctypes.c_int64 * len(arguments))(*arguments))
 
 
+def _rehearse(size: int) -> None:
+    """Start `size` threads at once, and end them: where there is no room for their stacks libgomp ends the process.
+
+    Raises:
+        RuntimeError: there is no room.
+    """
+    release, begun = threading.Event(), []
+    try:
+        for _ in range(size):
+            thread = threading.Thread(target=release.wait, name="rehearsal", daemon=True)
+            thread.start()
+            begun.append(thread)
+    finally:
+        release.set()
+        for thread in begun:
+            thread.join()
+
+
 class _IdleThreads:
     """While they are `held`, OpenMP has more threads than there are CPUs, and all its threads sleep after 100 turns of
     waiting instead of 300,000: libgomp's manual, GOMP_SPINCOUNT."""
@@ -80,17 +99,23 @@ class _IdleThreads:
             self._release.set()  # the thread ends, and its team with it
             self._release = None
             return
-        self._release, started = threading.Event(), threading.Event()
-        team = self._release, started
-        self.thread = threading.Thread(target=self._team, args=team, name="idle OpenMP", daemon=True)
+        size = _library().omp_get_num_procs() + 1
+        _rehearse(size)
+        release, started = threading.Event(), threading.Event()
+        self.thread = threading.Thread(
+            target=self._team, args=(size, release, started), name="idle OpenMP", daemon=True
+        )
         self.thread.start()
         started.wait()
+        self._release = release
 
     @staticmethod
-    def _team(release: threading.Event, started: threading.Event) -> None:
-        nothing = symbols()["omp_get_num_threads"]  # a team has to call something
-        _parallel()(nothing, None, _library().omp_get_num_procs() + 1, 0)
-        started.set()
+    def _team(size: int, release: threading.Event, started: threading.Event) -> None:
+        try:
+            nothing = symbols()["omp_get_num_threads"]  # a team has to call something
+            _parallel()(nothing, None, size, 0)
+        finally:
+            started.set()
         release.wait()
 
 
@@ -101,7 +126,8 @@ def _look_after_others() -> None:
     load = OthersLoad()
     while True:
         time.sleep(SECONDS_BETWEEN_LOOKS)
-        _idle.hold(crowded(load.cores(), torch.get_num_threads()))
+        with contextlib.suppress(MemoryError, RuntimeError):  # no room for more threads: those that are there spin on
+            _idle.hold(crowded(load.cores(), torch.get_num_threads()))
 
 
 @functools.cache  # once a process

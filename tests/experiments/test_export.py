@@ -63,9 +63,11 @@ def check_bnb4(run: Path, directory: Path) -> None:
 
 
 def test_a_qdora_run_in_every_format(terminal, finished_once, tmp_path):
+    (tmp_path / ".merged.12.partial").mkdir()  # of an export that was killed
     code, text = terminal(export, f"run={finished_once}", "to=merged", f"output_dir={tmp_path / 'merged'}")
     assert code == 0 and "read back: logits of 256 tokens differ by" in text, text
     check_merged(finished_once, tmp_path / "merged")
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     code, text = terminal(export, f"run={finished_once}", "to=bnb4", f"output_dir={tmp_path / 'bnb4'}")
     assert code == 0 and "packing loses" in text and "packing changes the logits by" in text, text
     check_bnb4(finished_once, tmp_path / "bnb4")

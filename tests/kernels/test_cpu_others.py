@@ -1,6 +1,7 @@
 """How much of the CPUs others use, and how threads wait then."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -74,3 +75,37 @@ def test_a_process_that_looks_after_others_ends():
     code = "from kernels.cpu import threads; threads.share_cores(); threads._idle.hold(True); print('done')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+NO_ROOM = """
+import resource
+from pathlib import Path
+from kernels.cpu import threads
+
+def room(n_bytes):
+    status = Path("/proc/self/status").read_text()
+    used = int(status.partition("VmData:")[2].split()[0]) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (used + n_bytes, resource.RLIM_INFINITY))
+
+def sleep(seconds):
+    held.append(threads._idle.held)
+    if not rooms:
+        raise SystemExit(f"{held}")
+    room(rooms.pop())
+
+held, rooms = [], [2**30, 12 * 2**20, 2**19]
+threads.time.sleep, threads.crowded = sleep, lambda *load: True
+threads._look_after_others()
+"""
+
+
+@pytest.mark.skipif(not threads.available(), reason="PyTorch brings no libgomp here")
+def test_threads_without_room_for_their_stacks_end_nothing():
+    """None for the first thread, which Python tells, and none for its team, of which libgomp dies; then there is."""
+
+    def stacks() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (2**23, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    command = [sys.executable, "-c", NO_ROOM]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=stacks)
+    assert (done.stdout, done.stderr) == ("", "[False, False, False, True]\n")

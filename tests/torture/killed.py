@@ -14,13 +14,16 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
 from experiments import run
 from experiments.runs.checkpoints import FOLDER, of_run
+from experiments.system import signals
 from modules.files.checked import SUMS
 from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, repeatable_records, repeatable_result, write_chats
 from tests.torture.damaged import shown
@@ -69,20 +72,32 @@ class Command:
     def end(self) -> Ended:
         self.process.join(LIMIT)
         if self.process.exitcode is None:
-            self.signal(signal.SIGKILL)
+            _kill(members(self.process.pid))
+            self.process.join()
             return Ended(1, f"it did not end in {LIMIT} s", [])
         waited, left = time.monotonic(), members(self.process.pid)
         while left and time.monotonic() - waited < SECONDS_TO_END:
             time.sleep(0.05)
             left = members(self.process.pid)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill(left)
         return Ended(self.process.exitcode, self.log.read_text(), list(left.values()))
+
+
+def stop_server() -> None:
+    """End the process that commands are forked from, and the one that watches its semaphores, and wait for both."""
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
+
+
+def _kill(processes: Iterable[int]) -> None:
+    for pid in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _work(arguments: list[str], log: Path, cache: Path, ready: Connection) -> None:
     os.setsid()
+    signals.end_with_parent(signal.SIGKILL)  # the campaign's
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -87,11 +87,18 @@ def test_a_config_of_no_such_model(directory, change, said):
     ("config.json", "[]", "config.json cannot be read: it is not a JSON object"),
     ("tokenizer.json", "{}", "its tokenizer cannot be read"),
     ("tokenizer_config.json", "{", "its tokenizer cannot be read"),
+    ("tokenizer_config.json", '{"model_max_length": {"x": 1}}', "its tokenizer cannot be read: TypeError"),
 ])  # fmt: skip
 def test_damaged_json(directory, name, text, said):
     (directory / name).write_text(text)
     with pytest.raises(UserError, match=said):
         load_directory(directory, torch.float32)
+
+
+def test_a_damaged_tokenizer_beside_random_weights(directory):
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="its tokenizer cannot be read"):
+        load_model(ModelConfig(name="hf", source="hf", path=str(directory), weights="random"), torch.float32, seed=0)
 
 
 def test_integers_are_no_weights(directory):

@@ -19,6 +19,8 @@ def test_a_result_is_replaced_only_when_asked(command, tmp_path):
     code, text = command("+method=lora", "overwrite=true", "rank=65")  # a mistake that shows when the model is there
     assert code == 1 and "rank 65 is out of range" in text
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == written
+    (out / ".adapter.12.partial").mkdir()  # of processes that were killed
+    (out / ".result.json.12.partial").touch()
     code, text = command("+method=lora", "overwrite=true")
     assert code == 0, text
     assert len([record for record in records(out) if "loss" in record]) == 4

@@ -1,5 +1,6 @@
 """Sweeps: a failure stops nobody, nothing is done twice, two processes do not take one run."""
 
+import errno
 import json
 import os
 
@@ -92,6 +93,16 @@ def test_a_shared_base_gives_the_same_run_bit_for_bit(tmp_path, chats):
     assert written["own"] == written["shared"]
 
 
+def test_the_base_of_a_killed_sweep_goes_with_one_that_has_nothing_to_do(command, monkeypatch, tmp_path):
+    monkeypatch.setenv("QDORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sweep, "job", lambda *_: sweep.Outcome("done before"))
+    for name in (".base-killed", ".base-running"):
+        (tmp_path / "cache" / name).mkdir(parents=True)
+    with claim(tmp_path / "cache" / ".locks" / ".base-running"):
+        assert command("-m", "+method=qlora", "seed=0")[0] == 0
+        assert [path.name for path in (tmp_path / "cache").glob(".base*")] == [".base-running"]
+
+
 def test_a_base_is_packed_once_for_the_jobs_that_begin_with_it(packed_tiny):
     shared = SharedBase()
 
@@ -131,6 +142,18 @@ def test_a_sweep_over_what_is_not_there_says_so(terminal, tmp_path, wrong, messa
     code, text = terminal(run, "-m", "+method=lora", *TINY, f"output_dir={tmp_path / 'out'}", wrong)
     assert code == 1 and message in f"{text}\n" and "Traceback" not in text, text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fails", ["write_atomically", "Counter"])  # of one job, and of them all
+def test_an_outcome_that_cannot_be_noted_ends_the_sweep_in_one_line(command, monkeypatch, tmp_path, fails):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "noted")
+
+    monkeypatch.setattr(sweep, "job", lambda *_: sweep.Outcome("failed", "as if"))
+    monkeypatch.setattr(sweep, fails, full)
+    code, text = command("-m", "+method=lora", "seed=0,1")
+    assert code == 1 and text.endswith("error: [Errno 28] No space left on device: 'noted'"), text
+    assert text.count("error: ") == 1 and "Traceback" not in text
 
 
 def test_slurm_is_missed_in_one_line(command, monkeypatch):

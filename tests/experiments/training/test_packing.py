@@ -5,6 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments.errors import UserError
+from experiments.models import decoding
 from experiments.training.packing import ON_GPU, packing_of
 from modules.fused import attention
 from tests.experiments.training.varlen import varlen_reference
@@ -55,6 +56,17 @@ def test_models_that_mix_them_are_refused_by_name(model_type):
 def test_what_a_gpu_keeps_samples_apart_by(model_type, way, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", varlen_reference)
     assert packing_of(small.build(model_type), ON_GPU).__name__ == way
+
+
+@pytest.mark.parametrize("probe", [packing_of, decoding.bytes_per_column])
+def test_a_lack_of_memory_does_not_count_as_what_a_model_cannot_do(probe, monkeypatch):
+    def lacks(*args, **kwargs):
+        torch.empty(2**58)
+
+    model = small.build("llama")
+    monkeypatch.setattr(model, "forward", lacks)
+    with pytest.raises(RuntimeError, match="you tried to allocate"):
+        probe(model)
 
 
 def test_the_longest_window_is_told_of(monkeypatch):
