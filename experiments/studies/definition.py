@@ -35,11 +35,13 @@ class Search:
     """Attributes:
     steps: of each round; those of the last one are a final run's.
     keep: so many learning rates go on after each round but the last.
+    samples: of the validation part, at most. All learning rates are judged by the same ones.
     seed: of all of them; no final run has it.
     """
 
     steps: list[int] = MISSING
     keep: list[int] = MISSING
+    samples: int = 100
     seed: int = 1000
 
 
@@ -147,6 +149,7 @@ class Study:
         cfg.lr, cfg.seed, cfg.trainer.steps = lr, seed, steps
         if search:
             cfg.data.part, cfg.data.answer_tokens, cfg.second = "validation", 0, Config().second
+            cfg.data.max_heldout = min(cfg.data.max_heldout or self.search.samples, self.search.samples)
         return cfg, config_hash(cfg)
 
     def budget(self, setting: str) -> int:

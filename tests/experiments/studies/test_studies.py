@@ -96,10 +96,12 @@ def test_a_study_that_is_not_there(terminal):
 
 def test_halving_sees_no_held_out_sample_and_final_runs_see_no_other_seed(tmp_path):
     given = {"lr__low_rank": [1e-4, 1e-3, 1e-2, 1e-1], "search__steps": [1, 2, 4], "search__keep": [2, 1]}
+    given["search__samples"] = 7
     one = definition.read(changed(tmp_path, **given, size__most=5))
     jobs = write_study(tmp_path / "runs", one, {}, best=1e-2)
     searches = [job for job in jobs if job.stage == SEARCH]
     assert {job.cfg.data.part for job in searches} == {"validation"} and {job.cfg.seed for job in searches} == {1000}
+    assert {job.cfg.data.max_heldout for job in searches} == {7}
     for setting in ("lora", "dora"):
         own = [job for job in searches if job.setting == setting]
         tried = {steps: {job.cfg.lr for job in own if job.cfg.trainer.steps == steps} for steps in (1, 2, 4)}
@@ -107,6 +109,7 @@ def test_halving_sees_no_held_out_sample_and_final_runs_see_no_other_seed(tmp_pa
         assert sum(job.cfg.trainer.steps for job in own) == one.budget(setting) == 4 + 2 * 2 + 4
     finals = [job for job in jobs if job.stage == FINAL]
     assert {job.cfg.data.part for job in finals} == {"heldout"} and {job.cfg.trainer.steps for job in finals} == {4}
+    assert {job.cfg.data.max_heldout for job in finals} == {12}
     assert {job.cfg.lr for job in finals} == {0.5e-2, 1e-2}, "those of the forgetting question, too"
     assert 0 in {job.cfg.seed for job in finals} and max(job.cfg.seed for job in finals) < 5
     assert not {job.cfg.seed for job in finals} & {job.cfg.seed for job in searches}
