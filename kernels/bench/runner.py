@@ -1,5 +1,6 @@
 """Measure a benchmark: check the result of every provider, then time the providers that are right."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -87,6 +88,7 @@ class Runner:
                 self._note(f"{bench.kernel} in {dtype} is left out: this machine emulates {dtype} products")
                 continue
             for x in bench.quick_sizes if self.quick else bench.sizes:
+                gc.collect()  # peers' modules are in cycles, and the case before may have taken gigabytes
                 yield self._case(bench, x, config)
 
     def _note(self, text: str) -> None:
