@@ -20,6 +20,10 @@ from kernels.codebook import BLOCK_FORMATS, BLOCKSIZES, NESTED_BLOCKSIZE, quant_
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # dtypes that can be quantized and dequantized to
 _DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in FLOATS}
 _DENSE, _DOUBLE = "dense", " double"
+# Of the experts that a GPU has dense at a time: one of Mixtral-8x7B's (28672 × 4096 in 16 bits), 32 of Qwen3-30B-A3B's.
+# With 4096 tokens the product of such a part takes a third of a millisecond on an H100, so its launches, two more, do
+# not count. That is from paper, not measured.
+PART_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,13 @@ def holding(weight: Weight, start: int, end: int) -> tuple[Weight, int]:
     return checked_before(
         weight.values.view(-1)[first // 2 : -(-n // 2)], dataclasses.replace(state, **changed)
     ), start - first
+
+
+def experts_of_part(shape: torch.Size, dtype: torch.dtype) -> int:
+    """How many experts of a packed weight [E, out, in] a GPU has dense in `dtype` at a time: one at least, no more than
+    fit PART_BYTES, and in each part as many, but for the last one."""
+    experts = max(1, PART_BYTES // (shape[1:].numel() * dtype.itemsize))
+    return -(-shape[0] // -(-shape[0] // experts))
 
 
 def check_quant_type(quant_type: str) -> None:

@@ -5,10 +5,11 @@ remembers the highest sum.
 
 For a CPU our ops run as kernels/cpu/ has them: torch's operations, and kernels that do nothing on meta tensors but
 write to memory that is counted; rows of experts are spread evenly, and one expert at a time is dense. For a GPU an op
-is one operation, but for the loss, which is taken apart into chunks; all experts of a linear are dense at once.
+is one operation, but for the loss, which is taken apart into chunks; a few experts of a linear are dense at a time.
 """
 
 import functools
+import math
 import weakref
 from collections.abc import Iterable, Iterator
 
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from experiments.plan import flops
 from kernels.cross_entropy import by_chunks, precise
+from kernels.weight import experts_of_part, packed_shape
 
 aten, qdora = torch.ops.aten, torch.ops.qdora
 PHASES = ("forward", "loss", "backward", "optimizer")
@@ -76,7 +78,7 @@ class Allocations(TorchDispatchMode):
         if _is_composite(func):  # a call of a reference comes here before it is taken apart
             with self:
                 return func.decompose(*args, **kwargs)
-        scratch = _dense_weight(func, args)
+        scratch = _dense_weight(func, args, self.on_cpu)
         self.weight = max(self.weight, scratch)
         if packet is qdora.linear_cross_entropy and not self.on_cpu:
             with self:
@@ -116,12 +118,17 @@ def _tensors(values: Iterable) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _dense_weight(func: torch._ops.OpOverload, args: tuple) -> int:
+def _dense_weight(func: torch._ops.OpOverload, args: tuple, on_cpu: bool) -> int:
     """Bytes of the dense weight that one of our linears makes while it computes; 0 if it has no packed weight."""
     if func.overloadpacket not in (*flops.LINEARS, *flops.EXPERTS):
         return 0
-    codes, *constants = _by_name(func, args)["weight"]
-    return 2 * codes.numel() * args[0].element_size() if constants else 0
+    given = _by_name(func, args)
+    if len(given["weight"]) == 1:
+        return 0
+    shape, dtype = packed_shape(given["weight_format"]), args[0].dtype
+    if func.overloadpacket in flops.EXPERTS:
+        shape = (1 if on_cpu else experts_of_part(shape, dtype), *shape[1:])
+    return math.prod(shape) * dtype.itemsize
 
 
 def _by_name(func: torch._ops.OpOverload, args: tuple) -> dict:

@@ -5,11 +5,8 @@ and took back, as torch.profiler records it, above the model and the optimizer's
 counts the memory of Python and the libraries themselves.
 """
 
-import contextlib
-import os
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +17,7 @@ from experiments.data.chat import Example
 from experiments.models.load import prepare_model
 from experiments.plan.budget import Budget, stored
 from experiments.training.loop import Trainer
+from kernels.bench.memory import highest
 
 TIMED_STEPS = 3
 
@@ -99,30 +97,7 @@ def _peak(trainer: Trainer, group: list[list[Example]], device: torch.device, be
         torch.cuda.reset_peak_memory_stats(device)
         trainer.step(group)
         return torch.cuda.max_memory_allocated(device)
-    with (
-        _silence(),
-        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,
-    ):
-        trainer.step(group)
-    now = highest = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            highest = max(highest, now)
-    return before + highest
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keep messages of the profiler's library off the terminal; it ignores log levels."""
-    terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(terminal)
-        os.close(nowhere)
+    return before + highest(lambda: trainer.step(group))
 
 
 def comparison(needs: Budget, measured: Measured, checkpointing: bool) -> str:

@@ -1,4 +1,4 @@
-"""python -m kernels.bench [op …] [--csv FILE] [--plot DIR] [--seconds S] [--quick]"""
+"""python -m kernels.bench [op …] [--csv FILE] [--plot DIR] [--seconds S] [--models] [--quick]"""
 
 import datetime
 import sys
@@ -23,10 +23,13 @@ def main(argv: list[str]) -> int:
         return 1
     known = benches()
     chosen = [known[op] for op in options.ops or known]
-    return run(chosen, options.csv or _default_csv(), options.plot, options.quick, options.seconds)
+    csv = options.csv or _default_csv()
+    return run(chosen, csv, options.plot, options.quick, options.seconds, options.models)
 
 
-def run(chosen: list[Bench], csv: Path, plots: Path | None, quick: bool, seconds: float = 1.0) -> int:
+def run(
+    chosen: list[Bench], csv: Path, plots: Path | None, quick: bool, seconds: float = 1.0, models: bool = False
+) -> int:
     file = CsvFile(csv)
     machine = this_machine()
     speeds = ", ".join(f"{name} {speed / 1e9:,.0f} GFLOP/s" for name, speed in machine.flops_per_s.items())
@@ -34,7 +37,9 @@ def run(chosen: list[Bench], csv: Path, plots: Path | None, quick: bool, seconds
     print(", ".join(f"{name} {version}" for name, version in machine.versions.items()))
     runner, load = Runner(machine, quick, seconds), OthersLoad()
     written, wrong = [csv], False
-    for bench in [bench.on(machine.device) for bench in chosen]:
+    if models or machine.device.type != "cpu":
+        chosen = [bench.of_models() for bench in chosen]
+    for bench in chosen:
         table, rows = Table(bench, graphs="graph_ns" in runner.timers), []
         print(table.header())
         for case in runner.cases(bench):

@@ -15,6 +15,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="default: outputs/bench_<time>.csv")
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw a PNG for each op")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each row of the table (default: %(default)s)")
+    parser.add_argument("--models", action="store_true", help="shapes of real models on a CPU too, as on a GPU")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does it run? Its times mean nothing")
     options = parser.parse_args(argv)
     if unknown := [op for op in options.ops if op not in NAMES]:

@@ -171,8 +171,8 @@ def _bench(kernel: str, ours: Callable[[Inputs], Callable[[], Result]], magnitud
         unit="token",
         sizes=(128, 1024),
         quick_sizes=(8,),
-        sizes_on_gpu=(512, 2048, 8192),
-        configs_on_gpu=tuple(
+        sizes_of_models=(512, 2048, 8192),
+        configs_of_models=tuple(
             {"dtype": "bf16", "base": "nf4", "in_features": columns, "out_features": rows, "rank": rank}
             for (rows, columns), rank in product(OF_MODELS, RANKS)
         ),

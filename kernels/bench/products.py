@@ -164,8 +164,8 @@ BENCHES = (
         check=_check_nf4,
         cost=_nf4_cost,
         products=True,
-        sizes_on_gpu=(1, 4, 16, 64, 512, 2048),
-        configs_on_gpu=tuple(
+        sizes_of_models=(1, 4, 16, 64, 512, 2048),
+        configs_of_models=tuple(
             {"dtype": "bf16", "in_features": columns, "out_features": rows}
             for rows, columns in (*OF_MODELS, DOWN_PROJECTION)
         ),

@@ -42,8 +42,7 @@ class Table:
             f"{'config':<{self.width}}  {unit + 's':>11}  {'provider':<{self.provider_width}}"
             f"{'ns/' + unit:>12}{'20–80 %':>24}{'time/ours':>11}{'roofline':>10}"
             + (f"{'graph ns':>12}{'graph/ours':>12}{'roofline':>10}" if self.graphs else "")
-            + (f"{'weights, MB':>14}" if self.bench.weights else "")
-            + (f"{'peak, MB':>14}" if self.bench.weights and self.graphs else "")
+            + (f"{'weights, MB':>14}{'peak, MB':>14}" if self.bench.weights else "")
         )
 
     def lines(self, case: Case) -> list[str]:
@@ -52,7 +51,7 @@ class Table:
         texts = [
             self._numbers(row, ours.get(metric))
             + self._graph(rows.get((provider, "graph_ns")), ours.get("graph_ns"))
-            + self._memory(*case.memory.get(provider, (None, None)))
+            + "".join(f"{n_bytes / 1e6:>14,.1f}" for n_bytes in case.memory.get(provider, ()))
             for (provider, metric), row in rows.items()
             if metric == "time_ns"
         ]
@@ -74,11 +73,6 @@ class Table:
         middle = row.p50 / row.x
         ratio = f"{row.p50 / ours:.2f}" if ours else ""
         return f"{middle:>12,.{_digits(middle)}f}{ratio:>12}{row.roofline_share:>10.1%}"
-
-    def _memory(self, weights: int | None, peak: int | None) -> str:
-        if weights is None:
-            return ""
-        return f"{weights / 1e6:>14,.1f}" + ("" if peak is None else f"{peak / 1e6:>14,.1f}")
 
 
 def _digits(value: float) -> int:

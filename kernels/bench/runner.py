@@ -1,5 +1,6 @@
 """Measure a benchmark: check the result of every provider, then time the providers that are right."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from kernels.bench.machine import Machine
+from kernels.bench.memory import highest_of_new_thread
 from kernels.bench.spec import Bench, Unavailable
 from kernels.bench.timing import graph_times, times
 
@@ -50,14 +52,14 @@ class Case:
     """The outcome of one size and configuration: rows of the providers that were right, reasons for the others.
 
     Attributes:
-        memory: by provider, the bytes of its frozen weights and, on a GPU, of these and all that a call allocates.
+        memory: by provider, the bytes of its frozen weights, and of these and all that a call allocates.
     """
 
     x: int
     config: Mapping[str, Any]
     rows: tuple[Row, ...]
     refused: Mapping[str, str]
-    memory: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    memory: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class Runner:
@@ -86,6 +88,7 @@ class Runner:
                 self._note(f"{bench.kernel} in {dtype} is left out: this machine emulates {dtype} products")
                 continue
             for x in bench.quick_sizes if self.quick else bench.sizes:
+                gc.collect()  # peers' modules are in cycles, and the case before may have taken gigabytes
                 yield self._case(bench, x, config)
 
     def _note(self, text: str) -> None:
@@ -118,9 +121,9 @@ class Runner:
         memory = {name: self._memory(bench.weights[name](inputs), right[name]) for name in right if bench.weights}
         return Case(x, config, tuple(rows), refused, memory)
 
-    def _memory(self, weights: int, function: Callable[[], Any]) -> tuple[int, int | None]:
-        if self.machine.device.type != "cuda":
-            return weights, None
+    def _memory(self, weights: int, function: Callable[[], Any]) -> tuple[int, int]:
+        if self.machine.device.type == "cpu":
+            return weights, weights + highest_of_new_thread(function)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()

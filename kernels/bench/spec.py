@@ -38,7 +38,8 @@ class Bench:
         products: the op multiplies matrices. Then FLOPs count in the roofline, and dtypes whose products the machine
             only emulates are left out.
         gpu_only: the providers are GPU kernels, which a CPU does not run.
-        sizes_on_gpu, configs_on_gpu: in place of sizes and configs on a GPU, as real models have them; empty: the same.
+        sizes_of_models, configs_of_models: in place of sizes and configs, as real models have them: on a GPU, and where
+            they are asked for; empty: the same.
     """
 
     kernel: str
@@ -54,14 +55,12 @@ class Bench:
     weights: Mapping[str, Callable[[Inputs], int]] = field(default_factory=dict)
     products: bool = False
     gpu_only: bool = False
-    sizes_on_gpu: tuple[int, ...] = ()
-    configs_on_gpu: tuple[Mapping[str, Any], ...] = ()
+    sizes_of_models: tuple[int, ...] = ()
+    configs_of_models: tuple[Mapping[str, Any], ...] = ()
 
-    def on(self, device: torch.device) -> "Bench":
-        """The benchmark with the sizes and configs of this device."""
-        if device.type == "cpu":
-            return self
-        return replace(self, sizes=self.sizes_on_gpu or self.sizes, configs=self.configs_on_gpu or self.configs)
+    def of_models(self) -> "Bench":
+        """The benchmark with the sizes and configs of real models."""
+        return replace(self, sizes=self.sizes_of_models or self.sizes, configs=self.configs_of_models or self.configs)
 
 
 def randn(*shape: int, seed: int) -> Tensor:

@@ -1,9 +1,15 @@
 """The linears of all experts in Triton: see kernels/experts.py.
 
-Launches over a packed weight, however many experts there are: forward of LoRA 3 (dequantize the experts that have rows,
-xa, the product with everything else in its epilogue), of DoRA 6 with the norm, 4 with a known one; backward of LoRA 4
-(dequantize, dxa, dA with dB, dX), of DoRA 5, with dz and dm in one. The library's product takes one more. The host
-never waits: who has how many rows stays on the device.
+A packed weight becomes dense in parts of at most PART_BYTES (kernels/weight.py), a few experts each. A part is
+multiplied before the next one takes its memory, so beside the packed weight a call needs PART_BYTES and its results.
+The results have the same bits however many parts there are.
+
+Launches over a packed weight of P parts, however many experts these have: forward of LoRA 1 + 2P (xa; of each part,
+dequantize the experts that have rows and the product, with everything else in its epilogue), of DoRA 4 + 2P with the
+norm, 2 + 2P with a known one; backward of LoRA 2 + 2P (dxa, dA with dB; dequantize and dX), of DoRA 1 + 4P (dA with dB;
+dequantize, dz with dm, dxa and dX). The host never waits: who has how many rows stays on the device. The library's
+product takes one launch more. It can only have all experts at once: it multiplies dense weights, and packed ones of
+one part.
 
 The products are grouped.py's, the thin ones experts_low_rank.py's, dense weights and norms experts_weights.py's.
 """
@@ -17,7 +23,7 @@ from kernels.triton.case import Case, meta
 from kernels.triton.dora import finish_magnitude
 from kernels.triton.experts_low_rank import dropout as drop
 from kernels.triton.experts_low_rank import outer, project
-from kernels.triton.experts_weights import dense_experts, norm_and_gain
+from kernels.triton.experts_weights import dense_parts, norm_and_gain
 from kernels.triton.grouped import grouped
 from kernels.triton.launch import cdiv, launch
 from kernels.weight import Weight
@@ -26,7 +32,7 @@ BLOCK_M, BLOCK_N = 16, 64  # narrow: a program adds over all rows of an expert. 
 FINISH_K = 64  # tile of x and of a row of W in the rare case
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"])
 def _scale_kernel(
     dy_ptr,  # [M, N]
     kept_ptr,  # y or z, [M, N]
@@ -34,7 +40,7 @@ def _scale_kernel(
     divisor_ptr,  # [E, N]: the magnitude if y was kept, the norm if z was
     norm_ptr,  # fp32 [E, N]
     x_ptr,  # [M, K]
-    w_ptr,  # [E, N, K], any strides
+    w_ptr,  # [experts of this launch, N, K], any strides
     xa_ptr,  # [M, R]
     b_ptr,  # [E, N, R], any strides
     ends_ptr,  # i32 [E]
@@ -43,6 +49,7 @@ def _scale_kernel(
     M,
     N,
     K,
+    begin,  # the first expert of this launch
     stride_we,
     stride_wn,
     stride_wk,
@@ -59,7 +66,8 @@ def _scale_kernel(
 ):
     start_n = tl.program_id(0) * BLOCK_N
     n = start_n + tl.arange(0, BLOCK_N)
-    e = tl.program_id(1).to(tl.int64)
+    own = tl.program_id(1).to(tl.int64)  # among the experts of this launch
+    e = begin + own
     end = tl.minimum(tl.load(ends_ptr + e), M)
     start = tl.load(ends_ptr + e - 1, mask=e > 0, other=0)
     gain = tl.load(gain_ptr + e * N + n, mask=n < N, other=0.0)
@@ -78,7 +86,7 @@ def _scale_kernel(
         gain_ptrs = gain_ptr + e * N
     finish_magnitude(
         total, divisor_ptr + e * N, gain_ptrs, norm_ptr + e * N,
-        dy_ptr + first * N, x_ptr + first * K, w_ptr + e * stride_we, xa_ptr + first * R, b_ptr + e * stride_be,
+        dy_ptr + first * N, x_ptr + first * K, w_ptr + own * stride_we, xa_ptr + first * R, b_ptr + e * stride_be,
         dm_ptr + e * N, start_n, end - start, N, K, stride_wn, stride_wk, R, stride_bn, stride_br, R, SMALL,
         BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
@@ -96,26 +104,36 @@ def scale(
     norm: Tensor,
     gain: Tensor,
     kept_y: bool,
-) -> tuple[Tensor, Tensor]:
-    """(dz = gain_e ⊙ dy [M, N], nothing in rows that belong to nobody; dm [E, N])"""
-    (m, n), (experts, _, rank) = dy.shape, lora_B.shape
-    dz = torch.empty(m, n, dtype=dy.dtype, device=dy.device)
-    dm = torch.empty(experts, n, dtype=magnitude.dtype, device=dy.device)
+    dz: Tensor,
+    dm: Tensor,
+    begin: int = 0,
+) -> None:
+    """Write dz = gain_e ⊙ dy [M, N], nothing in rows that belong to nobody, and dm [E, N], of the experts of w, the
+    first of which is expert `begin` of all."""
+    (m, n), rank = dy.shape, lora_B.shape[2]
     launch(
-        _scale_kernel, (cdiv(n, BLOCK_N), experts),
+        _scale_kernel, (cdiv(n, BLOCK_N), len(w)),
         dy, kept, gain, magnitude.contiguous() if kept_y else norm, norm, x, w, xa, lora_B, ends, dz, dm,
-        m, n, x.shape[1], *w.stride(), *lora_B.stride(), R=rank, KEPT_Y=kept_y, SMALL=torch.finfo(dy.dtype).tiny,
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=FINISH_K, BLOCK_R=16, fp_fusion=True,
+        m, n, x.shape[1], begin, *w.stride(), *lora_B.stride(), R=rank, KEPT_Y=kept_y,
+        SMALL=torch.finfo(dy.dtype).tiny, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=FINISH_K, BLOCK_R=16,
+        fp_fusion=True,
     )  # fmt: skip
-    return dz, dm
+
+
+def products(x: Tensor, ends: Tensor, weight: Weight, forward: bool, **epilogue) -> Tensor:
+    """`grouped` of x with all experts: with W_eᵀ in forward, in backward with W_e."""
+    result = None
+    for begin, w in dense_parts(weight, ends, x.dtype):
+        result = grouped(x, ends, w.mT if forward else w, **epilogue, begin=begin, into=result)
+    return result[0]
 
 
 def experts_linear(x: Tensor, ends: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    return grouped(x.contiguous(), ends, dense_experts(weight, ends, x.dtype).mT, bias=bias)[0]
+    return products(x.contiguous(), ends, weight, forward=True, bias=bias)
 
 
 def experts_linear_backward(dy: Tensor, ends: Tensor, weight: Weight) -> Tensor:
-    return grouped(dy, ends, dense_experts(weight, ends, dy.dtype))[0]
+    return products(dy, ends, weight, forward=False)
 
 
 def experts_lora(
@@ -131,7 +149,7 @@ def experts_lora(
 ) -> tuple[Tensor, Tensor]:
     x = x.contiguous()
     xa = project(x, ends, lora_A.mT, scaling, dropout, seed)
-    return grouped(x, ends, dense_experts(weight, ends, x.dtype).mT, xa, lora_B.mT, bias)[0], xa
+    return products(x, ends, weight, forward=True, s=xa, v=lora_B.mT, bias=bias), xa
 
 
 def experts_lora_backward(
@@ -152,7 +170,7 @@ def experts_lora_backward(
     dA, dB = outer(x, dxa, dy, xa, ends, (lora_A.dtype, lora_B.dtype), dropout, seed)
     if not needs_dx:
         return x.new_empty(0), dA, dB
-    return grouped(dy, ends, dense_experts(weight, ends, x.dtype), dxa, lora_A, p=dropout, seed=seed)[0], dA, dB
+    return products(dy, ends, weight, forward=False, s=dxa, v=lora_A, p=dropout, seed=seed), dA, dB
 
 
 def experts_norm(weight: Weight, norm_sq: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -177,11 +195,14 @@ def experts_dora(
     xd = drop(x, ends, dropout, seed) if dropout else x
     xa = project(xd, ends, lora_A.mT, scaling)
     norm, gain = norm_and_gain(weight, x.dtype, lora_A, lora_B, scaling, magnitude, norm, ends)
-    w = dense_experts(weight, ends, x.dtype).mT
-    # (x - drop(x))Wᵀ + g ⊙ z: elements dropped from the adapter still pass the base
-    base = grouped(x - xd, ends, w)[0] if dropout else None
-    keeps_z = dropout > 0 or bias is not None
-    y, z = grouped(xd, ends, w, xa, lora_B.mT, bias, gain, base, keeps_z)
+    dropped, keeps_z = x - xd if dropout else None, dropout > 0 or bias is not None
+    base = result = None
+    for begin, w in dense_parts(weight, ends, x.dtype):
+        if dropout:  # (x - drop(x))Wᵀ + g ⊙ z: elements dropped from the adapter still pass the base
+            base = grouped(dropped, ends, w.mT, begin=begin, into=base)
+        added = None if base is None else base[0]
+        result = grouped(xd, ends, w.mT, xa, lora_B.mT, bias, gain, added, keeps_z, begin=begin, into=result)
+    y, z = result
     return y, xa, norm, gain, z if keeps_z else x.new_empty(0)
 
 
@@ -203,26 +224,33 @@ def experts_dora_backward(
     seed: Tensor | None,
     needs_dx: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, w = x.contiguous(), dense_experts(weight, ends, x.dtype)
+    x = x.contiguous()
     xd = drop(x, ends, dropout, seed) if dropout else x
-    kept = z if y is None else y
-    dz, dm = scale(dy, kept, xd, xa, ends, w, lora_B, magnitude, norm, gain, kept_y=y is not None)
-    dxa = project(dz, ends, lora_B, scaling)
+    kept, kept_y = (z, False) if y is None else (y, True)
+    dz = torch.empty(dy.shape, dtype=dy.dtype, device=dy.device)
+    dm = torch.empty(gain.shape, dtype=magnitude.dtype, device=dy.device)
+    dxa = dx = through_base = None
+    for begin, w in dense_parts(weight, ends, x.dtype):
+        scale(dy, kept, xd, xa, ends, w, lora_B, magnitude, norm, gain, kept_y, dz, dm, begin)
+        dxa = project(dz, ends, lora_B, scaling, part=(begin, len(w)), into=dxa)
+        if needs_dx:
+            dx = grouped(dz, ends, w, dxa, lora_A, begin=begin, into=dx)
+            if dropout:
+                through_base = grouped(dy, ends, w, begin=begin, into=through_base)
     dA, dB = outer(xd, dxa, dz, xa, ends, (lora_A.dtype, lora_B.dtype))
     if not needs_dx:
         return x.new_empty(0), dA, dB, dm
-    dx, _ = grouped(dz, ends, w, dxa, lora_A)
     if dropout:  # elements dropped from the adapter's input pass the base alone
-        through_base, _ = grouped(dy, ends, w)
-        dx = through_base + drop(dx - through_base, ends, dropout, seed)
-    return dx, dA, dB, dm
+        (dx, _), (through_base, _) = dx, through_base
+        return through_base + drop(dx - through_base, ends, dropout, seed), dA, dB, dm
+    return dx[0], dA, dB, dm
 
 
 def _scale_case(kept_y: bool, dtype: str) -> Case:
     """`scale` of 128 experts 2048 → 768, counted without the rare columns of small gain."""
     dy, x, xa = (meta(32768, n, dtype=dtype) for n in (768, 2048, 16))
     w, lora_B, of_rows = meta(128, 768, 2048, dtype=dtype), meta(128, 768, 16), meta(128, 768)
-    rest = (w, lora_B, of_rows, of_rows, of_rows, kept_y)
+    rest = (w, lora_B, of_rows, of_rows, of_rows, kept_y, dy, of_rows)
     return Case(
         kernel="experts_scale",
         config=f"{'y' if kept_y else 'z'}-{dtype}",

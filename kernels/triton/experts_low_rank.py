@@ -25,7 +25,7 @@ from kernels.triton.outer import outer_tiles, transposed_product
 DROP_ROWS, DROP_COLUMNS = 16, 256
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"])
 def _project_kernel(
     x_ptr,  # [M, K]
     v_ptr,  # [E, K, R], any strides, any float dtype
@@ -34,7 +34,9 @@ def _project_kernel(
     s_ptr,  # [M, R] in x's dtype
     M,
     K,
-    experts,
+    begin,  # the first expert of this launch
+    experts,  # of this launch
+    total,  # E
     stride_ve,
     stride_vk,
     stride_vr,
@@ -46,14 +48,17 @@ def _project_kernel(
     BLOCK_R: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    expert, first, row, end = rows_of_tile(ends_ptr, tl.program_id(0), M, experts, BLOCK_M, EXPERTS)
+    expert, first, row, end = rows_of_tile(
+        ends_ptr, tl.program_id(0), M, begin, experts, total, BLOCK_M, EXPERTS
+    )  # fmt: skip
+    e = begin + tl.minimum(expert, experts - 1).to(tl.int64)
     m = row.to(tl.int64) + tl.arange(0, BLOCK_M)
     r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     seed = None
     if seed_ptr is not None:
-        seed = tl.load(seed_ptr) + expert
+        seed = tl.load(seed_ptr) + e
     columns = tl.where((row < end) & (expert < experts), K, 0)  # rows of nobody become 0
-    v_ptr += tl.minimum(expert, experts - 1).to(tl.int64) * stride_ve
+    v_ptr += e * stride_ve
     acc = projected(
         x_ptr, v_ptr, seed, m, first, r, end, K, 0, columns, stride_vk, stride_vr, R,
         THRESHOLD, BLOCK_M, BLOCK_K, BLOCK_R,
@@ -134,15 +139,28 @@ def _dropout_kernel(
     tl.store(y_ptr + places, tl.where(kept, x * scale, 0.0).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def project(x: Tensor, ends: Tensor, v: Tensor, scale: float, p: float = 0.0, seed: Tensor | None = None) -> Tensor:
-    """scale · drop(x) v_e [M, R] in x's dtype, 0 in rows that belong to nobody; x is contiguous, v [E, K, R] any."""
-    (m, k), rank = x.shape, v.shape[2]
-    s = torch.empty(m, rank, dtype=x.dtype, device=x.device)
+def project(
+    x: Tensor,
+    ends: Tensor,
+    v: Tensor,
+    scale: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    part: tuple[int, int] | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """scale · drop(x) v_e [M, R] in x's dtype, 0 in rows that belong to nobody; x is contiguous, v [E, K, R] any.
+
+    With `part`, (first expert, experts), only the rows of these are written, `into` the result for the experts before.
+    """
+    (m, k), rank, total = x.shape, v.shape[2], len(ends)
+    s = torch.empty(m, rank, dtype=x.dtype, device=x.device) if into is None else into
+    begin, experts = part or (0, total)
     tiles = project_tiles(x.dtype, rank)
-    of_rows, experts = tiles_of_rows(ends, m, tiles["BLOCK_M"])
-    args = (x, v, seed if p else None, ends, s, m, k, len(ends), *v.stride(), scale / (1 - p))
+    of_rows, block_e = tiles_of_rows(experts, m, tiles["BLOCK_M"])
+    args = (x, v, seed if p else None, ends, s, m, k, begin, experts, total, *v.stride(), scale / (1 - p))
     grid = (of_rows, cdiv(rank, tiles["BLOCK_R"]))
-    launch(_project_kernel, grid, *args, R=rank, THRESHOLD=threshold(p), **tiles, **experts, fp_fusion=True)
+    launch(_project_kernel, grid, *args, R=rank, THRESHOLD=threshold(p), **tiles, **block_e, fp_fusion=True)
     return s
 
 

@@ -2,7 +2,12 @@
 
 One launch for all experts, and with `ends` a program whose experts have no rows does nothing (its norms are 0): the
 host does not know which experts have rows. The tiles are dora_norm.py's and nf4.py's.
+
+Dense weights are made in parts of at most PART_BYTES (kernels/weight.py), one after the other in the same memory: of
+all experts they would take four times the memory of the packed ones.
 """
+
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -13,9 +18,9 @@ from kernels.codebook import absmax_map, levels
 from kernels.triton.case import DTYPES, Case, meta, meta_packed
 from kernels.triton.dora_norm import FINISH_BLOCK, NUM_WARPS, finish_kernel, norm_tiles, squares_dense, squares_nf4
 from kernels.triton.launch import cdiv, launch, split_columns
-from kernels.triton.nf4 import STEP, dense, dequantize_program, words
+from kernels.triton.nf4 import STEP, dequantize_program, words
 from kernels.triton.nf4_quantize import PROGRAM, tiles_of
-from kernels.weight import Weight
+from kernels.weight import Weight, experts_of_part, holding
 
 
 @triton.jit
@@ -53,9 +58,9 @@ def _norm_nf4_kernel(
     tl.store(partial_ptr + split.to(tl.int64) * experts * N + rows, total, mask=rows < expert * N + N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"])
 def _norm_dense_kernel(
-    w_ptr,  # [E, N, K]
+    w_ptr,  # [experts of this launch, N, K]
     a_ptr,  # [E, R, K] in w's dtype
     b_ptr,  # [E, N, R], any float dtype
     ends_ptr,  # i32 [E], or None: all experts
@@ -65,20 +70,23 @@ def _norm_dense_kernel(
     K_SPLIT,  # columns of one split, a multiple of BLOCK_K
     experts,
     scaling,
+    begin,  # the first expert of this launch
     R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     split = tl.program_id(1)
-    expert = tl.program_id(2).to(tl.int64)
-    rows = expert * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    own = tl.program_id(2).to(tl.int64)  # among the experts of this launch
+    expert = begin + own
+    rows = own * N + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    before = begin.to(tl.int64) * N
     columns = _columns_of_split(ends_ptr, expert, K_SPLIT)
     total = squares_dense(
-        w_ptr, a_ptr + expert * R * K, b_ptr,
-        rows, expert * N + N, K, split, columns, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R,
+        w_ptr, a_ptr + expert * R * K, b_ptr + before * R,
+        rows, own * N + N, K, split, columns, scaling, R, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    tl.store(partial_ptr + split.to(tl.int64) * experts * N + rows, total, mask=rows < expert * N + N)
+    tl.store(partial_ptr + split.to(tl.int64) * experts * N + before + rows, total, mask=rows < own * N + N)
 
 
 @triton.jit
@@ -91,7 +99,7 @@ def _columns_of_split(ends_ptr, expert, K_SPLIT):
     return columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["skip", "begin"])
 def _dequantize_kernel(
     packed_ptr,  # u8 [ceil(n / 2)], 4-byte aligned
     absmax_ptr,  # fp32 [blocks], or u8 with double quantization
@@ -99,38 +107,56 @@ def _dequantize_kernel(
     nested_offset_ptr,  # fp32 [] or None
     map_ptr,  # fp32 [256] or None
     levels_ptr,  # fp32 [16]
-    ends_ptr,  # i32 [E]
+    ends_ptr,  # i32 [E], or None: all experts
     out_ptr,  # [n]
     n: tl.int64,
     of_one: tl.int64,  # values of an expert
+    skip: tl.int64,  # values before its first expert
+    begin,  # its first expert
     BLOCKSIZE: tl.constexpr,
     STEP: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * STEPS * STEP
-    first, last = start // of_one, (tl.minimum(start + STEPS * STEP, n) - 1) // of_one
-    before = tl.load(ends_ptr + first - 1, mask=first > 0, other=0)
-    if tl.load(ends_ptr + last) > before:  # one of the experts first … last has rows
+    wanted = True
+    if ends_ptr is not None:
+        start = tl.program_id(0).to(tl.int64) * STEPS * STEP
+        behind = tl.minimum(start + STEPS * STEP, n)
+        first = begin + tl.maximum(start - skip, 0) // of_one
+        last = begin + tl.maximum(behind - 1 - skip, 0) // of_one
+        before = tl.load(ends_ptr + first - 1, mask=first > 0, other=0)
+        wanted = tl.load(ends_ptr + last) > before  # one of the experts first … last has rows
+    if wanted:
         dequantize_program(
             packed_ptr, absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, levels_ptr, out_ptr,
             n, BLOCKSIZE, STEP, STEPS,
         )  # fmt: skip
 
 
-def dense_experts(weight: Weight, ends: Tensor, dtype: torch.dtype) -> Tensor:
-    """[E, out, in] in `dtype`, in which the experts without rows may have any numbers; of a dense weight itself."""
+def dense_parts(weight: Weight, ends: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first expert, weights [experts, out, in] of it and those after it, in `dtype`), in parts, until all were there.
+
+    A part is overwritten by the next one. Experts without rows may have any numbers. A dense weight is one part, as it
+    is.
+    """
     if not weight.packed:
-        return weight.values
-    state, device = weight.quant_state, weight.device
-    out = torch.empty(state.shape, dtype=dtype, device=device)
-    n = out.numel()
-    launch(
-        _dequantize_kernel, (cdiv(n, PROGRAM),),
-        words(weight.values), state.absmax, state.nested_absmax, state.nested_offset,
-        absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device), ends, out,
-        n, n // len(ends), **tiles_of(STEP, state.blocksize), fp_fusion=False,
-    )  # fmt: skip
-    return out
+        yield 0, weight.values
+        return
+    total, of_one, device = weight.shape[0], weight.shape[1:].numel(), weight.device
+    experts = experts_of_part(weight.shape, dtype)
+    parts = [
+        (begin, *holding(weight, begin * of_one, min(begin + experts, total) * of_one))
+        for begin in range(0, total, experts)
+    ]
+    buffer = torch.empty(max(part.shape.numel() for _, part, _ in parts), dtype=dtype, device=device)
+    for begin, part, skip in parts:
+        n, count, state = part.shape.numel(), min(experts, total - begin), part.quant_state
+        launch(
+            _dequantize_kernel, (cdiv(n, PROGRAM),),
+            words(part.values), state.absmax, state.nested_absmax, state.nested_offset,
+            absmax_map(state.quant_type, device) if state.nested else None, levels(state.quant_type, device),
+            ends, buffer, n, of_one, skip, begin, **tiles_of(STEP, state.blocksize), fp_fusion=False,
+        )  # fmt: skip
+        yield begin, buffer[skip : skip + count * of_one].view(count, *weight.shape[1:])
 
 
 def norm_and_gain(
@@ -188,9 +214,10 @@ def _sums_of_squares(
             halves, lora_B, ends, partial, *numbers, BLOCKSIZE=state.blocksize, **options,
         )  # fmt: skip
     else:  # a row of a tile would cross NF4 blocks, or bytes
-        w = (dense(weight, dtype) if ends is None else dense_experts(weight, ends, dtype)).contiguous()
         lora_A = lora_A.to(dtype).contiguous()
-        launch(_norm_dense_kernel, grid, w, lora_A, lora_B, ends, partial, *numbers, **options)
+        for begin, w in dense_parts(weight, ends, dtype):
+            args = (w.contiguous(), lora_A, lora_B, ends, partial, *numbers, begin)
+            launch(_norm_dense_kernel, (rows, splits, len(w)), *args, **options)
     return partial
 
 
@@ -220,11 +247,11 @@ def _norm_case(rank: int, kind: str, dtype: str = "bf16", live: bool = False) ->
 
 
 def _dequantize_case(dtype: str) -> Case:
-    """`dense_experts`; the budget is that of nf4.py, and a little for the question who has rows."""
+    """`dense_parts`, of one part; the budget is that of nf4.py, and a little for the question who has rows."""
     return Case(
         kernel="experts_dequantize",
         config=dtype,
-        call=lambda: dense_experts(_weight("nf4", dtype), meta(128, dtype=torch.int32), DTYPES[dtype]),
+        call=lambda: next(dense_parts(_weight("nf4", dtype), meta(128, dtype=torch.int32), DTYPES[dtype])),
         fn=_dequantize_kernel,
         values=PROGRAM,
         bytes_per_value=0.5 + DTYPES[dtype].itemsize + 1 / 64,

@@ -6,6 +6,9 @@
 This is gemm.py with a weight for each expert. A program computes a tile of rows of one expert, which it finds from
 `ends` on the device: the host does not know how many rows an expert has. ⌈S / BLOCK_M⌉ + E tiles are enough, however
 the rows are spread, also for the rows after the last expert's, which belong to nobody and become 0.
+
+W may be that of consecutive experts alone (experts_weights.py). Such a launch writes only their rows, and with the last
+expert the rows that belong to nobody. It has as many tiles as if they had all rows; the others end at once.
 """
 
 import functools
@@ -24,20 +27,24 @@ from kernels.triton.launch import cdiv, launch, next_power_of_2
 # Where torch has a kernel for grouped_mm, and so its product is the library's: bf16, major compute capability 9 and 10
 # (CUTLASS). Elsewhere it loops over experts and the host waits for `ends`. That it is faster than the kernel here was
 # not measured: gemm.py's LIBRARY_FROM has what is known of one product. Change it where `python -m kernels.bench
-# experts_lora` says otherwise.
+# experts_lora` says otherwise. Its rows begin with those of its first expert, so it takes all experts or none.
 LIBRARY_ON = (9, 10)
 ZERO_ROWS, ZERO_COLUMNS = 64, 128
 
 
 @triton.jit
-def rows_of_tile(ends_ptr, tile, M, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
+def rows_of_tile(ends_ptr, tile, M, begin, experts, total, BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr):
     """(expert, first row of the expert, first row of the tile, row behind the expert's last) of a tile of rows.
 
-    The expert after the last one stands for nobody. Tiles after all rows have no row: the last two numbers are 0.
+    The launch is for `experts` of all `total` ones; the first of them, which is 0 here, is expert `begin` of all. The
+    one after its last stands for nobody, who has rows if that was the last of all. Tiles after all rows have no row:
+    the last two numbers are 0.
     """
     i = tl.arange(0, EXPERTS)  # at least experts + 1
-    ends = tl.minimum(tl.load(ends_ptr + i, mask=i < experts, other=M), M)
-    starts = tl.minimum(tl.load(ends_ptr + i - 1, mask=(i > 0) & (i <= experts), other=0), M)
+    ends_ptr += begin
+    of_nobody = tl.where(begin + experts == total, M, 0)
+    ends = tl.minimum(tl.load(ends_ptr + i, mask=i < experts, other=of_nobody), M)
+    starts = tl.minimum(tl.load(ends_ptr + i - 1, mask=(begin + i > 0) & (i <= experts), other=0), M)
     starts = tl.where(i > experts, M, starts)
     tiles = (tl.maximum(ends - starts, 0) + BLOCK_M - 1) // BLOCK_M
     behind = tl.cumsum(tiles, 0)
@@ -49,10 +56,10 @@ def rows_of_tile(ends_ptr, tile, M, experts, BLOCK_M: tl.constexpr, EXPERTS: tl.
     return expert, start, tl.where(expert > experts, 0, row), end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"])  # or parts would be compiled apart
 def _grouped_kernel(
     x_ptr,  # [M, K], or None: x W is known, only the epilogue is left
-    w_ptr,  # [E, K, N], any strides, in x's dtype, or None
+    w_ptr,  # [experts, K, N], any strides, in x's dtype, or None
     xw_ptr,  # [M, N]: x W; may be y; or None
     s_ptr,  # [M, R] in x's dtype, or None
     v_ptr,  # [E, R, N], any strides, any float dtype
@@ -66,7 +73,9 @@ def _grouped_kernel(
     M,
     N,
     K,
-    experts,
+    begin,  # the first expert of this launch
+    experts,  # of this launch
+    total,  # E
     tiles,  # of rows
     stride_we,
     stride_wk,
@@ -85,12 +94,13 @@ def _grouped_kernel(
     EXPERTS: tl.constexpr,
 ):
     pid_m, pid_n = tile_of(tl.program_id(0), tiles, tl.cdiv(N, BLOCK_N), GROUP_M)
-    expert, first, row, end = rows_of_tile(ends_ptr, pid_m, M, experts, BLOCK_M, EXPERTS)
+    expert, first, row, end = rows_of_tile(ends_ptr, pid_m, M, begin, experts, total, BLOCK_M, EXPERTS)
     m = row.to(tl.int64) + tl.arange(0, BLOCK_M)
     n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     has_expert = expert < experts
     known = tl.where(has_expert, end, 0)  # rows from here on are not read
-    e = tl.minimum(expert, experts - 1).to(tl.int64)
+    own = tl.minimum(expert, experts - 1).to(tl.int64)  # among those of this launch
+    e = begin + own
     places = m[:, None] * N + n[None, :]
     read = (m < known)[:, None] & (n < N)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -99,7 +109,7 @@ def _grouped_kernel(
     if x_ptr is not None:
         k = tl.arange(0, BLOCK_K)
         x_ptrs = x_ptr + m[:, None] * K + k[None, :]
-        w_ptrs = w_ptr + e * stride_we + k[:, None].to(tl.int64) * stride_wk + n[None, :] * stride_wn
+        w_ptrs = w_ptr + own * stride_we + k[:, None].to(tl.int64) * stride_wk + n[None, :] * stride_wn
         for k0 in range(0, tl.where(row < known, K, 0), BLOCK_K):
             x = tl.load(x_ptrs, mask=(m < known)[:, None] & (k < K - k0)[None, :], other=0.0)
             w = tl.load(w_ptrs, mask=(k < K - k0)[:, None] & (n < N)[None, :], other=0.0)
@@ -113,7 +123,7 @@ def _grouped_kernel(
         else:
             product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             product = add_low_rank(product, s_ptr, v_ptr, m, n, known, N, R, stride_vr, stride_vn, R, BLOCK_R)
-            kept = keep(tl.load(seed_ptr) + expert, (m - first)[:, None], n[None, :], THRESHOLD)
+            kept = keep(tl.load(seed_ptr) + e, (m - first)[:, None], n[None, :], THRESHOLD)
             acc += tl.where(kept, product * scale, 0.0)
     inside = (m < end)[:, None] & (n < N)[None, :]
     if z_ptr is not None:
@@ -146,9 +156,8 @@ def _zero_rows_kernel(
         tl.store(y_ptr + m[:, None] * N + n[None, :], zero, mask=of_nobody[:, None] & (n < N)[None, :])
 
 
-def tiles_of_rows(ends: Tensor, rows: int, block: int) -> tuple[int, dict[str, int]]:
+def tiles_of_rows(experts: int, rows: int, block: int) -> tuple[int, dict[str, int]]:
     """(tiles of `block` rows that are enough, the size that `rows_of_tile` looks at experts in)"""
-    experts = len(ends)
     return min(rows, cdiv(rows, block) + experts), {"EXPERTS": next_power_of_2(experts + 1)}
 
 
@@ -195,22 +204,29 @@ def grouped(
     keep_z: bool = False,
     p: float = 0.0,
     seed: Tensor | None = None,
+    begin: int = 0,
+    into: tuple[Tensor, Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, z or None): z = x W_e + drop(s V_e), y = gain_e ⊙ z + added + bias_e; 0 in rows that belong to nobody.
 
-    x [M, K], s [M, R] and added [M, N] are contiguous; w [E, K, N] and v [E, R, N] may have any strides.
+    x [M, K], s [M, R] and added [M, N] are contiguous; w [E, K, N] and v [E, R, N] may have any strides. If w
+    [experts, K, N] is that of the experts from `begin` on, only their rows are written, `into` the result for those
+    before.
     """
     m, n = x.shape[0], w.shape[2]
-    z = torch.empty(m, n, dtype=x.dtype, device=x.device) if keep_z else None
-    if m > 0 and use_library(x, w):
+    if m > 0 and len(w) == len(ends) and use_library(x, w):
         y = torch.nn.functional.grouped_mm(x, w, offs=ends)
+        z = torch.empty(m, n, dtype=x.dtype, device=x.device) if keep_z else None
         if s is None and gain is None and added is None and bias is None and not keep_z:
             zero_rows(y, ends)
         else:
             _launch(None, None, y, s, v, gain, added, bias, ends, y, z, p, seed)
+        return y, z
+    if into is None:
+        y, z = (torch.empty(m, n, dtype=x.dtype, device=x.device) if wanted else None for wanted in (True, keep_z))
     else:
-        y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-        _launch(x, w, None, s, v, gain, added, bias, ends, y, z, p, seed)
+        y, z = into
+    _launch(x, w, None, s, v, gain, added, bias, ends, y, z, p, seed, begin)
     return y, z
 
 
@@ -234,25 +250,34 @@ def _launch(
     z: Tensor | None,
     p: float,
     seed: Tensor | None,
+    begin: int = 0,
 ) -> None:
-    (m, n), rank = y.shape, 0 if s is None else s.shape[1]
-    tiles = _tiles(y.dtype, rank, m, len(ends), x is None)
-    of_rows, experts = tiles_of_rows(ends, m, tiles["BLOCK_M"])
+    (m, n), rank, total = y.shape, 0 if s is None else s.shape[1], len(ends)
+    experts = total if w is None else len(w)
+    tiles = _tiles(y.dtype, rank, m, total, x is None)
+    of_rows, block_e = tiles_of_rows(experts, m, tiles["BLOCK_M"])
     launch(
         _grouped_kernel, (of_rows * cdiv(n, tiles["BLOCK_N"]),),
         x, w, xw, s, v, gain, added, None if bias is None else bias.contiguous(), seed if p else None, ends, y, z,
-        m, n, 0 if x is None else x.shape[1], len(ends), of_rows,
+        m, n, 0 if x is None else x.shape[1], begin, experts, total, of_rows,
         *((0, 0, 0) if w is None else w.stride()), *((0, 0, 0) if s is None else v.stride()),
-        1 / (1 - p), R=rank, THRESHOLD=threshold(p), **tiles, **experts, fp_fusion=True,
+        1 / (1 - p), R=rank, THRESHOLD=threshold(p), **tiles, **block_e, fp_fusion=True,
     )  # fmt: skip
 
 
 def _case(
-    config: str, rank: int, dtype: str = "bf16", backward: bool = False, rows: int = 32768, known: bool = False
+    config: str,
+    rank: int,
+    dtype: str = "bf16",
+    backward: bool = False,
+    rows: int = 32768,
+    known: bool = False,
+    part: int = 128,
 ) -> Case:
-    """128 experts 2048 → 768 in DoRA's forward, which keeps z, or in LoRA's backward with dropout; x W may be known."""
+    """128 experts 2048 → 768 in DoRA's forward, which keeps z, or in LoRA's backward with dropout; x W may be known.
+    `part` of the experts at a time."""
     columns, out = (768, 2048) if backward else (2048, 768)
-    x, y, w = meta(rows, columns, dtype=dtype), meta(rows, out, dtype=dtype), meta(128, 768, 2048, dtype=dtype)
+    x, y, w = meta(rows, columns, dtype=dtype), meta(rows, out, dtype=dtype), meta(part, 768, 2048, dtype=dtype)
     product = (None, None, y) if known else (x, w if backward else w.mT, None)
     s, v = meta(rows, rank, dtype=dtype), meta(128, rank, 2048) if backward else meta(128, 768, rank).mT
     scales = (None, None, None) if backward else (meta(128, 768), None, meta(128, 768, dtype=dtype))
@@ -276,6 +301,7 @@ CASES = [
     *[_case(f"forward-r{rank}-bf16", rank) for rank in (16, 64, 512)],
     *[_case(f"backward-r{rank}-bf16", rank, backward=True) for rank in (16, 64)],
     *[_case(f"forward-{rows // 128}-rows-r16-bf16", 16, rows=rows) for rows in (128, 8192)],
+    *[_case(f"forward-part-of-{part}-r16-bf16", 16, part=part) for part in (1, 32)],
     _case("forward-r64-fp16", 64, "fp16"),
     _case("forward-r16-fp32", 16, "fp32"),
     _case("forward-r64-bf16", 64, known=True),

@@ -12,6 +12,8 @@ compressed-tensors, nvfp4-pack-quantized and mxfp4-pack-quantized
     <linear>.weight_scale            float8_e4m3fn [out, in / 16], or uint8 [out, in / 32]
     <linear>.weight_global_scale     fp32 [1], of NVFP4 alone: divides the scales
 
+Of a mixture of experts the last two have such linears for each expert: packed_experts.py joins them.
+
 There the even element is in the low nibble of a byte, here in the high one: nibbles change places on the way.
 """
 
@@ -59,7 +61,7 @@ def load_block_format(directory: str | Path, dtype: torch.dtype | None = None) -
     def read(files: TensorFiles, name: str, shape: torch.Size, dtype: torch.dtype) -> Weight:
         return read_parts(files, name, shape, dtype, quant_type, ends)
 
-    return load_packed(directory, dtype, is_packed, read, (OF_ACTIVATIONS,))
+    return load_packed(directory, dtype, is_packed, read, (OF_ACTIVATIONS,), ends)
 
 
 def _written_as(directory: Path) -> tuple[str, tuple[str, ...]]:

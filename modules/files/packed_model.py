@@ -17,6 +17,7 @@ from modules.adapters.state import replace_module
 from modules.experts import NF4Experts
 from modules.files.checked import Damaged, verify_file
 from modules.files.conversion import bring_into_memory
+from modules.files.packed_experts import read_experts
 from modules.files.tensors import TensorFiles, describe
 from modules.linear import NF4Linear
 from modules.mixtures import experts_weights, take_over_experts
@@ -57,6 +58,7 @@ def load_packed(
     is_packed: Callable[[TensorFiles, str], bool],
     read: Callable[[TensorFiles, str, torch.Size, torch.dtype], Weight],
     leftovers: tuple[str, ...] = (),
+    ends: tuple[str, ...] = (),
 ) -> PreTrainedModel:
     """Load a causal language model with packed linears.
 
@@ -67,6 +69,7 @@ def load_packed(
         is_packed: called with the files and the full name of a linear, or of a layer's linears of experts.
         read: the packed weight of such linears, called with their shape and dtype too.
         leftovers: patterns of the names of tensors that may stay unread.
+        ends: how the names of a packed linear's tensors end, where each expert may have packed linears of its own.
 
     Returns:
         The model on the CPU in evaluation mode.
@@ -83,13 +86,13 @@ def load_packed(
         del config.quantization_config
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype or torch.float32)
-    bring_into_memory(files, model)
+    of_experts = bring_into_memory(files, model, ends)
     packed = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D) and is_packed(files, name)
     }
-    experts = [name for name in experts_weights(model) if is_packed(files, name)]
+    experts = [name for name in experts_weights(model) if name in of_experts or is_packed(files, name)]
     if not packed and not experts:
         raise ValueError(f"{directory}: config.json says that linears are packed, but none of the model's is")
     stay_dense = left_out(model)  # others pack them all the same
@@ -107,7 +110,10 @@ def load_packed(
         take_over_experts(model)
     for name in experts:
         dense = model.get_submodule(name)
-        weight = read(files, name, dense.weight.shape, dense.weight.dtype)
+        if name in of_experts:
+            weight = read_experts(files, of_experts[name], dense.weight.shape, dense.weight.dtype, read)
+        else:
+            weight = read(files, name, dense.weight.shape, dense.weight.dtype)
         linear = NF4Experts(weight.values, weight.quant_state, dense.bias, dense.in_out)
         replace_module(model, name, linear if dtype is None else linear.to(dtype))
     expected_leftovers = [*(model._keys_to_ignore_on_load_unexpected or ()), ROTARY, *leftovers]

@@ -3,17 +3,19 @@
 import csv
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from kernels.bench import card, timing
+from kernels.bench import card, experts, memory, timing
 from kernels.bench.__main__ import main, run
 from kernels.bench.machine import Machine
 from kernels.bench.registry import NAMES, benches
 from kernels.bench.report import Table
 from kernels.bench.runner import Runner
+from kernels.bench.spec import Unavailable
 
 COLUMNS = "kernel,provider,mode,metric,x,p20,p50,p80,bytes,flops,roofline_share,config,device,versions,commit"
 
@@ -104,15 +106,82 @@ def test_a_wrong_result_gets_no_time(kernel, machine):
     assert line.split("wrong", 1)[1].strip() == f"no time: {case.refused['wrong']}"
 
 
-def test_the_memory_of_weights_stands_beside_the_times(machine):
+def test_memory_stands_beside_the_times(machine):
+    """Of the weights, and the peak: PEFT adds its update to a copy of the weights, ours has an expert dense."""
     bench = with_provider("experts_lora")
     (case,) = Runner(machine, quick=True).cases(bench)
-    packed, dense = (case.memory[name][0] for name in ("ours", "peft"))
-    weights = 16 * 3 * 768 * 384
+    (packed, ours), (dense, peft) = case.memory["ours"], case.memory["peft"]
+    weights, adapter = 16 * 3 * 768 * 384, 16 * 16 * (3 * 768 + 3 * 384)
     assert dense == 4 * weights and 4.12 < 8 * packed / weights < 4.15
-    lines = dict(zip(case.memory, Table(bench).lines(case)))
-    assert lines["ours"].endswith(" 7.3") and lines["peft"].endswith(" 56.6")
-    assert Table(bench).header().endswith("weights, MB")
+    assert peft > 2 * dense and 0 < ours - packed - 4 * 2 * 768 * 384 < 3 * 4 * adapter
+    lines = {name: line.split() for name, line in zip(case.memory, Table(bench).lines(case))}
+    assert lines["ours"][-2:] == ["7.3", f"{ours / 1e6:.1f}"] and lines["peft"][-2:] == ["56.6", f"{peft / 1e6:.1f}"]
+    assert Table(bench).header().endswith("weights, MB      peak, MB")
+
+
+def test_the_peak_is_that_of_what_lives_at_once():
+    def made():
+        first = torch.empty(10**6)
+        second = first * 2
+        del first
+        return second + 1
+
+    for measured in (memory.highest, memory.highest_of_new_thread):  # numbers that torch holds for itself take bytes
+        assert 8 * 10**6 <= measured(made) < 8 * 10**6 + 100
+
+
+def test_a_large_layer_is_checked_in_part(machine, monkeypatch):
+    """y and dx of some tokens, gradients of some experts: a wrong one is seen, by what PEFT and ours give too."""
+    monkeypatch.setattr("kernels.bench.experts.CHECKED_WHOLE", 0)
+    monkeypatch.setattr("kernels.bench.experts.CHECKED_TOKENS", 2)
+    bench = BENCHES["experts_dora"]
+    inputs = bench.inputs(4, torch.device("cpu"), **bench.configs[0])
+    check, result = bench.check(inputs), bench.providers["ours"](inputs)()
+    check(result)
+    for name in result:
+        wrong = result | {name: result[name].clone()}
+        wrong[name][0] += 1
+        with pytest.raises(AssertionError, match=f"{name}: error"):
+            check(wrong)
+
+
+UNSLOTH = """
+import peft.tuners.lora.layer as layer
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3
+calls = []
+
+def changed(cls):
+    own = cls.forward
+    def forward(self, *args, **kwargs):
+        calls.append(cls.__name__)
+        return own(self, *args, **kwargs)
+    cls.forward = forward
+
+changed(layer.ParamWrapper)
+changed(qwen3.Qwen3MoeExperts)
+"""
+
+
+def test_unsloth_computes_with_its_own_forwards_and_peft_with_peft_s(tmp_path, monkeypatch):
+    """With a package that changes the classes that unsloth changes when it is imported. unsloth itself needs a GPU."""
+    (tmp_path / "unsloth.py").write_text(UNSLOTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    bench, forwards = BENCHES["experts_lora"], experts._forwards()
+    inputs = bench.inputs(4, torch.device("cpu"), **bench.configs[0])
+    check, peft = bench.check(inputs), bench.providers["peft"](inputs)
+    try:
+        unsloth = experts._timed_adapted(inputs, experts._forwards_of_unsloth())
+        calls = sys.modules["unsloth"].calls
+        check(peft())
+        assert calls == [] and experts._forwards() == forwards
+        check(unsloth())
+        assert calls == ["ParamWrapper", "ParamWrapper", "Qwen3MoeExperts"]
+        monkeypatch.setattr(experts, "_forwards", experts._forwards_of_unsloth)
+        with pytest.raises(Unavailable, match="unsloth has changed ParamWrapper in this process"):
+            bench.providers["peft"](inputs)
+    finally:
+        experts._forwards_of_unsloth.cache_clear()
+        sys.modules.pop("unsloth", None)
 
 
 def test_our_own_wrong_result_gets_no_time_and_fails_the_run(tmp_path, capsys):
@@ -220,15 +289,14 @@ class TestOnAGpu:
         )
 
     def test_shapes_of_real_models(self):
-        """Llama-3's linears at both ranks, for 512 to 8192 tokens; on a CPU the benchmark is as it is."""
+        """Llama-3's linears at both ranks, for 512 to 8192 tokens."""
         for kernel in ("lora_linear", "dora_linear", "gemm", "project", "outer"):
-            bench = BENCHES[kernel].on(torch.device("cuda"))
+            bench = BENCHES[kernel].of_models()
             assert {512, 2048, 8192} <= set(bench.sizes)
             shapes = {(c["out_features"], c["in_features"], c["rank"]) for c in bench.configs}
             assert shapes == {(*s, r) for s in ((4096, 4096), (14336, 4096), (28672, 8192)) for r in (16, 64)}
         for bench in BENCHES.values():
-            assert bench.on(torch.device("cpu")) is bench
-            for config in bench.on(torch.device("cuda")).configs:
+            for config in bench.of_models().configs:
                 n_bytes, flops = bench.cost(512, **config)
                 assert n_bytes > 0 and flops > 0
 

@@ -310,6 +310,25 @@ def test_other_input_that_is_refused(backend):
             experts_linear(**t | {"ends": torch.tensor([1, 2, 8]).int()})
 
 
+@pytest.mark.parametrize("op", ["lora", "dora"])
+@pytest.mark.parametrize("nobody", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_that_are_computed_with_an_expert_s_own_change_nothing(dtype, nobody, op, backend):
+    """Products of 16 bits on a CPU have more rows than an expert: those of the next one, or zeros. Rows of nobody hold
+    NaN."""
+    if backend == "triton":
+        pytest.skip("the Triton kernels add no rows")
+    shape = Shape((17, 0, 35, 1, 19), nobody=nobody, columns=40, out=24, rank=4, bias=True, p=0.2)
+    weight, w = make_experts("nf4-double", shape, dtype)
+    tensors, bias, dy = make_tensors(op, shape, dtype)
+    plain = plain_experts(shape, w, bias)
+    at_dtype, exact = (with_gradients(plain, to_dtype(tensors, of), dy) for of in (dtype, torch.float64))
+    for poisoned in (tensors["x"], dy):
+        poisoned[shape.tokens - nobody :] = torch.nan
+    got = with_gradients(make_op(op, weight, shape, bias), tensors, dy)
+    assert_as_accurate(got, at_dtype, exact, dtype)
+
+
 def test_rows_are_padded_to_few_numbers_on_a_cpu():
     """Eight numbers between powers of two, at most an eighth more; each number stays itself."""
     for rows in range(1, 5000):

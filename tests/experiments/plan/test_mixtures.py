@@ -7,15 +7,18 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+import kernels
 from experiments.config import Config, resolve
 from experiments.errors import UserError
 from experiments.models.architecture import meta_model
 from experiments.models.load import prepare_model, tiny_model
 from experiments.plan import __main__ as plan
+from experiments.plan.allocations import Allocations
 from experiments.plan.budget import budget, planned_model, stored
 from experiments.plan.measure import allocated, measure
 from experiments.plan.simulate import loss_of, simulate
 from experiments.system.cli import composed
+from kernels.triton.case import meta, meta_packed
 from modules import AdamW, parameter_groups
 
 CPU = torch.device("cpu")
@@ -115,3 +118,12 @@ def test_gpus_among_which_experts_can_be_shared(small_mixture):
     ):
         budget(config("+method=lora", *given), torch.bfloat16, 1, 16, gpus=7)
     assert budget(config("+method=qlora", *given), torch.bfloat16, 1, 16, gpus=7).gathered  # codes are cut anywhere
+
+
+@pytest.mark.parametrize(("on_cpu", "experts"), [(True, 1), (False, 32)])
+def test_a_few_experts_are_dense_at_a_time(on_cpu, experts):
+    """Of the 128 of Qwen3-30B-A3B on a GPU as many as fit 256 MiB."""
+    x, weight = meta(256, 2048, dtype="bf16"), meta_packed(128, 1536, 2048)
+    with Allocations(on_cpu) as memory:
+        kernels.experts_linear(x, meta(128, dtype=torch.int32), weight)
+    assert memory.weight == experts * 1536 * 2048 * 2
