@@ -17,7 +17,6 @@ from modules.files.bitsandbytes import save_bnb4
 from tests.experiments.helpers import CHECKPOINTS, SMALL, TINY, TINY_MODEL, tiny, write_chats
 from tests.experiments.made_up_results import LOSSES, write_run
 
-
 get_mode = Hydra.get_mode
 
 
