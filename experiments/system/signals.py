@@ -49,13 +49,15 @@ def end_with_parent(number: int) -> None:
     """Have Linux send this process the signal when the process that started it has ended, however that was.
 
     A fork server counts as having ended with the last process that holds its pipe. This process, which it may have
-    forked for another, lets go of that; otherwise it would keep the server, and so itself, alive.
+    forked for another, lets go of that; otherwise it would keep the server, and so itself, alive. A process that has
+    started a server of its own keeps it.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PDEATHSIG, number)
-        if (pipe := forkserver._forkserver._forkserver_alive_fd) is not None:
-            forkserver._forkserver._forkserver_alive_fd = None
-            os.close(pipe)
+        server = forkserver._forkserver
+        if server._forkserver_pid is None and server._forkserver_alive_fd is not None:
+            os.close(server._forkserver_alive_fd)
+            server._forkserver_alive_fd = None
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """The memory that a function takes on a CPU."""
 
 import contextlib
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
