@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 def highest(function: Callable[[], Any]) -> int:
     """The most bytes that torch's allocator has given out while `function` runs, above those before. Memory of Python
     and of libraries themselves does not count."""
+    gc.collect()  # what is freed while `function` runs must be its own
     with _silence(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         function()
     now = most = 0
