@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes, memo
 
 def test_damaged_files(tmp_path):
     pytest.importorskip("optuna", reason="a search needs Optuna: no study to damage")
-    assert damaged.campaign(25, tmp_path) == []
+    assert damaged.campaign(15, tmp_path) == []
 
 
 def test_killed_runs(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from kernels.op import interpreting, use_backend
 
-SMALL = ["trainer.steps=2", "trainer.batch_size=1", "trainer.eval_every=0", "trainer.samples=0", "data.max_heldout=1"]
+SMALL = ["trainer.steps=1", "trainer.batch_size=1", "trainer.eval_every=0", "trainer.samples=0", "data.max_heldout=1"]
 
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or interpreting()), reason="no GPU, and TRITON_INTERPRET is not 1")
@@ -31,6 +31,6 @@ def test_a_run_on_triton_follows_the_run_on_torch(command, tmp_path):
         assert code == 0, text
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[backend] = [record.get("loss", record.get("heldout_loss")) for record in records]
-    assert len(losses["torch"]) == 4  # two steps, and the held-out loss before and after
+    assert len(losses["torch"]) == 3  # a step, and the held-out loss before and after
     assert losses["triton"] == pytest.approx(losses["torch"], rel=1e-5)
     assert losses["torch"][-1] < losses["torch"][0]

@@ -28,7 +28,7 @@ from tests.experiments.helpers import (
 )
 from tests.experiments.killed_runs import kill
 
-METHODS = ["full", "qlora", "qdora", "houlsby", "prefix_layer"]  # `python -m tests.torture` ends every method
+METHODS = ["full", "qdora", "prefix_layer"]  # `python -m tests.torture` ends every method
 
 
 @pytest.fixture
