@@ -6,6 +6,7 @@ seeds on the pilot. So the plan is made again from the files whenever something 
 
 import contextlib
 import itertools
+import statistics
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,17 +194,17 @@ def pace(study: Study, made: Plan, results: Results) -> tuple[Pace, int]:
     """The pace, and how many runs it was measured on."""
     given, done = study.definition.pace, [(job, run) for job in made.jobs.values() if (run := results.of(job))]
 
-    def mean(values: list[float], default: float) -> float:
-        return sum(values) / len(values) if values else default
+    def usual(values: list[float], default: float) -> float:  # a run beside other work may take ten times as long
+        return statistics.median(values) if values else default
 
     def step(run: Run) -> float:
         return run.measures["train_seconds"] / run.config["trainer.steps"]
 
-    every = mean([step(run) for _, run in done], given.step)
+    every = usual([step(run) for _, run in done], given.step)
     steps, rest = {}, {}
     for task in study.definition.tasks:
-        steps[task] = mean([step(run) for job, run in done if job.task == task], every)
+        steps[task] = usual([step(run) for job, run in done if job.task == task], every)
         for stage, default in ((SEARCH, given.search), (FINAL, given.final)):
             own = [run.measures for job, run in done if (job.stage, job.task) == (stage, task)]
-            rest[stage, task] = mean([m["total_seconds"] - m["train_seconds"] for m in own], default)
+            rest[stage, task] = usual([m["total_seconds"] - m["train_seconds"] for m in own], default)
     return Pace(steps, rest), len(done)
