@@ -41,11 +41,9 @@ def terminal(monkeypatch, capsys):
     def start(command: ModuleType, *arguments: str) -> tuple[int, str]:
         GlobalHydra.instance().clear()
         monkeypatch.setattr(sys, "argv", [command.__name__, *arguments])
-        if not any(argument.startswith(("-", "sweep=", "hydra.")) for argument in arguments):
-            # Hydra composes everything once more to find this, a tenth of these tests' time
-            monkeypatch.setattr(Hydra, "get_mode", lambda *args, **named: RunMode.RUN)
-        else:
-            monkeypatch.setattr(Hydra, "get_mode", get_mode)
+        # Hydra composes everything once more to find the mode, a tenth of these tests' time
+        is_open = any(argument.startswith(("-", "sweep=", "hydra.")) for argument in arguments)
+        monkeypatch.setattr(Hydra, "get_mode", get_mode if is_open else lambda *args, **named: RunMode.RUN)
         code = 0
         try:
             command.main()

@@ -29,7 +29,8 @@ def page(lines: dict[str, str], methods: list[str]) -> str:
     whole = [name for name, line in lines.items() if line == "ok"]
     right = {name: line.removeprefix(OK_BUT) for name, line in lines.items() if line.startswith(OK_BUT)}
     unbuilt = {name: line.removeprefix(NOT_BUILT) for name, line in lines.items() if line.startswith(NOT_BUILT)}
-    others = {name: line for name, line in lines.items() if name not in {*whole, *right, *unbuilt}}
+    refused = {name: line for name, line in lines.items() if line.startswith("refused")}
+    wrong = {name: line for name, line in lines.items() if name not in {*whole, *right, *unbuilt, *refused}}
     parts = [
         "# Architectures",
         _paragraph(
@@ -46,8 +47,10 @@ def page(lines: dict[str, str], methods: list[str]) -> str:
         _paragraph(f"**Right, with all linears** ({len(whole)}): {', '.join(whole)}."),
         f"**Right**, but for parts that stay dense and get no adapter ({len(right)}):",
         _table("left out", right),
-        f"**Refused** in one line, at the stage that it names, and right up to there ({len(others)}):",
-        _table("said", others),
+        f"**Refused** in one line, at the stage that it names, and right up to there ({len(refused)}):",
+        _table("said", refused),
+        f"**Wrong** ({len(wrong)}):",
+        _table("found", wrong),
         f"**Not tried**: transformers did not build the small model ({len(unbuilt)}):",
         _table("said", unbuilt),
     ]

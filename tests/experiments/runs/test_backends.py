@@ -12,22 +12,13 @@ SMALL = ["trainer.steps=1", "trainer.batch_size=1", "trainer.eval_every=0", "tra
 
 @pytest.mark.skipif(not (torch.cuda.is_available() or interpreting()), reason="no GPU, and TRITON_INTERPRET is not 1")
 def test_a_run_on_triton_follows_the_run_on_torch(command, tmp_path):
-    path, losses = tmp_path / "short.jsonl", {}
-    path.write_text(
-        "".join(f'{{"prompt": "{n}", "completion": "b"}}\n' for n in range(9))
-    )  # the interpreter takes 0.1 s a token
+    path, losses = tmp_path / "short.jsonl", {}  # short, because the interpreter takes 0.1 s a token
+    path.write_text("".join(f'{{"prompt": "{n}", "completion": "b"}}\n' for n in range(9)))
+    settings = ["+method=qdora", *SMALL, "lr=1e-2", "dropout=0.1", "data=jsonl", f"data.path={path}"]
     for backend in ("torch", "triton"):
         out = tmp_path / backend
         with use_backend(backend):
-            code, text = command(
-                "+method=qdora",
-                *SMALL,
-                "lr=1e-2",
-                "dropout=0.1",
-                "data=jsonl",
-                f"data.path={path}",
-                f"output_dir={out}",
-            )
+            code, text = command(*settings, f"output_dir={out}")
         assert code == 0, text
         records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         losses[backend] = [record.get("loss", record.get("heldout_loss")) for record in records]
