@@ -19,6 +19,7 @@ from experiments.errors import UserError
 from experiments.models.generation import answer
 from experiments.models.load import prepare_model
 from experiments.runs import directory, heldout, load_balance, result_numbers, spectrum
+from experiments.runs.before import Before, start_of
 from experiments.runs.before_stop import BeforeStop
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.identity import VERSION, config_hash, identity, title
@@ -39,7 +40,12 @@ from kernels.bench.machine import commit
 from modules.adapters.config import changes_base
 
 
-def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | None = None) -> dict:
+def run(
+    cfg: Config,
+    base: Path | None = None,
+    watch: Callable[[dict], None] | None = None,
+    before: dict[str, Before] | None = None,
+) -> dict:
     """Train as `cfg` says, write everything to `cfg.output_dir`, return the content of result.json.
 
     With `cfg.resume` training goes on from a checkpoint, in the directory of the run that wrote it.
@@ -47,6 +53,7 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
     Args:
         base: a directory with the configured model packed as `cfg.quant` says (experiments/runs/shared_base.py).
         watch: gets every record of metrics.jsonl when it is written. An exception that it raises stops the run.
+        before: what earlier runs have measured before training, by `start_of`. The run adds what it measures.
 
     Raises:
         UserError: the configuration or a file that it names is wrong; the message says how to repair it.
@@ -56,7 +63,7 @@ def run(cfg: Config, base: Path | None = None, watch: Callable[[dict], None] | N
     path = Path(cfg.output_dir) if checkpoint is None else checkpoint.parent.parent
     may_write = checkpoint is not None or cfg.overwrite
     with own_directory(path, lambda: None if may_write else directory.earlier_run(path)):
-        one = _Run(cfg, OutputFiles(path), checkpoint, base, watch)
+        one = _Run(cfg, OutputFiles(path), checkpoint, base, watch, {} if before is None else before)
         one.begin()
         with one.tracked():
             one.measure_before()
@@ -75,8 +82,9 @@ class _Run:
         checkpoint: Path | None,
         base: Path | None,
         watch: Callable[[dict], None] | None,
+        before: dict[str, Before],
     ):
-        self.cfg, self.files, self.checkpoint, self.watch = cfg, files, checkpoint, watch
+        self.cfg, self.files, self.checkpoint, self.watch, self.before = cfg, files, checkpoint, watch, before
         self.shared_base = base is not None  # packing one may be the peak of a run's memory
         self.start, self.energy = time.perf_counter(), EnergyMeter()
         device, dtype = machine.set_up(cfg.trainer)
@@ -153,17 +161,30 @@ class _Run:
         parallel.wait()  # torchrun ends all as soon as one has ended
 
     def measure_before(self) -> None:
-        """Measure the model before training, unless a checkpoint has kept that."""
-        if self.before_stop.before is None:
-            with without_prefix(self.model):
-                measures = self.measures.measure(self.model).numbers
-                before, texts = self._evaluate(), self._answers()
-            if not math.isfinite(before.loss):
-                dtype = str(self.trainer.dtype).removeprefix("torch.")
-                raise UserError(
-                    f"the held-out loss is {before.loss} before training, in {dtype}: check the model's weights"
-                )
-            self.before_stop = BeforeStop(before, texts, measures, tracker_id=self.tracking.run_id)
+        """Measure the model before training, unless a checkpoint or an earlier run has kept that."""
+        if self.before_stop.before is not None:
+            return
+        start = start_of(self.cfg)
+        if known := self.before.get(start):
+            self.before_stop = BeforeStop(seconds=known.seconds, joules=known.joules)
+            self._tell(known.evaluation)
+        else:
+            self.before[start] = known = self._measured_before()
+        self.before_stop.before, self.before_stop.texts_before = known.evaluation, known.texts
+        self.before_stop.measures_before, self.before_stop.tracker_id = known.measures, self.tracking.run_id
+
+    def _measured_before(self) -> Before:
+        seconds, joules = self._seconds(), self._joules()
+        with without_prefix(self.model):
+            measures = self.measures.measure(self.model).numbers
+            evaluation, texts = self._evaluate(), self._answers()
+        if not math.isfinite(evaluation.loss):
+            dtype = str(self.trainer.dtype).removeprefix("torch.")
+            raise UserError(
+                f"the held-out loss is {evaluation.loss} before training, in {dtype}: check the model's weights"
+            )
+        spent = None if joules is None else self._joules() - joules
+        return Before(evaluation, texts, measures, self._seconds() - seconds, spent)
 
     def train(self) -> None:
         """Train to the end, then go back to the best weights if `trainer.keep_best` asks for them."""
@@ -245,10 +266,13 @@ class _Run:
         evaluation, losses = evaluate_each(self.model, self.data.heldout, batch_size, pad_id, bar("evaluating"), load)
         self.losses = self.trained.steps, losses
         self.loads = {self.trained.steps: load.total()}
+        self._tell(evaluation)
+        return evaluation
+
+    def _tell(self, evaluation: Evaluation) -> None:
         self._log({"step": self.trained.steps} | heldout_record(evaluation))
         loss, accuracy = f"loss {evaluation.loss:.3f}", f"token accuracy {evaluation.token_accuracy:.1%}"
         tqdm.write(f"held out, step {self.trained.steps}: {loss}, {accuracy}")
-        return evaluation
 
     def _losses_after(self) -> list[SampleLoss]:
         """The loss of each held-out sample with the final weights, measured again where these are not the last ones

@@ -6,8 +6,9 @@ on from the newest. So a sweep that is started again in the same folder does onl
 
 Each job has a process of its own, forked from a server that has imported everything and computed nothing: its peak
 memory is its own, and one that dies does not stop the others. They can share the packed base
-(experiments/runs/shared_base.py). A process holds a lock while it works, and the kernel releases it when the process
-dies: several sweeps, also of different machines that share a file system with locks, may write to one folder.
+(experiments/runs/shared_base.py) and what is measured before training (experiments/runs/before.py). A process holds a
+lock while it works, and the kernel releases it when the process dies: several sweeps, also of different machines that
+share a file system with locks, may write to one folder.
 """
 
 import atexit
@@ -22,7 +23,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from omegaconf import DictConfig
 from experiments.config import Config
 from experiments.errors import UserError
 from experiments.runs import checkpoints, shared_base
+from experiments.runs.before import Before
 from experiments.runs.identity import config_hash
 from experiments.runs.one_run import run
 from experiments.runs.result_numbers import table
@@ -50,14 +52,16 @@ STOPPED = "stopped"  # by whoever watched it
 @dataclass
 class Outcome:
     """How a job ended: DONE or DONE_BEFORE, with the directory of its result; ELSEWHERE; FAILED or STOPPED, with a line
-    that says why."""
+    that says why. `before`: what it and earlier jobs have measured before training."""
 
     status: str
     reason: str = ""
     directory: str | None = None
+    before: dict[str, Before] = field(default_factory=dict)
 
 
 _shared_base = shared_base.SharedBase()  # of the jobs of this process
+_before: dict[str, Before] = {}  # likewise
 
 
 def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> Outcome:
@@ -84,7 +88,7 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
     context.set_forkserver_preload(["experiments.runs.sweep"])
     base = _shared_base.of(cfg, context)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(cfg, identity, base, watch is not None, theirs))
+    process = context.Process(target=_work, args=(cfg, identity, base, dict(_before), watch is not None, theirs))
     process.start()
     theirs.close()
     try:
@@ -99,6 +103,7 @@ def job(cfg: Config, name: str, watch: Callable[[dict], bool] | None = None) -> 
         process.join()
         raise
     process.join()
+    _before.update(message.before)
     return message
 
 
@@ -117,7 +122,9 @@ class _Stopped(Exception):
     """Whoever watches the run wants no more of it."""
 
 
-def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connection: Connection) -> None:
+def _work(
+    cfg: Config, identity: str, base: Path | None, before: dict[str, Before], watched: bool, connection: Connection
+) -> None:
     """In a job's process: run, and send the outcome, and before it evaluations if the job is watched."""
 
     def watch(record: dict) -> None:
@@ -142,7 +149,7 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
             else:
                 cfg.resume = checkpoints.LATEST if checkpoints.of_run(directory) else None
                 cfg.overwrite = cfg.resume is None  # what is there is of this job, and has no result
-                print(f"\n{table(run(cfg, base, watch))}\n")
+                print(f"\n{table(run(cfg, base, watch, before))}\n")
                 outcome = Outcome(DONE, directory=cfg.output_dir)
     except _Stopped as stopped:
         outcome = Outcome(STOPPED, str(stopped))
@@ -150,6 +157,7 @@ def _work(cfg: Config, identity: str, base: Path | None, watched: bool, connecti
         outcome = Outcome(FAILED, _told(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    outcome.before = before
     with contextlib.suppress(ConnectionError):  # the sweep was killed; what the run has written is there
         connection.send(outcome)
 
@@ -211,7 +219,8 @@ class Summary(Callback):
         is_done = job_return.status is JobStatus.COMPLETED  # otherwise Hydra raises the job's error after all jobs
         if is_done and isinstance(job_return.return_value, Outcome):  # a single run returns nothing
             self.outcomes.mkdir(parents=True, exist_ok=True)
-            told = asdict(job_return.return_value) | {"overrides": " ".join(job_return.overrides)}
+            outcome = job_return.return_value
+            told = {"status": outcome.status, "reason": outcome.reason, "overrides": " ".join(job_return.overrides)}
             write_atomically(self.outcomes / f"{config.hydra.job.num:06}.json", json.dumps(told))
 
     @_ends_the_sweep

@@ -18,6 +18,8 @@ from experiments.system import parallel
 from experiments.training.expert_load import ExpertLoad
 from modules.adapters.prefix import prompt_lengths
 
+FP32_BYTES = 2**25  # of logits at once
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -72,6 +74,18 @@ def label_positions(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def label_starts(batch: dict[str, Tensor]) -> Tensor:
     """The position of the first labelled token of each sample, where its prompt ends: int64 [B]."""
     return (batch["labels"] != IGNORED).int().argmax(1)
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss of each token in nats, float64 [n], whether its target is the likeliest, bool [n]) of logits
+    [n, vocabulary], some rows at a time: in fp32 they take more memory than all else."""
+    losses, right = logits.new_empty(len(logits), dtype=torch.float64), torch.empty_like(targets, dtype=torch.bool)
+    rows = max(1, FP32_BYTES // (4 * logits.shape[1]))
+    for start in range(0, len(logits), rows):
+        some, wanted = logits[start : start + rows].float(), targets[start : start + rows]
+        losses[start : start + rows] = F.cross_entropy(some, wanted, reduction="none")
+        right[start : start + rows] = some.argmax(-1) == wanted
+    return losses, right
 
 
 @contextlib.contextmanager
@@ -134,12 +148,10 @@ def evaluate_each(
         mask = batch["attention_mask"] * bool(share)
         with contextlib.nullcontext() if load is None else load.counting(mask):
             logits, targets = label_logits(model, batch)
-        log_likelihood = F.log_softmax(logits.float(), dim=-1)
-        found = F.nll_loss(log_likelihood, targets, reduction="sum").double().item()
-        sums = parallel.total(found, (logits.argmax(dim=-1) == targets).sum().item(), targets.numel())
+        of_tokens, right = token_losses(logits, targets)
+        sums = parallel.total(of_tokens.sum().item(), right.sum().item(), targets.numel())
         parallel.stop_if_interrupted()
         loss, correct, tokens = (a + b for a, b in zip((loss, correct, tokens), sums))
-        of_tokens = F.nll_loss(log_likelihood, targets, reduction="none").double()
         rows = label_positions(batch)[1].nonzero()[:, 0]
         nats = torch.zeros(len(own), dtype=torch.float64, device=rows.device).index_add_(0, rows, of_tokens)
         counts = rows.bincount(minlength=len(own)).tolist()

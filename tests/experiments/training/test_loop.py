@@ -13,6 +13,7 @@ from experiments.models.generation import answer
 from experiments.models.load import load_model
 from experiments.runs import one_run
 from experiments.system.cli import composed
+from experiments.training import evaluation
 from experiments.training.engines import Engine
 from experiments.training.evaluation import Evaluation, evaluate, label_logits
 from experiments.training.gradients import accumulate
@@ -45,7 +46,9 @@ def test_label_logits_are_those_of_the_whole_sequence(tiny):
     assert targets.tolist() == labels[labels != IGNORED].tolist()
 
 
-def test_evaluate_is_the_mean_over_labelled_tokens(tiny):
+@pytest.mark.parametrize("at_once", [1, 2**13, 2**25])
+def test_evaluate_is_the_mean_over_labelled_tokens(tiny, monkeypatch, at_once):
+    monkeypatch.setattr(evaluation, "FP32_BYTES", at_once)
     model, tokenizer = tiny
     losses, hits = [], []
     for one in EXAMPLES:
