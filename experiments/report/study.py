@@ -19,6 +19,7 @@ from experiments.studies.answers import (
     runs_of,
     search_runs,
     tried,
+    untrained,
 )
 from experiments.studies.definition import Question, Study
 from experiments.studies.inference import POWER
@@ -118,7 +119,9 @@ def _section(study: Study, made: Plan, results: Results, name: str, question: Qu
     }
     if any(found for of_setting in rounds.values() for found in of_setting.values()):
         searched = search_runs(made, results, question)
-        section.pictures[f"{name}-learning-rates.png"] = curves_of_rates(question.asks, rounds, made.choices, searched)
+        before = {task: untrained(made, results, task) for task in question.tasks}
+        picture = curves_of_rates(question.asks, rounds, made.choices, before, searched)
+        section.pictures[f"{name}-learning-rates.png"] = picture
     return section
 
 

@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 
 import numpy
+from matplotlib import ticker
 from matplotlib.figure import Figure
 
 from experiments.report.drawing import LOSS, Picture, errorbar, finish, log_ticks, style
@@ -59,8 +60,15 @@ def differences(title: str, found: list[Answer], runs: list[Run]) -> Picture:
     return Picture("differences", caption, figure, runs)
 
 
-def curves_of_rates(title: str, rounds: dict, choices: dict[tuple[str, str], float], runs: list[Run]) -> Picture:
-    """Validation loss by learning rate, a panel a task, a line a setting and round of the search."""
+def curves_of_rates(
+    title: str, rounds: dict, choices: dict[tuple[str, str], float], untrained: dict[str, float], runs: list[Run]
+) -> Picture:
+    """Validation loss by learning rate, a panel a task, a line a setting and round of the search.
+
+    Args:
+        untrained: of each task the loss before training. Points above are drawn at that height, or a run that diverged
+            would leave no room for all others.
+    """
     figure = Figure(figsize=(4.6 * len(rounds) + 1.5, 4.6), layout="constrained")
     figure.suptitle(f"{title} Learning rates tried", fontsize="medium")
     panels = figure.subplots(1, len(rounds), squeeze=False)[0]
@@ -71,18 +79,25 @@ def curves_of_rates(title: str, rounds: dict, choices: dict[tuple[str, str], flo
                 last = number == len(found)
                 faint = {"alpha": 0.25 + 0.75 * number / len(found), "lw": 1.4 if last else 0.8}
                 line = {"ls": "-" if last else ":", "label": setting if last else None}
-                axes.plot(list(losses), list(losses.values()), **look, **faint, **line)
+                highest = untrained[task]
+                axes.plot(list(losses), [min(loss, highest) for loss in losses.values()], **look, **faint, **line)
+                above = [lr for lr, loss in losses.items() if loss > highest]
+                axes.plot(above, [highest] * len(above), "^", color=look["color"], ms=10, mfc="none")
             best = choices.get((task, setting))
             if best is not None:
                 last = list(found.values())[-1]
                 axes.plot(best, last[best], "o", mfc="none", mec=look["color"], ms=13)
         axes.set_xscale("log")
+        axes.set_yscale("log")
+        shown = numpy.geomspace(*axes.get_ylim(), 8)[1:-1]
+        axes.set_yticks(shown, [f"{loss:.2g}" for loss in shown])
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
         finish(axes, xlabel="learning rate", ylabel="validation loss (nats a token)", title=task)
     handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels())}
     figure.legend(handles.values(), handles, frameon=False, fontsize="small", loc="outside lower center", ncols=6)
     caption = (
         "Loss on validation samples by learning rate. Dotted: the search's earlier rounds, of fewer steps; solid: the "
-        "last one. Ringed: the choice."
+        "last one. Ringed: the choice. A large triangle stands for a loss above that of the untrained model."
     )
     return Picture("learning_rates", caption, figure, runs)
 

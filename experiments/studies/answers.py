@@ -136,6 +136,12 @@ def tried(made: Plan, results: Results, task: str, setting: str) -> dict[int, di
     return {steps: dict(sorted(losses.items())) for steps, losses in sorted(rounds.items())}
 
 
+def untrained(made: Plan, results: Results, task: str) -> float:
+    """The validation loss on a task before training, the highest if settings start with different ones."""
+    jobs = (job for job in made.jobs.values() if (job.stage, job.task) == (SEARCH, task))
+    return max((run.measures["loss_before"] for job in jobs if (run := results.of(job))), default=math.inf)
+
+
 def search_runs(made: Plan, results: Results, question: Question) -> list[Run]:
     """The runs of the search that the question's settings had on its tasks."""
     wanted = set(itertools.product(question.tasks, question.settings))
