@@ -40,14 +40,14 @@ def report(folder: Path, copy: Path | None = None) -> tuple[Path, int, list[str]
     if not runs:
         hint = "; ".join(problems) or f"no {RESULT} in it or below; a run of `python -m experiments.run` writes one"
         raise UserError(f"{folder}: no results: {hint}")
-    groups = group(runs)
+    groups, of_study = group(runs), (folder / STUDY).exists()
     if copy is not None:
-        copy_runs(groups, folder, copy)
-        if (folder / STUDY).exists():
+        copy_runs(groups, folder, copy, of_study)
+        if of_study:
             write_atomically(copy / STUDY, (folder / STUDY).read_text(encoding="utf-8"))
         folder = copy
     directory = writable_dir(folder / "report", "copy the results to a folder")
-    if (folder / STUDY).exists():
+    if of_study:
         parts = study.sections(folder)
     else:
         parts = page.sections(folder.name or str(folder), groups, problems, [pictures(one) for one in groups])

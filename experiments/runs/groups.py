@@ -142,9 +142,12 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
     return list(runs.values()), problems
 
 
-def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
+def copy_runs(groups: list[Group], folder: Path, copy: Path, of_study: bool = False) -> None:
     """Copy the files that a report reads from `folder` to `copy`, in place of an earlier copy. There a run's
     directory, and `run.name`, are named by its varied keys and its hash.
+
+    Args:
+        of_study: the report will be that of a study, which reads results and held-out samples alone.
 
     Raises:
         UserError: `copy` has a file in it that does not belong to a copy.
@@ -157,14 +160,15 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path) -> None:
             for run in among.runs:
                 original = folder / run.name
                 run.name = f"{among.name(run).replace(' ', ',').replace('/', '-')[:NAME_LENGTH]}_{run.identity}"
-                _copy_run(run, original, directory / run.name)
+                (directory / run.name).mkdir()
+                for name in (RESULT, HELDOUT) if of_study else (RESULT, HELDOUT, METRICS):
+                    if (original / name).exists():
+                        shutil.copyfile(original / name, directory / run.name / name)
+                if not of_study:
+                    _write_layers(run, directory / run.name)
 
 
-def _copy_run(run: Run, original: Path, directory: Path) -> None:
-    directory.mkdir()
-    for name in (RESULT, METRICS, HELDOUT):
-        if (original / name).exists():
-            shutil.copyfile(original / name, directory / name)
+def _write_layers(run: Run, directory: Path) -> None:
     # the singular values and the shares of all experts, which no report reads, are most of these files
     for name, column, values in (
         (SPECTRUM, "effective_rank", run.effective_ranks),
