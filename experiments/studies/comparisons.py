@@ -1,10 +1,12 @@
 """Two settings of a study compared: from the files of their runs to a paired difference."""
 
+import math
 from collections.abc import Callable
 
 import numpy
 from numpy import ndarray
 
+from experiments.errors import UserError
 from experiments.runs.groups import Run
 from experiments.runs.heldout import Samples
 from experiments.studies.inference import Paired, paired, seeds_needed, variances
@@ -47,6 +49,27 @@ def needed(a: Runs, b: Runs, samples: SamplesOf, measure: str, target: float, mo
         return 0
     enough = seeds_needed(variances(*found), found[0].shape[1], target)
     return most if enough is None else min(enough, most)
+
+
+def lowest_level(runs: dict[float, Run], samples: SamplesOf) -> float:
+    """The lowest learning rate that is level with the best: whose loss is higher by no more than the standard error of
+    that difference over samples (the one-standard-error rule, Breiman et al. 1984, "Classification and Regression
+    Trees", ch. 3.4.3). So two settings do not get different rates by chance.
+
+    Raises:
+        UserError: the runs were measured on different samples.
+    """
+    best = min(runs, key=lambda lr: runs[lr].measures["loss_after"])
+    known = samples(runs[best])
+    for lr in sorted(runs):
+        other = samples(runs[lr])
+        if other.names != known.names:
+            raise UserError(f"{runs[lr].name} and {runs[best].name} were measured on different samples: delete one")
+        weights = known.weights["loss"] / known.weights["loss"].mean()
+        excess = (other.values["loss"] - known.values["loss"]) * weights
+        if excess.mean() <= excess.std(ddof=1) / math.sqrt(len(excess)):
+            return lr  # the best one at the latest, whose excess is 0
+    raise AssertionError
 
 
 def why_unequal(a: Runs, b: Runs) -> str | None:

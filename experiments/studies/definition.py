@@ -5,9 +5,9 @@
     questions   pairs of settings that differ in one thing, on some tasks
 
 Stages: on each task each setting's learning rate is searched by successive halving (Jamieson and Talwalkar 2016, "Non-
-stochastic Best Arm Identification and Hyperparameter Optimization") on the validation part; a pilot of some seeds
-measures variances on the held-out part; these say how many seeds the final runs need. Pilot runs are the first final
-ones.
+stochastic Best Arm Identification and Hyperparameter Optimization") on the validation part, and of the last round's the
+lowest that is level with the best is taken; a pilot of some seeds measures variances on the held-out part; these say
+how many seeds the final runs need. Pilot runs are the first final ones.
 """
 
 import copy

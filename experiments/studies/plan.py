@@ -61,15 +61,14 @@ class Results:
             if path.parent.name.rpartition("_")[2] not in self.runs:
                 with contextlib.suppress(OSError, ValueError):  # damaged, or not a run's: it counts as missing
                     run = read_run(path, self.folder)
+                    self.samples[run.identity] = heldout.read(path.parent)["heldout"]
                     self.runs[run.identity] = run
 
     def of(self, job: Job) -> Run | None:
         return self.runs.get(job.identity)
 
     def samples_of(self, run: Run) -> Samples:
-        """The measures of its held-out samples. Raises ValueError if its file cannot be read."""
-        if run.identity not in self.samples:
-            self.samples[run.identity] = heldout.read(self.folder / run.name)["heldout"]
+        """The measures of its held-out samples."""
         return self.samples[run.identity]
 
 
@@ -121,11 +120,12 @@ def _add_search(made: Plan, study: Study, results: Results, failed: Collection[s
             for keep, later in zip(search.keep[number:], search.steps[number + 1 :]):
                 made.later.setdefault((SEARCH, task, setting, later, 1.0), (name, keep))
             return
-        losses = {job.cfg.lr: run.measures["loss_after"] for job in jobs if (run := results.of(job)) is not None}
-        rates = sorted(losses, key=losses.__getitem__)[: search.keep[number] if number < len(search.keep) else 1]
-        if not rates:
+        done = {job.cfg.lr: run for job in jobs if (run := results.of(job)) is not None}
+        if not done:
             return  # all have failed
-    made.choices[task, setting] = rates[0]
+        if number < len(search.keep):
+            rates = sorted(done, key=lambda lr: done[lr].measures["loss_after"])[: search.keep[number]]
+    made.choices[task, setting] = comparisons.lowest_level(done, results.samples_of)
 
 
 def _add_final(made: Plan, study: Study, results: Results, failed: Collection[str], name: str, task: str) -> None:

@@ -1,8 +1,11 @@
 """Studies: what is compared, what is run next, and what the report says of results that are known."""
 
 import itertools
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy
 import pytest
 from omegaconf import OmegaConf
 
@@ -10,7 +13,8 @@ from experiments import report, study
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.report import __main__ as report_command
-from experiments.studies import definition
+from experiments.runs.heldout import Samples
+from experiments.studies import comparisons, definition
 from experiments.studies.answers import answers, common_gain
 from experiments.studies.comparisons import rise_at
 from experiments.studies.differences import differences, told
@@ -113,6 +117,45 @@ def test_halving_sees_no_held_out_sample_and_final_runs_see_no_other_seed(tmp_pa
     assert {job.cfg.lr for job in finals} == {0.5e-2, 1e-2}, "those of the forgetting question, too"
     assert 0 in {job.cfg.seed for job in finals} and max(job.cfg.seed for job in finals) < 5
     assert not {job.cfg.seed for job in finals} & {job.cfg.seed for job in searches}
+
+
+@pytest.mark.parametrize(
+    ("excess", "chosen"),
+    [
+        ({1e-4: 0.5, 1e-3: 0.009, 1e-2: 0.0}, 1e-3),  # the standard error of its difference is 0.1 / √100
+        ({1e-4: 0.5, 1e-3: 0.011, 1e-2: 0.0}, 1e-2),
+        ({1e-4: 0.5, 1e-3: 0.0, 1e-2: 0.009}, 1e-3),  # a higher one is not taken for it
+        ({1e-4: 0.008, 1e-3: 0.004, 1e-2: 0.0}, 1e-4),
+    ],
+)
+def test_the_lowest_learning_rate_that_is_level_with_the_best(excess, chosen):
+    samples = {}
+    for lr, more in excess.items():
+        noise = numpy.tile([-0.1, 0.1], 50) * math.sqrt(0.99) if lr != max(excess) else 0.0
+        losses = 2.0 + numpy.linspace(0, 3, 100) + noise + more
+        samples[lr] = Samples([f"{n}" for n in range(100)], {"loss": losses}, {"loss": numpy.full(100, 7.0)})
+    runs = {
+        lr: SimpleNamespace(name=f"lr={lr}", lr=lr, measures={"loss_after": float(one.values["loss"].mean())})
+        for lr, one in samples.items()
+    }
+    assert comparisons.lowest_level(runs, lambda run: samples[run.lr]) == chosen
+    samples[1e-4].names[3] = "another"
+    with pytest.raises(UserError, match="were measured on different samples: delete one"):
+        comparisons.lowest_level(runs, lambda run: samples[run.lr])
+
+
+def test_a_run_whose_samples_are_damaged_is_missing(tmp_path):
+    one, results = definition.read("quick"), Results(tmp_path)
+    job = next(iter(plan(one, results).jobs.values()))
+    write_job(tmp_path, job)
+    (held_out,) = tmp_path.rglob("heldout.csv")
+    text = held_out.read_text()
+    held_out.write_text(text[: len(text) // 2 - 3] + "?")
+    results.refresh()
+    assert results.of(job) is None
+    held_out.write_text(text)
+    results.refresh()
+    assert results.of(job) is not None
 
 
 @pytest.mark.parametrize(("noise", "seeds"), [(0.001, {2, 3}), (0.05, {3, 4, 5}), (0.5, {9})])
