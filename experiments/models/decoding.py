@@ -8,6 +8,7 @@ reads tokens, one step late. A CPU runs the same step directly.
 Prompts are read eagerly. Shorter ones of a batch are padded on the left. Each row stops at its own end.
 """
 
+import contextlib
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -204,10 +205,25 @@ def _whole_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
 def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:
     """fp32 [rows, vocabulary] of the last column of ids [rows, columns]."""
     keep = {"logits_to_keep": 1}
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
-    )
+    with dense_input_of_head(model):
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
+        )
     return output.logits[:, -1].float()
+
+
+@contextlib.contextmanager
+def dense_input_of_head(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the output embeddings get a dense copy of the last column's hidden states. Of a view [rows, 1, hidden]
+    into all columns, and frozen weights, PyTorch on a CPU makes a product a row with a copy of the weights for each."""
+    if (head := model.get_output_embeddings()) is None:
+        yield
+        return
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _likeliest(logits: Tensor) -> Tensor:

@@ -178,7 +178,8 @@ def _by_transformers(
     clock = _Clock(show)
     ends = longest if prompt_length is None else [longest - len(prompt) + prompt_length for prompt in prompts]
     own = contextlib.nullcontext() if sampling.temperature else _without_own_settings(model)
-    with own, prompt_lengths(model, torch.tensor(ends, device=model.device).expand(len(prompts))):
+    lengths = torch.tensor(ends, device=model.device).expand(len(prompts))
+    with own, prompt_lengths(model, lengths), decoding.dense_input_of_head(model):
         output = model.generate(
             input_ids=torch.tensor(rows, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),

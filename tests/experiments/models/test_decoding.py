@@ -61,6 +61,27 @@ def test_other_models_take_transformers_loop(model_type):
     assert 1 <= len(ids) <= 4
 
 
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_head_is_one_product(llama, monkeypatch, in_place):
+    """Of a view into all columns PyTorch makes a product a row on a CPU, with a copy of the head's weights for each."""
+    monkeypatch.setattr(generation, "decodes_in_place", lambda *_: in_place)
+    products = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm) and args[1].shape[-1] == vocabulary:
+                products.append((op.overloadpacket.__name__, *args[0].shape))
+            return op(*args, **kwargs or {})
+
+    vocabulary, hidden = llama.lm_head.weight.shape
+    monkeypatch.setattr(llama.lm_head.weight, "requires_grad", False)  # PyTorch does so with frozen weights alone
+    decoding.bytes_per_column(llama)  # has products of its own, once
+    with Watched():
+        written = generate(llama, life.tokenizer(), PROMPTS, Sampling(2)).ids
+    assert products and set(products) == {("mm", 3, hidden)}
+    assert all(row == plain(llama, prompt, 2)[: len(row)] for row, prompt in zip(written, PROMPTS))
+
+
 @pytest.mark.parametrize("temperature", [0, 0.8])
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2"])
 def test_a_step_never_waits_for_the_device(model_type, temperature):
