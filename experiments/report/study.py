@@ -136,9 +136,12 @@ def sentence(found: list[Answer]) -> str:
     if len(level) <= NAMED:
         parts += [f"{one.a} and {one.b} on {one.task} are not told apart: {_told(one)}" for one in level]
     else:
-        sizes = [one.visible for one in level if not math.isnan(one.visible)]
-        could = f", which could see {words.form(min(sizes))} to {words.form(max(sizes))}" if sizes else ""
-        parts.append(f"no difference was found in {len(level)} of {len(known)} comparisons{could}")
+        for task in dict.fromkeys(one.task for one in level):
+            alike = [one for one in level if one.task == task]
+            of_all = sum(one.task == task for one in known)
+            most = words.form(max(max(-one.low, one.high) for one in alike))
+            which = f"{len(alike)} of {of_all} comparisons on {task} find no difference"
+            parts.append(f"{which}, and no 95 % interval goes beyond {most}")
     head = words.name[0].upper() + words.name[1:]
     return f"**{head}**: {'; '.join(parts)}."
 

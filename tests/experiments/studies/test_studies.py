@@ -1,5 +1,6 @@
 """Studies: what is compared, what is run next, and what the report says of results that are known."""
 
+import dataclasses
 import itertools
 import math
 from pathlib import Path
@@ -216,6 +217,12 @@ def test_nothing_is_made_up_where_nothing_differs(tmp_path):
     loss, *_ = answers(one, plan(one, results), results, one.questions["dora"])
     assert not loss.told_apart and loss.low < 0 < loss.high and loss.visible < 0.05
     assert report.study.sentence([loss]).startswith("**Loss**: lora and dora on arithmetic are not told apart: ")
+    three = [dataclasses.replace(loss, task=task, low=-0.02, high=0.01) for task in ("arithmetic", "facts", "facts")]
+    three[2].high = 0.03
+    assert report.study.sentence(three) == (
+        "**Loss**: 1 of 1 comparisons on arithmetic find no difference, and no 95 % interval goes beyond 0.0200 nats a "
+        "token; 2 of 2 comparisons on facts find no difference, and no 95 % interval goes beyond 0.0300 nats a token."
+    )
 
 
 def test_what_is_forgotten_is_read_where_a_path_first_reaches_the_gain():
