@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 
 from experiments.config import Config, flat
+from experiments.data.chat import Example
+from experiments.runs.heldout import name_of
 from experiments.training.evaluation import Evaluation
 
 # Keys that change only what training does. Any other key, also one that is added later, counts.
@@ -29,9 +31,11 @@ class Before:
     joules: float | None
 
 
-def start_of(cfg: Config) -> str:
+def start_of(cfg: Config, measured: list[Example]) -> str:
     """A key that runs share which start with the same model and measure it on the same samples. An adapter whose B
     starts as zero changes nothing, whatever the seed makes of A."""
     drawn = cfg.init != "default" or cfg.model.source == "tiny" or cfg.model.weights is not None
     left_out = OF_TRAINING if drawn else (*OF_TRAINING, "seed")
-    return json.dumps({key: value for key, value in flat(cfg).items() if key not in left_out}, sort_keys=True)
+    values = {key: value for key, value in flat(cfg).items() if key not in left_out}
+    values["samples"] = [name_of(example) for example in measured]  # a file of data may change between two runs
+    return json.dumps(values, sort_keys=True)

@@ -164,7 +164,7 @@ class _Run:
         """Measure the model before training, unless a checkpoint or an earlier run has kept that."""
         if self.before_stop.before is not None:
             return
-        start = start_of(self.cfg)
+        start = start_of(self.cfg, [*self.data.heldout, *self.measures.second])
         if known := self.before.get(start):
             self.before_stop = BeforeStop(seconds=known.seconds, joules=known.joules)
             self._tell(known.evaluation)

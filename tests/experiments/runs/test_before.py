@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.config import resolve
+from experiments.data.chat import Example
 from experiments.runs import one_run, sweep
 from experiments.runs.before import start_of
 from experiments.system.cli import composed
@@ -50,7 +51,9 @@ def test_a_run_is_the_same_with_what_an_earlier_one_measured(tmp_path, monkeypat
 
 def test_runs_that_start_with_the_same_model():
     def start(*overrides):
-        return start_of(configured("output_dir=unused", *overrides))
+        return start_of(configured("output_dir=unused", *overrides), samples)
+
+    samples = [Example([1, 2, 3], [-100, 2, 3])]
 
     one = start("+method=lora", "lr=1e-4")
     for training in (["lr=1"], ["seed=7"], ["trainer.steps=9"], ["trainer.batch_size=5", "trainer.warmup=0.5"]):
@@ -61,6 +64,8 @@ def test_runs_that_start_with_the_same_model():
         assert start(*(["+method=lora"] if "method" not in given[0] else []), *given) != one, given
     for drawn in (["model=tiny"], ["init=orthogonal"]):
         assert start("+method=lora", "seed=1", *drawn) != start("+method=lora", "seed=2", *drawn), drawn
+    samples.append(samples[0])
+    assert start("+method=lora") != one, "the file of data has changed"
 
 
 def test_a_sweep_hands_it_from_job_to_job(monkeypatch, tmp_path):
