@@ -27,7 +27,7 @@ from experiments.studies import definition
 from experiments.studies.definition import Study
 from experiments.studies.plan import FINAL, SEARCH, Job, Plan, Results, pace, plan
 from experiments.system.cli import command, read_options
-from experiments.system.files import RESULT, STUDY, writable_dir, write_atomically
+from experiments.system.files import STUDY, writable_dir, write_atomically
 
 WAIT = 5.0  # seconds between looks at what another process does
 
@@ -86,7 +86,8 @@ def _work(study: Study, results: Results, folder: Path) -> dict[str, str]:
             if outcome.status != sweep.ELSEWHERE:
                 results.refresh()
                 if results.of(job) is None:
-                    failed[job.identity] = outcome.reason or f"{outcome.directory}/{RESULT} cannot be read: delete it"
+                    unread = f"the results in {outcome.directory} cannot be read: delete it"
+                    failed[job.identity] = outcome.reason or unread
                     print(f"failed: {job.name}: {failed[job.identity]}", file=sys.stderr)
                 break  # what comes next may depend on it
         else:

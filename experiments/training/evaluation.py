@@ -134,7 +134,7 @@ def evaluate_each(
 ) -> tuple[Evaluation, list[SampleLoss]]:
     """As `evaluate`; in process 0 also the loss of each example, in their order. `load` counts the tokens of experts.
 
-    Batches are of examples of about one length, so packing would save next to nothing.
+    Batches are of examples of about one length, so packing would save a few percent at most.
     """
     training = model.training
     model.eval()

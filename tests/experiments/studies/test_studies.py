@@ -14,6 +14,7 @@ from experiments import report, study
 from experiments.config import resolve
 from experiments.errors import UserError
 from experiments.report import __main__ as report_command
+from experiments.runs import sweep
 from experiments.runs.heldout import Samples
 from experiments.studies import comparisons, definition
 from experiments.studies.answers import answers, common_gain
@@ -145,7 +146,7 @@ def test_the_lowest_learning_rate_that_is_level_with_the_best(excess, chosen):
         comparisons.lowest_level(runs, lambda run: samples[run.lr])
 
 
-def test_a_run_whose_samples_are_damaged_is_missing(tmp_path):
+def test_a_run_whose_samples_are_damaged_is_missing(tmp_path, monkeypatch):
     one, results = definition.read("quick"), Results(tmp_path)
     job = next(iter(plan(one, results).jobs.values()))
     write_job(tmp_path, job)
@@ -154,6 +155,10 @@ def test_a_run_whose_samples_are_damaged_is_missing(tmp_path):
     held_out.write_text(text[: len(text) // 2 - 3] + "?")
     results.refresh()
     assert results.of(job) is None
+    before = sweep.Outcome(sweep.DONE_BEFORE, directory=str(held_out.parent))  # its result.json is whole
+    monkeypatch.setattr(study, "_do", lambda *_: before)
+    failed = study._work(one, results, tmp_path)
+    assert failed[job.identity] == f"the results in {held_out.parent} cannot be read: delete it"
     held_out.write_text(text)
     results.refresh()
     assert results.of(job) is not None
