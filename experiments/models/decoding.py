@@ -24,7 +24,7 @@ from experiments.training.graphs import Eager, Graphs
 
 COLUMNS = 64  # the length of a cache is a multiple of this, so that batches of similar lengths share one
 PROBE_TOKENS = 9
-SHARE = 0.25  # of the change that one more token at the beginning makes. Rounding stays far below it.
+SHARE = 0.25  # of the change that another first token makes. Rounding, of bf16 too, stays far below it.
 _bytes: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()  # of a column, 0: no static cache
 
 Choose = Callable[[Tensor], Tensor]  # from logits [rows, vocabulary] to tokens [rows]
@@ -173,7 +173,7 @@ def _try_static(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (PROBE_TOKENS,), generator=generator).tolist()
-    prompts, seen = [ids[:-1], ids[4:-1]], []
+    samples, seen = (ids, ids[4:]), []
 
     def next_one(logits: Tensor) -> Tensor:
         seen.append(logits)
@@ -183,23 +183,28 @@ def _try_static(model: PreTrainedModel) -> int:
         rows = Rows(model, 2, COLUMNS, next_one, Ends((), 0))
         if not rows.cache.layers or any(type(layer) is not StaticLayer for layer in rows.cache.layers):
             return 0  # states that are not keys and values
-        rows.read(prompts)
+        rows.read([sample[:-1] for sample in samples])
         rows._step()
-        wanted = [_whole_logits(model, ids[start:end]) for end in (-1, PROBE_TOKENS) for start in (0, 4)]
-        other = _whole_logits(model, [(ids[0] + 1) % config.vocab_size, *ids[1:]])
+        whole = [_last_two(model, sample) for sample in samples]
+        other = [_last_two(model, [(first + 1) % config.vocab_size, *rest]) for first, *rest in samples]
     except Exception as error:  # code of any model, given arguments that it may not know
         if out_of_memory(error):
             raise
         return 0
-    change = (other - wanted[2]).norm()
-    if not all((have - want).norm() <= SHARE * change for have, want in zip(torch.cat(seen), wanted)):
-        return 0
+    for have, want, changed in zip(torch.stack(seen, 1), whole, other):
+        if not (centred(have) - want).norm() <= SHARE * (changed - want).norm():
+            return 0
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in rows.cache.layers) // (2 * COLUMNS)
 
 
-def _whole_logits(model: PreTrainedModel, ids: list[int]) -> Tensor:
-    """Of the last token, without a cache."""
-    return model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].float()
+def _last_two(model: PreTrainedModel, ids: list[int]) -> Tensor:
+    """Of the last two tokens, without a cache: fp32 [2, vocabulary]."""
+    return centred(model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -2:].float())
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Without what is common to the whole vocabulary, which changes no probability: most of bf16's rounding is that."""
+    return logits - logits.mean(-1, keepdim=True)
 
 
 def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: StaticCache) -> Tensor:

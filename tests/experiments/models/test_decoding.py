@@ -53,6 +53,12 @@ def test_a_batch_is_the_plain_loop_over_each_prompt(model_type):
     assert written == [plain(model, prompt, 15) for prompt in PROMPTS]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bloom", "gemma3_text"])
+def test_rounding_is_not_taken_for_another_model(model_type, dtype):
+    assert decoding.bytes_per_column(small.build(model_type).to(dtype)) > 0
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "bart", "xlnet"])
 def test_other_models_take_transformers_loop(model_type):
     model, tokenizer = small.build(model_type), life.tokenizer()

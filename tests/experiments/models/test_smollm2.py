@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from experiments.config import ModelConfig
+from experiments.models import decoding
 from experiments.models.gguf import wheel_directory
 from experiments.models.load import load_model
 from modules import attach, decoder_linears, detach, load_adapter, merge, quantize, save_adapter
@@ -71,6 +72,13 @@ def logits(model, ids):
 
 def assert_close(one, other):
     assert (one - other).norm() < 1e-5 * other.norm()  # fp32 through 30 layers: 3.2e-6 was the most seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_it_is_decoded_with_a_static_cache(dense, dtype):
+    """Its logits are large, so bf16 rounds them by much: some tokens change them by little more."""
+    assert decoding.bytes_per_column(copy.deepcopy(dense).to(dtype)) == 2 * 30 * 3 * 64 * dtype.itemsize
 
 
 def test_it_is_the_real_model(loaded):
