@@ -139,7 +139,8 @@ def unflatten(tensors: list[Tensor], text: str) -> Weight:
 def checked_before(codes: Tensor, quant_state: QuantState) -> Weight:
     """Weight(codes, quant_state) without its checks, which take as long as a small linear's product on a CPU."""
     weight = object.__new__(Weight)
-    weight.__dict__.update(values=codes, quant_state=quant_state)
+    object.__setattr__(weight, "values", codes)
+    object.__setattr__(weight, "quant_state", quant_state)
     return weight
 
 
