@@ -65,7 +65,7 @@ def _gemv_kernel(
     table = tl.load(levels_ptr + tl.arange(0, 32) % 16)  # twice, so that a lane holds one
     table = tl.broadcast_to(table[None, None, :], [WARPS, ROWS, 32])
     # What is read has one dimension of threads, row by row or token by token: of several, versions of Triton differ in
-    # which one they give a warp's lanes. Instead of a row or token behind the last one the last is read again, and not
+    # which one gets a warp's lanes. Instead of a row or token behind the last one the last is read again, and not
     # written. Numbers of 128-bit words and of blocks have 32 bits, enough for 2**34 weights.
     THREADS: tl.constexpr = WARPS * 32
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS * THREADS) // THREADS

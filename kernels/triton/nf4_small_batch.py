@@ -52,65 +52,74 @@ def _small_batch_kernel(
     BLOCKSIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,  # at least M
 ):
-    first = tl.program_id(0).to(tl.int64) * 64
+    first = tl.program_id(0) * 64
     split = tl.program_id(1)
-    i = tl.arange(0, 64)
-    row = first + i // 8 % 4 * 16 + i // 32 * 8 + i % 8  # [64], as they are read
+    PARTS: tl.constexpr = 2 if BLOCKSIZE == 16 else 1  # blocks in the 32 codes that a thread reads
     m = tl.arange(0, BLOCK_M)
     table = tl.load(levels_ptr + tl.arange(0, 32) % 16)  # twice, so that a lane holds one
     table = tl.broadcast_to(table[None, None, :], [4, 64, 32])
-    PARTS: tl.constexpr = 2 if BLOCKSIZE == 16 else 1  # blocks in the 32 codes that a thread reads
     start = split * K_SPLIT
     end = tl.minimum(start + K_SPLIT, K)
-    words, next_words = _words(packed_ptr, row, start, N, K, end), _words(packed_ptr, row, start + 128, N, K, end)
+    words = _words(packed_ptr, first, start, N, K, end)
+    next_words = _words(packed_ptr, first, start + 128, N, K, end)
     absmax = _absmax(
-        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, row, start, N, K, end, BLOCKSIZE
+        absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, first, start, N, K, end, BLOCKSIZE
     )  # fmt: skip
     acc = tl.zeros([64, BLOCK_M], tl.float32)
     for k0 in range(start, end, 128):
-        words_after = _words(packed_ptr, row, k0 + 256, N, K, end)
+        words_after = _words(packed_ptr, first, k0 + 256, N, K, end)
         next_absmax = _absmax(
-            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, row, k0 + 128, N, K, end, BLOCKSIZE
+            absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, first, k0 + 128, N, K, end, BLOCKSIZE
         )
         k = k0 + tl.arange(0, 128)
         x_ptrs = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
         x = tl.load(x_ptrs, mask=(m < M)[:, None] & (k < end)[None, :], other=0.0)
         x = tl.permute(tl.reshape(x, [BLOCK_M, 4, 16, 2]), [0, 2, 1, 3])  # [token, word and pair, lane, i]
-        code = ((words[:, :, :, None] >> nibble_shifts()[None, None, None, :]) & 15).to(tl.int32)
+        code = ((words[:, :, None] >> nibble_shifts()[None, None, :]) & 15).to(tl.int32)
         code = tl.permute(tl.reshape(code, [2, 4, 8, 4, 32]), [1, 0, 4, 2, 3])  # [warp, half, code, r, lane]
         level = tl.gather(table, tl.reshape(code, [4, 64, 32]), 2)
         level = tl.permute(tl.reshape(level, [4, 2, 16, 2, 8, 4]), [0, 1, 4, 2, 5, 3])  # [warp, half, r, …, lane, i]
         # [warp, half, r, part of a lane's 32 columns, lane]
-        scale = tl.permute(tl.reshape(absmax, [2, 4, 8, 4, PARTS]), [1, 0, 2, 4, 3])
+        scale = tl.permute(tl.reshape(absmax, [PARTS, 2, 4, 8, 4]), [2, 1, 3, 0, 4])
         level = tl.reshape(level, [4, 2, 8, PARTS, 16 // PARTS, 4, 2])
         w = tl.reshape((level * scale[:, :, :, :, None, :, None]).to(x.dtype), [64, 128])
         acc = tl.dot(w, tl.reshape(x, [BLOCK_M, 128]).T, acc, input_precision="ieee")
         words, next_words, absmax = next_words, words_after, next_absmax
-    n = first + i
+    n = first + tl.arange(0, 64)
     partial_ptrs = partial_ptr + (split * M + m).to(tl.int64)[None, :] * N + n[:, None]
     tl.store(partial_ptrs, acc, mask=(n < N)[:, None] & (m < M)[None, :])
 
 
+# What is read has one dimension of threads: of several, versions of Triton differ in which one gets a warp's lanes.
+# Numbers of 128-bit words and of blocks have 32 bits, enough for 2**34 weights.
+
+
 @triton.jit
-def _words(packed_ptr, row, k0, N, K, end):  # u32 [64, 4, 4]
-    """The codes of 128 columns from k0 on; 0 from row N and from column `end` on."""
-    lane = tl.arange(0, 4)
-    word = tl.arange(0, 4)
-    live = (row < N)[:, None] & (k0 + lane * 32 < end)[None, :]
-    ptrs = packed_ptr.to(tl.pointer_type(tl.uint32)) + ((row * (K // 32))[:, None] + (k0 // 32 + lane)[None, :]) * 4
-    return tl.load(ptrs[:, :, None] + word[None, None, :], mask=live[:, :, None], other=0)
+def _row(q, first, N):
+    """The row that thread q % 128 reads as its q // 128th. One behind the last is the last again, and not written."""
+    i = q // 4
+    return tl.minimum(first + i // 8 % 4 * 16 + i // 32 * 8 + i % 8, N - 1)
+
+
+@triton.jit
+def _words(packed_ptr, first, k0, N, K, end):  # u32 [256, 4]
+    """The codes of 128 columns from k0 on; 0 from column `end` on."""
+    q = tl.arange(0, 256)
+    row, lane = _row(q, first, N), q % 4
+    ptrs = packed_ptr.to(tl.pointer_type(tl.uint32)) + (row * (K // 32) + k0 // 32 + lane).to(tl.int64) * 4
+    return tl.load(ptrs[:, None] + tl.arange(0, 4)[None, :], mask=(k0 + lane * 32 < end)[:, None], other=0)
 
 
 @triton.jit
 def _absmax(
-    absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, row, k0, N, K, end, BLOCKSIZE: tl.constexpr
-):  # fp32 [64, 4 · PARTS]
-    """absmax of each 32 columns from k0 on, or of each 16 in blocks of so many."""
+    absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, first, k0, N, K, end, BLOCKSIZE: tl.constexpr
+):  # fp32 [PARTS · 256]
+    """absmax of each 32 columns from k0 on, or of each 16 in blocks of so many: the first 16, then the others."""
     WIDTH: tl.constexpr = 16 if BLOCKSIZE == 16 else 32
-    i = tl.arange(0, 128 // WIDTH)
-    live = (row < N)[:, None] & (k0 + i * WIDTH < end)[None, :]
-    block = ((row * (K // WIDTH))[:, None] + (k0 // WIDTH + i)[None, :]) // (BLOCKSIZE // WIDTH)
-    return load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, block, live)
+    q = tl.arange(0, 32 // WIDTH * 256)
+    row, lane, part = _row(q % 256, first, N), q % 4, q // 256
+    block = (row * (K // WIDTH) + k0 // WIDTH + lane * (32 // WIDTH) + part) // (BLOCKSIZE // WIDTH)
+    return load_row_absmax(absmax_ptr, nested_absmax_ptr, nested_offset_ptr, map_ptr, block, k0 + lane * 32 < end)
 
 
 def supports(x: Tensor, weight: Weight) -> bool:
@@ -154,9 +163,9 @@ def _case(tokens: int, double_quant: bool = True, dtype: str = "bf16", quant_typ
         flops_per_value=lambda a: 2 * a.BLOCK_M,
         loop=True,
         launches=2,
-        max_instr={16: 6.7, 32: 8.2, 64: 9.0}[tokens] + 0.9 * halves,
-        max_instr_on={"sm_120": {16: 7.3, 32: 8.6, 64: 10.8}[tokens] + 0.9 * halves},
-        max_registers=128 if tokens <= 16 and not halves else 255,
+        max_instr={16: 6.3, 32: 7.8, 64: 8.6}[tokens] + 0.6 * halves,
+        max_instr_on={"sm_120": {16: 7.1, 32: 8.3, 64: 10.6}[tokens] + 0.6 * halves},
+        max_registers=128 if tokens <= 16 else 255,
         min_load_bits=128,
         mma=True,
     )
