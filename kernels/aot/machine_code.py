@@ -33,7 +33,8 @@ def parse_sass(text: str) -> list[Instruction]:
     for _, predicate, opcode, operands in rows:
         name = opcode.split(".")[0]
         if name == "BRA":
-            *conditions, target = operands.replace(",", " ").split()
+            words = operands.replace(",", " ").split()
+            *conditions, target = [word for word in words if word[0] not in "?&"]  # without hints for scheduling
             conditional = bool(predicate) or bool(conditions)
             code.append(Instruction(opcode, index.get(int(target, 16)), conditional))
         elif name == "CALL" and _exits(rows, index, operands):  # so does ptxas at times leave a loop
