@@ -147,7 +147,8 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path, of_study: bool = Fa
     directory, and `run.name`, are named by its varied keys and its hash.
 
     Args:
-        of_study: the report will be that of a study, which reads results and held-out samples alone.
+        of_study: the report will be that of a study, which reads results and held-out samples alone. Its runs keep the
+            names of their directories, which say more, and stay as they are when more keys vary.
 
     Raises:
         UserError: `copy` has a file in it that does not belong to a copy.
@@ -159,7 +160,8 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path, of_study: bool = Fa
         for among in groups:
             for run in among.runs:
                 original = folder / run.name
-                run.name = f"{among.name(run).replace(' ', ',').replace('/', '-')[:NAME_LENGTH]}_{run.identity}"
+                varied = f"{among.name(run).replace(' ', ',').replace('/', '-')[:NAME_LENGTH]}_{run.identity}"
+                run.name = original.name if of_study else varied
                 (directory / run.name).mkdir()
                 for name in (RESULT, HELDOUT) if of_study else (RESULT, HELDOUT, METRICS):
                     if (original / name).exists():
