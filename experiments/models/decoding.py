@@ -192,17 +192,17 @@ def _try_static(model: PreTrainedModel) -> int:
             raise
         return 0
     for have, want, changed in zip(torch.stack(seen, 1), whole, other):
-        if not (centred(have) - want).norm() <= SHARE * (changed - want).norm():
+        if not (_centred(have) - want).norm() <= SHARE * (changed - want).norm():
             return 0
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in rows.cache.layers) // (2 * COLUMNS)
 
 
 def _last_two(model: PreTrainedModel, ids: list[int]) -> Tensor:
     """Of the last two tokens, without a cache: fp32 [2, vocabulary]."""
-    return centred(model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -2:].float())
+    return _centred(model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0, -2:].float())
 
 
-def centred(logits: Tensor) -> Tensor:
+def _centred(logits: Tensor) -> Tensor:
     """Without what is common to the whole vocabulary, which changes no probability: most of bf16's rounding is that."""
     return logits - logits.mean(-1, keepdim=True)
 

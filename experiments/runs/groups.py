@@ -125,7 +125,9 @@ def shown(value: Any) -> str:
 
 
 def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """Every run under `folder`, each once, and a line for each file that was left out, which says why."""
+    """Every run under `folder`, each once, and a line for each file that was left out, which says why. The report of a
+    study has no training curves, so theirs may be missing."""
+    curves = not (folder / STUDY).exists()
     runs: dict[tuple[int, str], Run] = {}
     problems = []
     for path in sorted(folder.rglob(RESULT)):
@@ -137,7 +139,7 @@ def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
         first = runs.setdefault((run.version, run.identity), run)
         if first is not run:
             problems.append(f"{run.name}: the same run as {first.name}, which counts")
-        elif not run.curve:
+        elif curves and not run.curve:
             problems.append(f"{run.name}: no {METRICS} that can be read, so it is missing among the training curves")
     return list(runs.values()), problems
 
@@ -160,8 +162,10 @@ def copy_runs(groups: list[Group], folder: Path, copy: Path, of_study: bool = Fa
         for among in groups:
             for run in among.runs:
                 original = folder / run.name
-                varied = f"{among.name(run).replace(' ', ',').replace('/', '-')[:NAME_LENGTH]}_{run.identity}"
-                run.name = original.name if of_study else varied
+                if of_study:
+                    run.name = original.name
+                else:
+                    run.name = f"{among.name(run).replace(' ', ',').replace('/', '-')[:NAME_LENGTH]}_{run.identity}"
                 (directory / run.name).mkdir()
                 for name in (RESULT, HELDOUT) if of_study else (RESULT, HELDOUT, METRICS):
                     if (original / name).exists():

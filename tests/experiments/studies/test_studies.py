@@ -201,6 +201,8 @@ def test_the_report_says_what_was_made_up(tmp_path, terminal):
     assert copied == {"result.json", "heldout.csv"}, "hundreds of runs: what no study reads stays away"
     runs, copies = ({path.parent.name for path in place.rglob("result.json")} for place in (folder, tmp_path / "copy"))
     assert copies == runs
+    code, text = terminal(report_command, str(tmp_path / "copy"))
+    assert code == 0 and "note:" not in text, text
     page = (tmp_path / "copy" / "report" / "report.md").read_text()
     assert "## Does DoRA beat LoRA?\n" in page and "dora has a lower loss than lora on arithmetic by 0.0" in page
     assert "The study is not done" not in page and "commit 000000000000" in page
