@@ -238,6 +238,26 @@ print(len(all_cases()))
     assert int(done.stdout) == len(all_cases())
 
 
+def test_for_few_tokens_what_is_read_has_one_dimension_of_threads():
+    """Of several, Triton 3.6 gives a warp's lanes to another one than 3.7 does, and reads do not coalesce."""
+    done = run_aot(
+        code="""
+import re
+from kernels.aot.__main__ import all_cases
+from kernels.aot.compiler import _compile_one
+for name in ("nf4_gemv/m2-n4096-double-bf16", "nf4_gemm/m16-b16-double-bf16-nvfp4"):
+    [case] = [case for case in all_cases() if f"{case.kernel}/{case.config}" == name]
+    shapes = re.findall(r"= tt.load .*tensor<([0-9x]+)!tt.ptr", _compile_one(case, "sm_90").asm["ttgir"])
+    ranks = [shape.count("x") for shape in shapes]
+    print(len(ranks), max(ranks))
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        count, most = map(int, line.split())
+        assert count >= 3 and most <= 2, done.stdout  # threads, and the consecutive words of one
+
+
 # ----------------------------------------------------------------------------------------- the cache
 
 
