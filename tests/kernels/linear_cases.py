@@ -11,11 +11,37 @@ from kernels.op import Op
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BASES = ("dense", "nf4", "nf4-double")
 
+# (x's leading shape, in, out, rank, bias, dropout): odd sizes, ranks that are and are not powers of two
+SHAPES = [
+    ((7,), 64, 48, 16, False, 0.0),
+    ((2, 5), 33, 17, 3, True, 0.0),
+    ((1,), 130, 95, 1, True, 0.3),
+    ((3, 1, 4), 96, 128, 33, False, 0.1),
+]
+
+
+def shape_id(shape) -> str:
+    lead, in_features, out_features, rank, bias, p = shape
+    parts = ["x".join(map(str, lead)), f"K{in_features}", f"N{out_features}", f"r{rank}"]
+    return "-".join(parts + ["bias"] * bias + [f"drop{p}"] * bool(p))
+
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same numbers on every machine, on the default device."""
     numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
     return numbers.to(torch.get_default_device(), dtype)
+
+
+def adapted_tensors(shape, dtype: torch.dtype) -> tuple[dict[str, Tensor | None], Tensor]:
+    """(x, adapters and bias, dy) of one of `SHAPES`: adapters train in fp32 whatever the compute dtype."""
+    lead, in_features, out_features, rank, bias, _ = shape
+    tensors = {
+        "x": randn(*lead, in_features, seed=2, dtype=dtype),
+        "lora_A": randn(rank, in_features, seed=3) / in_features**0.5,
+        "lora_B": randn(out_features, rank, seed=4) / rank**0.5,
+        "bias": randn(out_features, seed=5) if bias else None,
+    }
+    return tensors, randn(*lead, out_features, seed=6, dtype=dtype)
 
 
 def dropout_seed() -> Tensor:

@@ -11,6 +11,8 @@ from kernels.dora import _dora_linear, _dora_linear_backward, _dora_norm, _weigh
 from tests.kernels.linear_cases import (
     BASES,
     DTYPES,
+    SHAPES,
+    adapted_tensors,
     assert_as_accurate,
     compare_with_peft,
     dropout_seed,
@@ -20,6 +22,7 @@ from tests.kernels.linear_cases import (
     plain_linear,
     quantized_base,
     randn,
+    shape_id,
     to_dtype,
     with_gradients,
 )
@@ -27,32 +30,9 @@ from tests.kernels.linear_cases import (
 pytestmark = pytest.mark.usefixtures("backend")
 
 
-# (x's leading shape, in, out, rank, bias, dropout): odd sizes, ranks that are and are not powers of two
-SHAPES = [
-    ((7,), 64, 48, 16, False, 0.0),
-    ((2, 5), 33, 17, 3, True, 0.0),
-    ((1,), 130, 95, 1, True, 0.3),
-    ((3, 1, 4), 96, 128, 33, False, 0.1),
-]
-
-
-def shape_id(shape) -> str:
-    lead, in_features, out_features, rank, bias, p = shape
-    parts = ["x".join(map(str, lead)), f"K{in_features}", f"N{out_features}", f"r{rank}"]
-    return "-".join(parts + ["bias"] * bias + [f"drop{p}"] * bool(p))
-
-
 def make_tensors(shape, dtype: torch.dtype):
-    """(x, adapters and bias, dy): adapters train in fp32 whatever the compute dtype."""
-    lead, in_features, out_features, rank, bias, _ = shape
-    tensors = {
-        "x": randn(*lead, in_features, seed=2, dtype=dtype),
-        "lora_A": randn(rank, in_features, seed=3) / in_features**0.5,
-        "lora_B": randn(out_features, rank, seed=4) / rank**0.5,
-        "magnitude": randn(out_features, seed=8).abs() + 0.5,
-        "bias": randn(out_features, seed=5) if bias else None,
-    }
-    return tensors, randn(*lead, out_features, seed=6, dtype=dtype)
+    tensors, dy = adapted_tensors(shape, dtype)
+    return tensors | {"magnitude": randn(shape[2], seed=8).abs() + 0.5}, dy
 
 
 def make_op(weight, state, p: float = 0.0, scaling: float = 1.5):

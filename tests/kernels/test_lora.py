@@ -9,6 +9,8 @@ from kernels.lora import _lora_linear, _lora_linear_backward
 from tests.kernels.linear_cases import (
     BASES,
     DTYPES,
+    SHAPES,
+    adapted_tensors,
     assert_as_accurate,
     compare_with_peft,
     dropout_seed,
@@ -18,38 +20,12 @@ from tests.kernels.linear_cases import (
     plain_linear,
     quantized_base,
     randn,
+    shape_id,
     to_dtype,
     with_gradients,
 )
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-# (x's leading shape, in, out, rank, bias, dropout): odd sizes, ranks that are and are not powers of two
-SHAPES = [
-    ((7,), 64, 48, 16, False, 0.0),
-    ((2, 5), 33, 17, 3, True, 0.0),
-    ((1,), 130, 95, 1, True, 0.3),
-    ((3, 1, 4), 96, 128, 33, False, 0.1),
-]
-
-
-def shape_id(shape) -> str:
-    lead, in_features, out_features, rank, bias, p = shape
-    parts = ["x".join(map(str, lead)), f"K{in_features}", f"N{out_features}", f"r{rank}"]
-    return "-".join(parts + ["bias"] * bias + [f"drop{p}"] * bool(p))
-
-
-def make_tensors(shape, dtype: torch.dtype):
-    """(x, adapters and bias, dy): adapters train in fp32 whatever the compute dtype."""
-    lead, in_features, out_features, rank, bias, _ = shape
-    tensors = {
-        "x": randn(*lead, in_features, seed=2, dtype=dtype),
-        "lora_A": randn(rank, in_features, seed=3) / in_features**0.5,
-        "lora_B": randn(out_features, rank, seed=4) / rank**0.5,
-        "bias": randn(out_features, seed=5) if bias else None,
-    }
-    return tensors, randn(*lead, out_features, seed=6, dtype=dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
@@ -58,7 +34,7 @@ def make_tensors(shape, dtype: torch.dtype):
 def test_forward_and_gradients_against_float64(dtype, kind, shape):
     _, in_features, out_features, _, _, p = shape
     weight, state, w = make_base(kind, out_features, in_features, dtype)
-    tensors, dy = make_tensors(shape, dtype)
+    tensors, dy = adapted_tensors(shape, dtype)
     seed = dropout_seed()
 
     def op(x, lora_A, lora_B, bias):
@@ -77,7 +53,7 @@ def test_forward_and_gradients_against_float64(dtype, kind, shape):
 
 def test_non_contiguous_inputs():
     weight, state, _ = make_base("nf4", 48, 64, torch.float32)
-    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    tensors, dy = adapted_tensors(SHAPES[0], torch.float32)
     strided = {name: None if t is None else t.t().contiguous().t() for name, t in tensors.items() if t is not None}
     assert not any(t.is_contiguous() for t in strided.values())
 
@@ -95,7 +71,7 @@ def test_non_contiguous_inputs():
 
 def test_gradients_only_where_they_are_asked_for():
     weight, state, _ = make_base("nf4", 48, 64, torch.float32)
-    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    tensors, dy = adapted_tensors(SHAPES[0], torch.float32)
     x, lora_A, lora_B = tensors["x"], tensors["lora_A"].requires_grad_(), tensors["lora_B"].requires_grad_()
     lora_linear(x, weight, lora_A, lora_B, 1.0, quant_state=state).backward(dy)
     assert x.grad is None and lora_A.grad is not None and lora_B.grad is not None
@@ -110,7 +86,7 @@ def test_gradients_only_where_they_are_asked_for():
 
 
 def test_a_base_weight_that_wants_a_gradient_is_refused():
-    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    tensors, dy = adapted_tensors(SHAPES[0], torch.float32)
     w = randn(48, 64, seed=1).requires_grad_()
     with pytest.raises(RuntimeError, match=r"gives no gradient for its weight: freeze it with requires_grad_\(False\)"):
         lora_linear(tensors["x"], w, tensors["lora_A"], tensors["lora_B"], 1.0).backward(dy)
@@ -118,7 +94,7 @@ def test_a_base_weight_that_wants_a_gradient_is_refused():
 
 def test_dropout_draws_its_seed_from_torchs_generator():
     weight, state, _ = make_base("nf4", 48, 64, torch.float32)
-    tensors, _ = make_tensors(SHAPES[0], torch.float32)
+    tensors, _ = adapted_tensors(SHAPES[0], torch.float32)
 
     def run():
         return lora_linear(tensors["x"], weight, tensors["lora_A"], tensors["lora_B"], 1.0, None, state, 0.5)
@@ -172,7 +148,7 @@ def test_peft_lora_on_a_bitsandbytes_linear(double):
 @pytest.mark.parametrize(("kind", "extras"), [("dense", True), ("nf4-double", False), ("nf4-double", True)])
 def test_opcheck(kind, extras):
     weight, state, _ = make_base(kind, 48, 64, torch.float32)
-    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    tensors, dy = adapted_tensors(SHAPES[0], torch.float32)
     x, lora_A, lora_B = (tensors[n].requires_grad_() for n in ("x", "lora_A", "lora_B"))
     bias = randn(48, seed=5) if extras else None
     p, seed = (0.3, dropout_seed()) if extras else (0.0, None)
@@ -186,7 +162,7 @@ def test_opcheck(kind, extras):
 @pytest.mark.parametrize("kind", ["dense", "nf4-double"])
 def test_compiles_to_one_graph_forward_and_backward(kind):
     weight, state, _ = make_base(kind, 48, 64, torch.float32)
-    tensors, dy = make_tensors(SHAPES[0], torch.float32)
+    tensors, dy = adapted_tensors(SHAPES[0], torch.float32)
     del tensors["bias"]
     seed = dropout_seed()
 
@@ -201,7 +177,7 @@ def test_compiles_to_one_graph_forward_and_backward(kind):
 
 def test_meta_device():
     weight, *_ = make_base("dense", 48, 64, torch.float32)
-    tensors, _ = make_tensors(SHAPES[0], torch.float32)
+    tensors, _ = adapted_tensors(SHAPES[0], torch.float32)
     x, lora_A, lora_B = (tensors[n].to("meta").requires_grad_() for n in ("x", "lora_A", "lora_B"))
     y = lora_linear(x, weight.to("meta"), lora_A, lora_B, 1.0, dropout=0.1)
     assert y.device.type == "meta" and y.shape == (7, 48)
@@ -211,7 +187,7 @@ def test_meta_device():
 
 def test_no_tokens():
     weight, state, _ = make_base("nf4-double", 48, 64, torch.float32)
-    tensors, _ = make_tensors(SHAPES[0], torch.float32)
+    tensors, _ = adapted_tensors(SHAPES[0], torch.float32)
     lora_A = tensors["lora_A"].requires_grad_()
     y = lora_linear(tensors["x"][:0], weight, lora_A, tensors["lora_B"], 1.0, quant_state=state)
     y.sum().backward()
