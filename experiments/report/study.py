@@ -70,9 +70,10 @@ def sections(folder: Path) -> list[Section]:
         first.lines.append(f"The study is not done: {missing} known runs are missing, so answers may change.")
     first.lines += [
         f"Each setting has the learning rate that was best for it on each task: the lowest loss on validation samples "
-        f"after {study.search.steps[-1]} steps, found by successive halving with a seed of its own, or a lower rate "
-        "whose loss is within a standard error of that. Comparisons are on held-out samples that no search has seen. "
-        "Runs of two settings share seeds, the order of the data and the samples.",
+        f"after {study.search.steps[-1]} steps, found by successive halving with a seed of its own. Of rates whose "
+        "loss is within a standard error of that it has its reference's, or else the lowest. Comparisons are on "
+        "held-out samples that no search has seen. Runs of two settings share seeds, the order of the data and the "
+        "samples.",
         "Intervals are of 95 %, by a bootstrap over seeds and samples; p is Holm's, over all comparisons of a measure "
         "in a question. What a comparison could see is the smallest difference that it finds with a power of "
         f"{POWER:.0%}.",

@@ -51,25 +51,25 @@ def needed(a: Runs, b: Runs, samples: SamplesOf, measure: str, target: float, mo
     return most if enough is None else min(enough, most)
 
 
-def lowest_level(runs: dict[float, Run], samples: SamplesOf) -> float:
-    """The lowest learning rate that is level with the best: whose loss is higher by no more than the standard error of
-    that difference over samples (the one-standard-error rule, Breiman et al. 1984, "Classification and Regression
-    Trees", ch. 3.4.3). So two settings do not get different rates by chance.
+def level(runs: dict[float, Run], samples: SamplesOf) -> list[float]:
+    """The learning rates that are level with the best, the lowest first: whose loss is higher by no more than the
+    standard error of that difference over samples (the one-standard-error rule, Breiman et al. 1984, "Classification
+    and Regression Trees", ch. 3.4.3).
 
     Raises:
         UserError: the runs were measured on different samples.
     """
     best = min(runs, key=lambda lr: runs[lr].measures["loss_after"])
-    known = samples(runs[best])
+    known, found = samples(runs[best]), []
     for lr in sorted(runs):
         other = samples(runs[lr])
         if other.names != known.names:
             raise UserError(f"{runs[lr].name} and {runs[best].name} were measured on different samples: delete one")
         weights = known.weights["loss"] / known.weights["loss"].mean()
         excess = (other.values["loss"] - known.values["loss"]) * weights
-        if excess.mean() <= excess.std(ddof=1) / math.sqrt(len(excess)):
-            break  # at the best one at the latest, whose excess is 0
-    return lr
+        if excess.mean() <= excess.std(ddof=1) / math.sqrt(len(excess)):  # the best one's is 0
+            found.append(lr)
+    return found
 
 
 def why_unequal(a: Runs, b: Runs) -> str | None:

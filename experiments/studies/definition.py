@@ -5,9 +5,10 @@
     questions   pairs of settings that differ in one thing, on some tasks
 
 Stages: on each task each setting's learning rate is searched by successive halving (Jamieson and Talwalkar 2016, "Non-
-stochastic Best Arm Identification and Hyperparameter Optimization") on the validation part, and of the last round's the
-lowest that is level with the best is taken; a pilot of some seeds measures variances on the held-out part; these say
-how many seeds the final runs need. Pilot runs are the first final ones.
+stochastic Best Arm Identification and Hyperparameter Optimization") on the validation part. Of the last round's rates
+that are level with the best, a setting gets its reference's or else the lowest, so that two settings do not differ in
+their rates by chance. A pilot of some seeds measures variances on the held-out part; these say how many seeds the final
+runs need. Pilot runs are the first final ones.
 """
 
 import copy
@@ -129,6 +130,13 @@ class Study:
     def tasks_of(self, setting: str) -> list[str]:
         questions = [question for question in self.questions.values() if setting in question.settings]
         return [task for task in self.definition.tasks if any(task in question.tasks for question in questions)]
+
+    def reference_of(self, task: str, setting: str) -> str | None:
+        """The setting that this one is held against in the first comparison of it on the task; None: in that one it is
+        the reference itself."""
+        pairs = (pair for q in self.questions.values() if task in q.tasks for pair in q.compare if setting in pair)
+        reference, _ = next(pairs)
+        return None if reference == setting else reference
 
     def grid(self, setting: str) -> list[float]:
         return sorted(self.definition.lr[self.definition.settings[setting].lr])

@@ -78,13 +78,15 @@ class Plan:
     jobs: all that are known, by hash, those of the first question first.
     later: how many will come of a stage, task, setting, number of steps and factor, and for which question. Which ones
         cannot be said yet.
-    choices: the best learning rate of each task and setting whose search has ended.
+    choices: the learning rate of each task and setting whose search has ended.
+    lost: tasks and settings whose search runs have all failed.
     seeds: of the final runs of each task and setting, as far as they are known.
     """
 
     jobs: dict[str, Job] = field(default_factory=dict)
     later: dict[tuple[str, str, str, int, float], tuple[str, int]] = field(default_factory=dict)
     choices: dict[tuple[str, str], float] = field(default_factory=dict)
+    lost: set[tuple[str, str]] = field(default_factory=set)
     seeds: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def add(self, jobs: list[Job]) -> list[Job]:
@@ -122,10 +124,14 @@ def _add_search(made: Plan, study: Study, results: Results, failed: Collection[s
             return
         done = {job.cfg.lr: run for job in jobs if (run := results.of(job)) is not None}
         if not done:
-            return  # all have failed
+            made.lost.add((task, setting))
+            return
         if number < len(search.keep):
             rates = sorted(done, key=lambda lr: done[lr].measures["loss_after"])[: search.keep[number]]
-    made.choices[task, setting] = comparisons.lowest_level(done, results.samples_of)
+    level, reference = comparisons.level(done, results.samples_of), study.reference_of(task, setting)
+    if reference is None or (task, reference) in made.choices.keys() | made.lost:
+        shared = made.choices.get((task, reference))
+        made.choices[task, setting] = shared if shared in level else level[0]
 
 
 def _add_final(made: Plan, study: Study, results: Results, failed: Collection[str], name: str, task: str) -> None:

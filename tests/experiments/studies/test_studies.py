@@ -122,28 +122,48 @@ def test_halving_sees_no_held_out_sample_and_final_runs_see_no_other_seed(tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("excess", "chosen"),
+    ("excess", "level"),
     [
-        ({1e-4: 0.5, 1e-3: 0.009, 1e-2: 0.0}, 1e-3),  # the standard error of its difference is 0.1 / √100
-        ({1e-4: 0.5, 1e-3: 0.011, 1e-2: 0.0}, 1e-2),
-        ({1e-4: 0.5, 1e-3: 0.0, 1e-2: 0.009}, 1e-3),  # a higher one is not taken for it
-        ({1e-4: 0.008, 1e-3: 0.004, 1e-2: 0.0}, 1e-4),
+        ({1e-4: 0.5, 1e-3: 0.009, 1e-2: 0.0}, [1e-3, 1e-2]),  # the standard error of its difference is 0.1 / √100
+        ({1e-4: 0.5, 1e-3: 0.011, 1e-2: 0.0}, [1e-2]),
+        ({1e-4: 0.5, 1e-3: 0.0, 1e-2: 0.009}, [1e-3, 1e-2]),
+        ({1e-4: 0.008, 1e-3: 0.004, 1e-2: 0.0}, [1e-4, 1e-3, 1e-2]),
     ],
 )
-def test_the_lowest_learning_rate_that_is_level_with_the_best(excess, chosen):
+def test_the_learning_rates_that_are_level_with_the_best(excess, level):
     samples = {}
     for lr, more in excess.items():
-        noise = numpy.tile([-0.1, 0.1], 50) * math.sqrt(0.99) if lr != max(excess) else 0.0
+        noise = numpy.tile([-0.1, 0.1], 50) * math.sqrt(0.99) if more else 0.0
         losses = 2.0 + numpy.linspace(0, 3, 100) + noise + more
         samples[lr] = Samples([f"{n}" for n in range(100)], {"loss": losses}, {"loss": numpy.full(100, 7.0)})
     runs = {
         lr: SimpleNamespace(name=f"lr={lr}", lr=lr, measures={"loss_after": float(one.values["loss"].mean())})
         for lr, one in samples.items()
     }
-    assert comparisons.lowest_level(runs, lambda run: samples[run.lr]) == chosen
+    assert comparisons.level(runs, lambda run: samples[run.lr]) == level
     samples[1e-4].names[3] = "another"
     with pytest.raises(UserError, match="were measured on different samples: delete one"):
-        comparisons.lowest_level(runs, lambda run: samples[run.lr])
+        comparisons.level(runs, lambda run: samples[run.lr])
+
+
+@pytest.mark.parametrize(
+    ("noise", "chosen"),
+    [(1.0, 1e-2), (0.05, 1e-3)],  # of DoRA's samples: its loss is 0.05 higher at LoRA's rate, which may be noise
+)
+def test_a_setting_gets_the_learning_rate_of_its_reference_where_that_is_level(tmp_path, noise, chosen):
+    one = definition.read(changed(tmp_path, search__steps=[1, 2], search__keep=[2]))
+    assert (one.reference_of("arithmetic", "lora"), one.reference_of("arithmetic", "dora")) == (None, "lora")
+    results = Results(tmp_path / "runs")
+    for dora_first in (True, False):
+        for _ in one.search.steps:
+            for job in plan(one, results).missing(results):
+                if job.stage == SEARCH and (job.setting == "dora") == dora_first:
+                    about = {"noise": noise, "best": 1e-3} if dora_first else {"noise": 0.05, "best": 1e-2}
+                    write_job(tmp_path / "runs", job, **about)
+            results.refresh()
+        assert not dora_first or not plan(one, results).choices, "DoRA's depends on LoRA's"
+    made = plan(one, results)
+    assert made.choices == {("arithmetic", "lora"): 1e-2, ("arithmetic", "dora"): chosen}
 
 
 def test_a_run_whose_samples_are_damaged_is_missing(tmp_path, monkeypatch):
