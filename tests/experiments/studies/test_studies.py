@@ -166,6 +166,17 @@ def test_a_setting_gets_the_learning_rate_of_its_reference_where_that_is_level(t
     assert made.choices == {("arithmetic", "lora"): 1e-2, ("arithmetic", "dora"): chosen}
 
 
+def test_a_setting_whose_reference_has_no_learning_rate_gets_its_own(tmp_path):
+    one, results = definition.read("quick"), Results(tmp_path)
+    lost = {job.identity for job in plan(one, results).jobs.values() if job.setting == "lora"}
+    for _ in one.search.steps:
+        for job in plan(one, results, lost).missing(results):
+            if job.identity not in lost:
+                write_job(tmp_path, job, best=1e-2)
+        results.refresh()
+    assert plan(one, results, lost).choices == {("arithmetic", "dora"): 1e-2}
+
+
 def test_a_run_whose_samples_are_damaged_is_missing(tmp_path, monkeypatch):
     one, results = definition.read("quick"), Results(tmp_path)
     job = next(iter(plan(one, results).jobs.values()))
